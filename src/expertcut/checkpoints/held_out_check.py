@@ -1,6 +1,6 @@
 """What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -234,7 +234,7 @@ def score_edited(
             for ((layer, row), n_base), n_edited in served
         ),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
-        agreement=_agreements(reference, edited, plan, engine.moe),
+        agreement=tuple(_agreements(reference, edited, plan, engine.moe)),
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
@@ -258,9 +258,8 @@ def _bit_exact_check(
 
 def _agreements(
     reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
-) -> tuple[stats.RoutingAgreement, ...]:
+) -> Iterator[stats.RoutingAgreement]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
-    agreements = []
     for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
         if block.layer not in reference.routed:
             continue
@@ -273,12 +272,10 @@ def _agreements(
             overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
         overlap_T = torch.cat(overlaps)
         answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
-        agreement = stats.RoutingAgreement(
+        yield stats.RoutingAgreement(
             layer=block.layer,
             same_answer=float((answer_N == 1).double().mean()),
             overlap_answer=float(answer_N.mean()),
             same_all=float((overlap_T == 1).double().mean()),
             overlap_all=float(overlap_T.mean()),
         )
-        agreements.append(agreement)
-    return tuple(agreements)

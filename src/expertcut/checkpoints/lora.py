@@ -238,8 +238,6 @@ class AdapterCut:
         shard, place = self.laid_out(folds), temporary / "adapter"
         try:
             write_shards(place, [shard])
-        except EOFError:
-            raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
         except OSError as error:
             raise OutputError(f"{place} cannot be written: {error.strerror}") from None
         shards.check_written(place, [shard])

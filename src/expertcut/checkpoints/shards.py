@@ -108,7 +108,7 @@ def _read_into(source: FileIO, content: memoryview) -> None:
     while content:
         n = source.readinto(content)
         if not n:
-            raise EOFError
+            raise ModelError(f"{source.name!s} became shorter while it was read: export it again")
         content = content[n:]
 
 
@@ -267,8 +267,6 @@ def write_checkpoint(
     check_space(folder, total_bytes(shards))
     try:
         write_shards(folder, shards)
-    except EOFError:
-        raise ModelError(f"{source} became shorter while it was read: export it again") from None
     except OSError as error:
         raise failed(error, folder) from None
     check_written(folder, shards)

@@ -296,11 +296,7 @@ def reweight_draft(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan that keeps every expert, with biases and factors; SettingsError without any."""
-    if not biased and not scaled:
-        raise SettingsError(
-            "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
-        )
+    """A plan that keeps every expert, with biases and factors."""
     blocks = profile.info.model.blocks
     edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
     words, numbers = ("", "reweight", "by hand"), expert_ids(profile)

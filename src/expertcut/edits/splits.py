@@ -46,15 +46,13 @@ class ScoredSplit(NamedTuple):
     @property
     def title(self) -> str:
         """A heading; questions are held out only if none of them was used."""
-        if self.used == 0:
-            return f"Held-out questions ({self.split})"
-        if self.how:
-            return f"Questions that {self.how} ({self.split})"
-        if self.used is None:
-            return f"Questions that were asked ({self.split})"
-        return (
-            f"Questions ({self.split}), {self.used:,} of {self.questions:,} used to choose or fit"
+        if self.used and not self.how:
+            n_used = f"{self.used:,} of {self.questions:,}"
+            return f"Questions ({self.split}), {n_used} used to choose or fit"
+        how = (
+            f"Questions that {self.how or 'were asked'}" if self.used != 0 else "Held-out questions"
         )
+        return f"{how} ({self.split})"
 
     @property
     def noun(self) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
 
 ADAPTER = "default"
+OnDisk = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def adapted(moe: MoeModel, settings: HealSettings) -> Any:
@@ -120,11 +121,15 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
 
 def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once."""
-    base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    added, stored = dict(deltas(model)), source.headers
+    # A parameter under its names on disk; the conversions only slice, transpose and stack.
+    on_disk: OnDisk = partial(revert_weight_conversion, model.get_base_model())
 
     @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
     def parts(parameter: str) -> dict[str, Tensor]:
-        return _on_disk(base, parameter, added[parameter]())
+        return on_disk({parameter: added[parameter]()})
 
     def plus(parameter: str, name: str, before: Tensor) -> Tensor:
         return (before.float() + parts(parameter)[name]).to(before.dtype)
@@ -132,7 +137,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     changed: dict[str, Change] = {}
     for parameter, delta in added.items():
         nothing = torch.empty(delta.shape, device="meta")
-        for name, part in _on_disk(base, parameter, nothing).items():
+        for name, part in on_disk({parameter: nothing}).items():
             shape = tuple(part.shape)
             if name not in stored or stored[name].shape != shape:
                 raise ContractError(
@@ -150,14 +155,6 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", content)
-
-
-def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
-    """A parameter under its names on disk; the conversions only slice, transpose and stack."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    on_disk: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})
-    return on_disk
 
 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:

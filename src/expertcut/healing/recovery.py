@@ -96,7 +96,14 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     check_writable(out, is_forced=options.is_forced, inputs=(source.path, *files))
     if options.threads:
         torch.set_num_threads(options.threads)
-    objective, base = _objective(source, settings)
+    base = find_source(settings.teacher) if settings.teacher else first_base(source)
+    name = settings.objective or ("answer" if base is None else "distill")
+    objective = OBJECTIVES[name]
+    if objective.needs_teacher and base is None:
+        raise SettingsError(
+            f"--objective {name}: the base model of {source.id} is not available: name it with "
+            "--teacher, or take --objective answer or lm"
+        )
     if base is not None:  # apart, because finding the base reads all its bytes
         check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
@@ -114,19 +121,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
             check_resumable(working, RunIdentity.of(moe, base, objective.name, settings, data))
         processes.wait_for_everyone()
         return run.train(out, working)
-
-
-def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
-    """The objective, and the teacher or base model, if one is available."""
-    base = find_source(settings.teacher) if settings.teacher else first_base(source)
-    name = settings.objective or ("answer" if base is None else "distill")
-    objective = OBJECTIVES[name]
-    if objective.needs_teacher and base is None:
-        raise SettingsError(
-            f"--objective {name}: the base model of {source.id} is not available: name it with "
-            "--teacher, or take --objective answer or lm"
-        )
-    return objective, base
 
 
 def first_base(source: Source) -> Source | None:

@@ -66,7 +66,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the optimizer's state and the adapters can be read."""
     try:
-        _optimizer_numbers(folder)
+        _Numbers.load(folder / STEPS, OutputError, "is damaged")
         json.loads((folder / ADAPTER_CONFIG).read_bytes())
         files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
@@ -74,13 +74,9 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _optimizer_numbers(folder: Path) -> _Numbers:
-    return _Numbers.load(folder / STEPS, OutputError, "is not a state of an optimizer")
-
-
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restores optimizer and schedule."""
-    content = _optimizer_numbers(folder)
+    content = _Numbers.load(folder / STEPS, OutputError, "is not a state of an optimizer")
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         parameter, name = key.split(".", 1)
