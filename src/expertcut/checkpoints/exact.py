@@ -18,13 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.checkpoints import tensor_names
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
-from expertcut.checkpoints.tensor_names import (
-    DiskBlock,
-    constant_name,
-    earlier_constants,
-    find_disk_blocks,
-)
+from expertcut.checkpoints.tensor_names import DiskBlock
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit, removed_experts
@@ -48,7 +44,8 @@ class ExactWriter(LayoutWriter):
     def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
         headers = source.headers
-        blocks, renamed = find_disk_blocks(headers), earlier_constants(headers)
+        blocks = tensor_names.find_disk_blocks(headers)
+        renamed = tensor_names.earlier_constants(headers)
         return TensorChanges(headers=headers, edits=edits, blocks=blocks, renamed=renamed)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
@@ -56,7 +53,7 @@ class ExactWriter(LayoutWriter):
         for name, by_expert in as_stored(tensors.headers, constants).items():
             for expert, value_D in sorted(by_expert.items()):
                 tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
-                tensors.added[constant_name(name, expert)] = value_D
+                tensors.added[tensor_names.constant_name(name, expert)] = value_D
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         _own_tensors(tensors.blocks, block, expert)
@@ -168,7 +165,7 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
             "replacements": {
                 str(expert): {
                     "format": "constant-v1",
-                    "tensors": {"value": constant_name(block, expert)},
+                    "tensors": {"value": tensor_names.constant_name(block, expert)},
                 }
                 for expert in sorted(constants[block])
             },
@@ -187,7 +184,7 @@ def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[in
     """The experts of each block that are constants, by either name."""
     return {
         block.name: constants
-        for block in find_disk_blocks(headers).values()
+        for block in tensor_names.find_disk_blocks(headers).values()
         if (constants := tuple(e for e, own in enumerate(block.by_expert) if not own))
     }
 
@@ -208,7 +205,7 @@ def _layer_number(block: str) -> int:
 
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
     """The constants in the dtype of their experts' weights on disk."""
-    blocks = find_disk_blocks(headers)
+    blocks = tensor_names.find_disk_blocks(headers)
     stored: dict[str, dict[int, Tensor]] = {}
     for name, by_expert in constants.items():
         for expert, value_D in by_expert.items():

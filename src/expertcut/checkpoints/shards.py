@@ -22,15 +22,8 @@ from torch import Tensor
 from expertcut.checkpoints.output_dir import failed, sync_folder
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import advance
-from expertcut.models.safetensors_index import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Stored,
-    StoredTensor,
-    read_index,
-    read_stored,
-)
+from expertcut.models import safetensors_index
+from expertcut.models.safetensors_index import DTYPES, INDEX_FILE, Stored, StoredTensor
 
 Range = tuple[int, int]  # first byte, number of bytes
 
@@ -189,7 +182,11 @@ def lay_out(
     for i, part in enumerate(parts, start=1):
         # As in safetensors' own writer: wide types first, so that each value is aligned.
         ordered = sorted(part, key=lambda piece: -DTYPES[piece.dtype].itemsize)
-        name = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else SINGLE_FILE
+        name = (
+            f"model-{i:05}-of-{len(parts):05}.safetensors"
+            if len(parts) > 1
+            else safetensors_index.SINGLE_FILE
+        )
         header: dict[str, object] = {"__metadata__": metadata}
         begin = 0
         for piece in ordered:
@@ -263,7 +260,8 @@ def write_checkpoint(
         ModelError: the source is damaged or quantized.
         OutputError: too little space, found before the first byte, or a folder not writable.
     """
-    shards = lay_out(stored or read_stored(source), rewrite, max_shard_bytes)
+    stored = stored or safetensors_index.read_stored(source)
+    shards = lay_out(stored, rewrite, max_shard_bytes)
     check_space(folder, total_bytes(shards))
     try:
         write_shards(folder, shards)
@@ -290,7 +288,7 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
                 )
     if len(shards) > 1:
         try:
-            index = read_index(folder)
+            index = safetensors_index.read_index(folder)
         except ModelError as error:
             raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
         if index != {piece.name: shard.name for shard in shards for piece in shard.pieces}:

@@ -337,13 +337,8 @@ class Compared:
 
     profile: Profile
     layers: Sequence[LayerStatistics]
-    scores: Mapping[str, list[Array]]
+    scores: Mapping[str, list[Array]]  # "_all" marks second positions
     left_out: Mapping[str, str]  # the other criteria, and why
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Criteria; "_all" marks the second positions of those that have a choice."""
-        return tuple(self.scores)
 
     @cached_property
     def ranks(self) -> dict[str, list[Array]]:

@@ -45,14 +45,6 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
-def load_adapter(moe: MoeModel, folder: Path) -> None:
-    """Adds written adapters to a model."""
-    from peft import PeftModel
-
-    with without_warning():
-        PeftModel.from_pretrained(moe.model, folder)
-
-
 # peft uses a deprecated name of transformers.
 without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 

@@ -24,7 +24,7 @@ from expertcut.data.sources import hash_lines
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
+from expertcut.healing.adapters import adapted, without_warning, write_adapter, write_merged
 from expertcut.healing.data import ScoredQuiz, TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Teacher
@@ -293,7 +293,10 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             written = source if settings.adapter else Source(str(out), temporary)
             healed = load(written, run.options.load_as)  # as a user loads it
             if settings.adapter:
-                load_adapter(healed, temporary)
+                from peft import PeftModel
+
+                with without_warning():
+                    PeftModel.from_pretrained(healed.model, temporary)
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
             if BASE in before:

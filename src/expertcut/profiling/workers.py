@@ -177,20 +177,7 @@ class SharedFolder:
         while not profile.missing and profile.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:
                 if is_mine and profile.finished_at is None:
-                    finished = time.time()  # durations are by a monotonic clock
-                    run = {
-                        "started": finished - elapsed_s,
-                        "finished": finished,
-                        "elapsed_s": elapsed_s,
-                        "questions_measured": measured,
-                        "questions_by_others": others,
-                        "questions_per_s": (measured + others) / elapsed_s if elapsed_s else 0.0,
-                        "host": platform.node(),
-                        "cpu_count": os.cpu_count(),
-                        "python": platform.python_version(),
-                        "expertcut": __version__,
-                    }
-                    content = (json.dumps(run, indent=1) + "\n").encode()
+                    content = _run(elapsed_s, measured, others)
                     write_atomically(self.path / RUN_FILE, content, self.claims.folder)
                     self.claims.clear()
 
@@ -247,3 +234,20 @@ def _describe(info: ProfileInfo) -> str:
     content = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
     total = sum(s.questions for s in subjects)
     return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({content[:8]})"
+
+
+def _run(elapsed_s: float, measured: int, others: int) -> bytes:
+    finished = time.time()  # durations are by a monotonic clock
+    run = {
+        "started": finished - elapsed_s,
+        "finished": finished,
+        "elapsed_s": elapsed_s,
+        "questions_measured": measured,
+        "questions_by_others": others,
+        "questions_per_s": (measured + others) / elapsed_s if elapsed_s else 0.0,
+        "host": platform.node(),
+        "cpu_count": os.cpu_count(),
+        "python": platform.python_version(),
+        "expertcut": __version__,
+    }
+    return (json.dumps(run, indent=1) + "\n").encode()
