@@ -23,7 +23,7 @@ from expertcut.checkpoints.output_dir import failed, sync_folder
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import advance
 from expertcut.models import safetensors_index
-from expertcut.models.safetensors_index import DTYPES, INDEX_FILE, Stored, StoredTensor
+from expertcut.models.safetensors_index import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
 Range = tuple[int, int]  # first byte, number of bytes
 
@@ -182,11 +182,7 @@ def lay_out(
     for i, part in enumerate(parts, start=1):
         # As in safetensors' own writer: wide types first, so that each value is aligned.
         ordered = sorted(part, key=lambda piece: -DTYPES[piece.dtype].itemsize)
-        name = (
-            f"model-{i:05}-of-{len(parts):05}.safetensors"
-            if len(parts) > 1
-            else safetensors_index.SINGLE_FILE
-        )
+        name = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else SINGLE_FILE
         header: dict[str, object] = {"__metadata__": metadata}
         begin = 0
         for piece in ordered:

@@ -13,7 +13,7 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Moments, collect_routing
 from expertcut.edits.edit_settings import MergeSettings, RouterRow
-from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
+from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, registered, replaced_forward
 from expertcut.models.kernels import Own
@@ -127,7 +127,6 @@ def merge_edits(
 
     Experts of routing groups merge within them only, to the same number in each.
     """
-    check_count(blocks, n_keep, "stock")
     edits = {}
     for block, measured in zip(blocks, evidence, strict=True):
         size = block.experts // block.groups

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.significance import SubjectCounts, count_by_subject, z_scores
 from expertcut.profiling.statistics import LayerStatistics, layers_of, share
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
-from expertcut.stats import Array
 
+Array = np.ndarray[Any, Any]
 MIN_APPEARANCES = 0.01
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")

@@ -344,7 +344,6 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
 
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The way of choosing experts and strengths that the settings say."""
-    select.check_settings(settings)
     picks = tuple(
         (pick, None if target.strength is None else abs(target.strength))
         for _, pick, target in _targets(profile, settings.boost or [], settings.suppress or [])

@@ -19,7 +19,7 @@ from expertcut.data import Quiz
 from expertcut.edits import router_edits
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, check_settings, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
 from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.evaluation.cross_fit import (
@@ -252,7 +252,6 @@ class Reweighting:
 
 def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
     """Experts and strengths as named."""
-    check_settings(settings)
     biases = router_edits.tilts(profile, settings.boost or [], settings.suppress or [])
     factors = router_edits.scalings(profile, settings.scale or [])
     draft = router_edits.reweight_draft(

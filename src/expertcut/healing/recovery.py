@@ -31,10 +31,11 @@ from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Tea
 from expertcut.healing.state import RunIdentity, check_resumable
 from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
 from expertcut.healing.trainer import Curve, Report, Tell, fit
-from expertcut.models.checkpoint_dir import absolute_id, read_config
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.devices import give_back
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.profiling.locks import alone
+from expertcut.profiling.measure import model_info
 from expertcut.scoring.engine import Engine, ask
 from expertcut.stats import HeldOutResult
 
@@ -168,11 +169,7 @@ def healed_plan(
             blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     return plans.PlanFile(
-        model=plans.PlanModel(
-            id=absolute_id(source.id, source.revision),
-            revision=source.revision,
-            fingerprint=source.fingerprint,
-        ),
+        model=plans.plan_model(model_info(moe)),
         action=f"heal --objective {objective}",
         criterion="by hand",
         positions="all",

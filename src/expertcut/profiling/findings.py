@@ -7,15 +7,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from expertcut.errors import ProfileError
+from expertcut.profiling import significance
 from expertcut.profiling.schema import NO_CHOICE, BlockInfo
-from expertcut.profiling.significance import (
-    PERMUTATIONS,
-    Significance,
-    SubjectCounts,
-    count_by_subject,
-    significance,
-    subjects_json,
-)
+from expertcut.profiling.significance import PERMUTATIONS, Significance, SubjectCounts
 from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.stats import Array, logprob_shift, wilson
@@ -188,13 +182,14 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
         margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
         for layer, block in enumerate(profile.info.model.blocks)
     ]
-    counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
+    counts = significance.count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
+    tested = significance.significance(counts, is_correct_N, is_activated_NX, permutations, seed)
     return Findings(
         profile=profile,
         layers=layers,
         margins=margins,
         counts=counts,
-        significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
+        significance=tested,
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
         perturbations=[
             {"kind": kind, **_compared(profile, other, margins)}
@@ -226,7 +221,7 @@ def findings_json(findings: Findings) -> dict[str, Any]:
         "p_family": tested.p_family,
         "suspects": suspects_json(findings),
         "perturbations": findings.perturbations,
-        "subjects": subjects_json(findings.counts, findings.layers),
+        "subjects": significance.subjects_json(findings.counts, findings.layers),
     }
 
 
