@@ -10,7 +10,6 @@ Earlier checkpoints declare `approximate_experts` and name constants
 read; new checkpoints get the new names.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -197,7 +196,7 @@ def _family_type(config: Mapping[str, Any]) -> str:
 
 def _layer_number(block: str) -> int:
     """The decoder layer of a block: `model.layers.3.mlp` is in layer 3, dense layers counted."""
-    numbers = [int(part) for part in block.split(".") if re.fullmatch(r"\d+", part)]
+    numbers = [int(part) for part in block.split(".") if part.isdecimal()]
     if len(numbers) != 1:
         raise ContractError(f"{block} must have one layer number in its name, has {len(numbers)}")
     return numbers[0]

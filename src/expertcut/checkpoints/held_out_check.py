@@ -11,7 +11,7 @@ from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
-from expertcut.data.questions import group_by_subject, replace_questions
+from expertcut.data.questions import replace_questions
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
@@ -188,7 +188,7 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
 def untouched(quiz: Quiz, base: HeldOutScores) -> Quiz:
     """The questions without a token that chose a removed expert."""
     kept = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
-    return replace_questions(quiz, group_by_subject(kept))
+    return replace_questions(quiz, kept)
 
 
 def _score_at_runtime(

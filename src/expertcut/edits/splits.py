@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, sources, without
-from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
+from expertcut.data.questions import hashes_in, replace_questions
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import ChosenOn, EditPlan, PlanFile
@@ -154,7 +154,7 @@ def questions_for(
         if (other := sources.other_split(profiled, split, profiled, tuning)) is not None:
             return Questions(profiled, tuning, judged_on(other), inherited)
     if tuning is profiled or not profile.holds_out:
-        return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
+        return Questions(profiled, tuning, replace_questions(profiled, ()), inherited)
     held_out = judged_on(sources.fifth_of(tuning))
     kept = without(tuning, sources.hash_lines(held_out))
     if not len(held_out) or not len(kept):
@@ -210,7 +210,7 @@ def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
         return _whole_quiz(profile)
     quiz, held = _whole_quiz(profile.whole), profile.held_out
     own = [q for q in quiz if ((q.subject, q.row) in held) == is_held_out]
-    return replace_questions(quiz, group_by_subject(own))
+    return replace_questions(quiz, own)
 
 
 @once_per_profile
