@@ -112,11 +112,13 @@ def write_plan(
 ) -> None:
     """Writes the plan, if any, with the list of its questions, and the further files."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
+    if draft is not None:
+        questions = splits.questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+        plan = splits.draft_plan(profile, draft, questions)
+        used = splits.used_hashes(draft, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if draft is not None:
-            questions = splits.questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
-            plan = splits.draft_plan(profile, draft, questions)
-            save_plan(temporary, plan, splits.used_hashes(draft, questions))
+            save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
 
 
