@@ -256,8 +256,7 @@ def write_checkpoint(
         ModelError: the source is damaged or quantized.
         OutputError: too little space, found before the first byte, or a folder not writable.
     """
-    stored = stored or safetensors_index.read_stored(source)
-    shards = lay_out(stored, rewrite, max_shard_bytes)
+    shards = lay_out(stored or safetensors_index.read_stored(source), rewrite, max_shard_bytes)
     check_space(folder, total_bytes(shards))
     try:
         write_shards(folder, shards)

@@ -336,7 +336,6 @@ class Compared:
     """The criteria that a profile alone can compute: scores and ranks (E,) per layer."""
 
     profile: Profile
-    layers: Sequence[LayerStatistics]
     scores: Mapping[str, list[Array]]  # "_all" marks second positions
     left_out: Mapping[str, str]  # the other criteria, and why
 
@@ -346,7 +345,7 @@ class Compared:
         return {
             name: [
                 np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1
-                for score_E, layer in zip(by_layer, self.layers, strict=True)
+                for score_E, layer in zip(by_layer, self.profile.layers, strict=True)
             ]
             for name, by_layer in self.scores.items()
         }
@@ -375,7 +374,7 @@ def compare(profile: Profile) -> Compared:
                 by_name[name] = [chosen.of_layer(layer, positions) for layer in layers]
             except ProfileError as error:
                 left_out[name] = str(error).removeprefix(f"{by}: ")
-    return Compared(profile, layers, by_name, left_out)
+    return Compared(profile, by_name, left_out)
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:

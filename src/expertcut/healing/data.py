@@ -396,11 +396,10 @@ def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -
 
 def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, list[Dropped]]:
     """The quiz without questions whose content is in a scored quiz; at most 5 % may be."""
-    lines = frozenset[str]().union(*map(hash_lines, scored))
-    known = hashes_in(lines)
+    known = hashes_in(question.hash_line for other in scored for question in other)
     names = _names(q for q in quiz if q.is_among(known))
     split = scored[0].split if scored else None
-    return without(quiz, lines), _dropped("questions", quiz.id, split, len(quiz), names)
+    return without(quiz, known), _dropped("questions", quiz.id, split, len(quiz), names)
 
 
 def _names(questions: Iterable[Question]) -> tuple[str, ...]:

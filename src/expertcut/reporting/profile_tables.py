@@ -282,7 +282,7 @@ def criteria_tables(compared: Compared) -> list[Table]:
         [name, *[or_none(compared.agreement(name, other)) for other in compared.scores]]
         for name in compared.scores
     ]
-    n_layers = len(compared.layers)
+    n_layers = len(compared.profile.layers)
     note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
     if left_out := "; ".join(f"{name}: {reason}" for name, reason in compared.left_out.items()):
         note += f" Left out: {left_out}."
@@ -308,7 +308,7 @@ def criteria_json(compared: Compared) -> dict[str, Any]:
     """Scores, ranks and rank correlations of all layers, and what could not be answered."""
     layers: list[dict[str, Any]] = [
         {"layer": x.layer, "block": x.block, "super_experts": list(own), "expert": []}
-        for x, own in zip(compared.layers, _supers(compared), strict=True)
+        for x, own in zip(compared.profile.layers, _supers(compared), strict=True)
     ]
     for layer, expert, scores, ranks in _expert_scores(compared):
         layers[layer]["expert"].append({"expert": expert, "scores": scores, "ranks": ranks})
@@ -331,7 +331,7 @@ def _expert_scores(
     compared: Compared,
 ) -> Iterator[tuple[int, int, dict[str, float | None], dict[str, int]]]:
     """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
-    for layer in compared.layers:
+    for layer in compared.profile.layers:
         scores = {name: compared.scores[name][layer.layer] for name in compared.scores}
         ranks = {name: compared.ranks[name][layer.layer] for name in compared.scores}
         for e in range(layer.n_experts):
@@ -340,7 +340,7 @@ def _expert_scores(
 
 
 def _criteria_ranks(compared: Compared, index: int) -> Table:
-    layer, supers = compared.layers[index], _supers(compared)[index]
+    layer, supers = compared.profile.layers[index], _supers(compared)[index]
     rows: list[list[Cell]] = []
     for expert in np.argsort(next(iter(compared.ranks.values()))[index]):  # the best first
         ranks = [int(compared.ranks[name][index][expert]) for name in compared.scores]
@@ -351,5 +351,5 @@ def _criteria_ranks(compared: Compared, index: int) -> Table:
 
 
 def _supers(compared: Compared) -> list[tuple[int, ...]]:
-    is_known = compared.layers[0].over_tokens is not None
-    return super_experts(compared.profile) if is_known else [()] * len(compared.layers)
+    is_known = compared.profile.layers[0].over_tokens is not None
+    return super_experts(compared.profile) if is_known else [()] * len(compared.profile.layers)
