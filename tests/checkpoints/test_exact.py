@@ -15,7 +15,7 @@ from expertcut.checkpoints.exact import exact_config
 from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.checkpoints.size import size
 from expertcut.edits.plan import BlockEdit, EditPlan, removed_experts
-from expertcut.errors import ContractError, PlanError
+from expertcut.errors import ContractError
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
@@ -489,21 +489,6 @@ def test_an_exact_model_is_not_made_exact_again(base: Bases, tmp_path: Path) -> 
     folder = make_exact(base(), tmp_path, constants_for(REMOVED, is_zero=True))
     with pytest.raises(ContractError, match="has layout exact already"):
         exact_config(read_config(folder), REMOVED)
-
-
-@pytest.mark.parametrize(
-    ("removed", "words"),
-    [
-        ({FIRST: range(8)}, "keeps none of its 8 experts"),
-        ({FIRST: [3, 8]}, "must be different ones of 0 to 7"),
-        ({FIRST: [3, 3]}, "must be different ones of 0 to 7"),
-    ],
-)
-def test_experts_that_cannot_be_removed_are_refused(
-    base: Bases, removed: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(PlanError, match=words):
-        exact_config(read_config(base()), removed)
 
 
 @pytest.mark.parametrize("block", ["mlp", "model.layers.1.experts.2"])

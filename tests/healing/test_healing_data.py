@@ -58,7 +58,7 @@ def read(*quizzes: Path | str, **changes: object) -> TrainingData:
 
 def texts_of(found: TrainingData, n_rows: int) -> list[str]:
     tokenizer = make_tokenizer()
-    rows = found.rows(n_rows)
+    rows = Rows(found.parts, n_rows)
     return [tokenizer.decode(rows[at][1].ids) for at in range(n_rows)]
 
 
@@ -102,7 +102,7 @@ def test_choices_come_in_other_orders_and_letters_with_them(quiz_folder: Path) -
 
 
 def test_rows_come_in_the_same_order_from_any_place(quiz_folder: Path) -> None:
-    first, second = read(quiz_folder).rows(60), read(quiz_folder).rows(60)
+    first, second = (Rows(read(quiz_folder).parts, 60) for _ in range(2))
     whole = [first[at] for at in range(60)]
     assert [second[at] for at in (50, 7, 59, 8)] == [whole[at] for at in (50, 7, 59, 8)]
     assert len({row for _, row in whole}) > 30
@@ -196,7 +196,7 @@ def test_chats_are_written_in_the_template(tmp_path: Path, quiz_folder: Path) ->
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     found = read_data(HealSettings(text=str(file)), tokenizer, 99)
-    assert tokenizer.decode(found.rows(1)[0][1].ids).startswith("<user>hello ")
+    assert tokenizer.decode(Rows(found.parts, 1)[0][1].ids).startswith("<user>hello ")
 
 
 def test_texts_that_ask_what_is_scored_are_dropped(quiz_folder: Path, tmp_path: Path) -> None:

@@ -15,25 +15,19 @@ from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.edits import splits
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
-from expertcut.edits.splits import (
-    Questions,
-    ScoredSplit,
-    draft_plan,
-    questions_for,
-    scored_split,
-    used_hashes,
-)
+from expertcut.edits.splits import Questions, ScoredSplit, scored_split
 from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.scoring.engine import Engine
-from expertcut.stats import HeldOutAccuracy, HeldOutResult
+from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
 
@@ -60,11 +54,6 @@ class Built:
     why_unscored: str = ""
     scored_on: ScoredSplit | None = None
 
-    @property
-    def answered(self) -> HeldOutAccuracy | None:
-        """The accuracy of base and checkpoint, None where the checkpoint was not scored."""
-        return self.proof.answered if self.proof else None
-
 
 def build(
     profile: Profile,
@@ -78,13 +67,13 @@ def build(
     `edits` are those of the plan, not fitted yet, where it does not say all of them.
     """
     source = profiled_source(profile)
-    questions = questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
+    questions = splits.questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     calibration = Calibration(profile, questions, source)
     inputs = (source.path, *inputs_of(profile), *filter(None, [options.adapter]))
     check_writable(folder, is_forced=options.is_forced, inputs=inputs)
     check_export(source, plan, calibration.n_experts, folder)
     adapter = adapter_cut(options.adapter, source, plan, folder)
-    file, used = draft_plan(profile, plan, questions), used_hashes(plan, questions)
+    file, used = splits.draft_plan(profile, plan, questions), splits.used_hashes(plan, questions)
     load_as = _dtype_as_profiled(options.load_as, profile)
     is_verified = options.is_verified and bool(len(questions.held_out))
     if is_verified and not fits_in_memory(source, load_as):
@@ -118,20 +107,18 @@ def build(
     return Built(folder, file, fits, proof, questions.why_unscored, scored_on)
 
 
-def write_plan(profile: Profile, draft: EditPlan, folder: Path, options: BuildOptions) -> None:
-    """Writes `plan.json` and the list of its questions, without running the model."""
+def write_plan(
+    profile: Profile, draft: EditPlan | None, folder: Path, options: BuildOptions
+) -> None:
+    """Writes the plan, if any, with the list of its questions, and the further files."""
     check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
-    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
-    plan = draft_plan(profile, draft, questions)
+    if draft is not None:
+        questions = splits.questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+        plan = splits.draft_plan(profile, draft, questions)
+        used = splits.used_hashes(draft, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
-        save_plan(temporary, plan, used_hashes(draft, questions))
-        add_files(temporary, options.beside)
-
-
-def write_beside(profile: Profile, folder: Path, options: BuildOptions) -> None:
-    """Writes only the further files of a build that changes nothing."""
-    check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
-    with atomic_dir(folder, is_forced=options.is_forced) as temporary:
+        if draft is not None:
+            save_plan(temporary, plan, used)
         add_files(temporary, options.beside)
 
 
@@ -148,9 +135,8 @@ def inputs_of(profile: Profile) -> tuple[Path, ...]:
     return (profile.path, *(path for path in made_from if path.exists()))
 
 
-def default_out(profile: Profile, slug: str, *, is_plan: bool) -> Path:
+def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
     """`checkpoints/<model>-<what>`, or the same under `plans/`."""
-    model = profile.info.model.id
     name = Path(model).resolve().name if Path(model).is_dir() else model.split("/")[-1]
     return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
 
@@ -235,7 +221,7 @@ def choose_groups(
     # Of the same size as any groups would be.
     first = {b.name: BlockEdit(keep=tuple(range(settings.keep))) for b in blocks}
     check_export(source, merge_draft(settings, profile, first), blocks[0].experts, folder)
-    tuning = questions_for(profile, is_fitting=True).tuning
+    tuning = splits.questions_for(profile, is_fitting=True).tuning
     engine = engine_as_profiled(profile, source, load_as)
     evidence = gather_evidence(profile, engine, tuning, settings.by)
     return merge_draft(settings, profile, merge_edits(blocks, evidence, settings.keep, settings.by))

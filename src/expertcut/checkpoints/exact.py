@@ -10,7 +10,6 @@ Earlier checkpoints declare `approximate_experts` and name constants
 read; new checkpoints get the new names.
 """
 
-import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -18,17 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from expertcut.checkpoints import tensor_names
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
-from expertcut.checkpoints.tensor_names import (
-    DiskBlock,
-    constant_name,
-    earlier_constants,
-    find_disk_blocks,
-)
+from expertcut.checkpoints.tensor_names import DiskBlock
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit, removed_experts
-from expertcut.errors import ContractError, PlanError
+from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
@@ -48,7 +43,8 @@ class ExactWriter(LayoutWriter):
     def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
         headers = source.headers
-        blocks, renamed = find_disk_blocks(headers), earlier_constants(headers)
+        blocks = tensor_names.find_disk_blocks(headers)
+        renamed = tensor_names.earlier_constants(headers)
         return TensorChanges(headers=headers, edits=edits, blocks=blocks, renamed=renamed)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
@@ -56,7 +52,7 @@ class ExactWriter(LayoutWriter):
         for name, by_expert in as_stored(tensors.headers, constants).items():
             for expert, value_D in sorted(by_expert.items()):
                 tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
-                tensors.added[constant_name(name, expert)] = value_D
+                tensors.added[tensor_names.constant_name(name, expert)] = value_D
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         _own_tensors(tensors.blocks, block, expert)
@@ -144,15 +140,6 @@ def exact_config(
     _check_exact(config, is_cutting=any(removed.values()))
     model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
-    for block, experts in removed.items():
-        outside = sorted(e for e in experts if not 0 <= e < n_experts)
-        if outside or len(set(experts)) < len(experts):
-            raise PlanError(
-                f"{block}: removes experts {sorted(experts)}, must be different ones of 0 to "
-                f"{n_experts - 1}"
-            )
-        if len(experts) == n_experts:
-            raise PlanError(f"{block} keeps none of its {n_experts} experts: keep at least 1")
     auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
@@ -177,7 +164,7 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
             "replacements": {
                 str(expert): {
                     "format": "constant-v1",
-                    "tensors": {"value": constant_name(block, expert)},
+                    "tensors": {"value": tensor_names.constant_name(block, expert)},
                 }
                 for expert in sorted(constants[block])
             },
@@ -196,7 +183,7 @@ def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[in
     """The experts of each block that are constants, by either name."""
     return {
         block.name: constants
-        for block in find_disk_blocks(headers).values()
+        for block in tensor_names.find_disk_blocks(headers).values()
         if (constants := tuple(e for e, own in enumerate(block.by_expert) if not own))
     }
 
@@ -209,7 +196,7 @@ def _family_type(config: Mapping[str, Any]) -> str:
 
 def _layer_number(block: str) -> int:
     """The decoder layer of a block: `model.layers.3.mlp` is in layer 3, dense layers counted."""
-    numbers = [int(part) for part in block.split(".") if re.fullmatch(r"\d+", part)]
+    numbers = [int(part) for part in block.split(".") if part.isdecimal()]
     if len(numbers) != 1:
         raise ContractError(f"{block} must have one layer number in its name, has {len(numbers)}")
     return numbers[0]
@@ -217,7 +204,7 @@ def _layer_number(block: str) -> int:
 
 def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
     """The constants in the dtype of their experts' weights on disk."""
-    blocks = find_disk_blocks(headers)
+    blocks = tensor_names.find_disk_blocks(headers)
     stored: dict[str, dict[int, Tensor]] = {}
     for name, by_expert in constants.items():
         for expert, value_D in by_expert.items():

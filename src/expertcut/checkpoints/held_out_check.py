@@ -1,6 +1,6 @@
 """What an edit does to held-out questions, scored in both models; the result goes into the plan."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +11,7 @@ from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import Quiz
-from expertcut.data.questions import group_by_subject, replace_questions
+from expertcut.data.questions import replace_questions
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
@@ -188,7 +188,7 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
 def untouched(quiz: Quiz, base: HeldOutScores) -> Quiz:
     """The questions without a token that chose a removed expert."""
     kept = [q for q, is_own in zip(quiz, base.is_untouched_N.tolist(), strict=True) if is_own]
-    return replace_questions(quiz, group_by_subject(kept))
+    return replace_questions(quiz, kept)
 
 
 def _score_at_runtime(
@@ -234,7 +234,7 @@ def score_edited(
             for ((layer, row), n_base), n_edited in served
         ),
         alone=_bit_exact_check(engine, quiz, plan, before) if before.is_cut_exactly else None,
-        agreement=_agreements(reference, edited, plan, engine.moe),
+        agreement=tuple(_agreements(reference, edited, plan, engine.moe)),
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
@@ -258,9 +258,8 @@ def _bit_exact_check(
 
 def _agreements(
     reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
-) -> tuple[stats.RoutingAgreement, ...]:
+) -> Iterator[stats.RoutingAgreement]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
-    agreements = []
     for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
         if block.layer not in reference.routed:
             continue
@@ -273,12 +272,10 @@ def _agreements(
             overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
         overlap_T = torch.cat(overlaps)
         answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
-        agreement = stats.RoutingAgreement(
+        yield stats.RoutingAgreement(
             layer=block.layer,
             same_answer=float((answer_N == 1).double().mean()),
             overlap_answer=float(answer_N.mean()),
             same_all=float((overlap_T == 1).double().mean()),
             overlap_all=float(overlap_T.mean()),
         )
-        agreements.append(agreement)
-    return tuple(agreements)

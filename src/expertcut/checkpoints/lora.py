@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from expertcut.checkpoints import shards
+from expertcut.checkpoints.edit import TensorChanges
 from expertcut.checkpoints.shards import write_shards
 from expertcut.checkpoints.tensor_names import DiskBlock, blocks_of
 from expertcut.documents import first_fault
@@ -238,8 +238,6 @@ class AdapterCut:
         shard, place = self.laid_out(folds), temporary / "adapter"
         try:
             write_shards(place, [shard])
-        except EOFError:
-            raise ModelError(f"{self.adapter.folder} became shorter while it was read") from None
         except OSError as error:
             raise OutputError(f"{place} cannot be written: {error.strerror}") from None
         shards.check_written(place, [shard])
@@ -257,9 +255,7 @@ class AdapterCut:
 
     def laid_out(self, folds: Folds) -> shards.Shard:
         """The file of its weights; with empty `folds` only its size is right."""
-        (shard,) = shards.lay_out(
-            self.adapter.stored, self._rewrite(folds), max_shard_bytes=1 << 62
-        )
+        (shard,) = shards.lay_out(self.adapter.stored, self._rewrite(folds), 1 << 62)
         return replace(shard, name=WEIGHTS_FILE)
 
     @cached_property
@@ -270,13 +266,14 @@ class AdapterCut:
     def _is_stock(self) -> bool:
         return not LAYOUTS[self.plan.layout].keeps_rows
 
-    def _rewrite(self, folds: Folds) -> shards.Rewrite:
+    def _rewrite(self, folds: Folds) -> TensorChanges:
         """What becomes of its tensors in MoE blocks; a ModelError if one cannot be sliced."""
-        rewrite, headers = shards.Rewrite(), self.source.headers
+        stored, edits, headers = self.adapter.stored, self.plan.edits, self.source.headers
+        rewrite = TensorChanges(headers=stored.tensors, edits=edits, blocks=self._blocks)
         is_tied = bool(read_config(self.source.path).get("tie_word_embeddings"))
         factors = {
             name: _output_factors(edit, folds.get(layer))
-            for layer, (name, edit) in enumerate(self.plan.edits.items())
+            for layer, (name, edit) in enumerate(edits.items())
         }
         for module, pair in self.adapter.pairs.items():
             block, part = self._block_of(module)
@@ -293,7 +290,7 @@ class AdapterCut:
             elif f"{module}.weight" in headers or not (is_tied and module == "lm_head"):
                 self._check_linear(f"{module}.weight", pair)
         paired = {name for pair in self.adapter.pairs.values() for name in pair}
-        for name in self.adapter.stored.tensors:
+        for name in stored.tensors:
             if name not in paired:
                 self._slice_unpaired(rewrite, name)
         if self._is_stock and rewrite.renamed:
@@ -308,7 +305,7 @@ class AdapterCut:
                     return name, module.removeprefix(f"{prefix}.")
         return "", module
 
-    def _slice_all(self, rewrite: shards.Rewrite, block: str, pair: Pair, factors: Factors) -> None:
+    def _slice_all(self, rewrite: TensorChanges, block: str, pair: Pair, factors: Factors) -> None:
         adapter, n_experts = self.adapter, self._blocks[block].n_experts
         self._check_axes(pair, 2)
         (rows, n_in), (n_out, _) = map(adapter.shape, pair)
@@ -339,7 +336,7 @@ class AdapterCut:
         keep, scaled = self.plan.edits[block].keep, factors if is_last else {}
         if len(keep) < n_experts:
             kept_rows = tuple(expert * rank + j for expert in keep for j in range(rank))
-            rewrite.changed[pair[0]] = shards.Change((len(kept_rows), n_in), rows=kept_rows)
+            rewrite.keep_rows(pair[0], 0, kept_rows)
         if len(keep) < n_experts or scaled:
             apply = partial(_columns, keep=keep, n_experts=n_experts, scaled=scaled)
             rewrite.changed[pair[1]] = shards.Change((n_out, rank * len(keep)), apply)
@@ -356,7 +353,7 @@ class AdapterCut:
         return (width, sizes[False] // width), (sizes[True] // width, width)
 
     def _slice_one(
-        self, rewrite: shards.Rewrite, block: str, pair: Pair, one: re.Match[str], factors: Factors
+        self, rewrite: TensorChanges, block: str, pair: Pair, one: re.Match[str], factors: Factors
     ) -> None:
         disk, keep, expert = self._blocks[block], self.plan.edits[block].keep, int(one["expert"])
         if not disk.by_expert:
@@ -375,8 +372,7 @@ class AdapterCut:
             old, new = f".experts.{expert}.", f".experts.{position}."
             rewrite.renamed |= {name: name.replace(old, new) for name in pair}
         if position in factors and _LAST.fullmatch(one["part"]):
-            apply = partial(_multiplied, factors=factors[position])
-            rewrite.changed[pair[1]] = shards.Change(self.adapter.shape(pair[1]), apply)
+            rewrite.apply(pair[1], partial(_multiplied, factors=factors[position]))
 
     def _refuse_linear_layer(self, pair: Pair) -> None:
         """Refuses a linear layer, which peft converts to a parameter, beside gates with biases."""
@@ -407,7 +403,7 @@ class AdapterCut:
                 f"{wrong} is {shape(wrong)}, but what it adapts has {n_axes} axes: {_ANOTHER}"
             )
 
-    def _slice_unpaired(self, rewrite: shards.Rewrite, name: str) -> None:
+    def _slice_unpaired(self, rewrite: TensorChanges, name: str) -> None:
         """Slices a router that was trained whole; refuses other tensors of a block."""
         headers, stored = self.source.headers, name.removeprefix(PREFIX)
         block, part = self._block_of(stored)
@@ -434,14 +430,11 @@ class AdapterCut:
         if is_of_block:
             self._slice_router(rewrite, block, name, shape.index(self._blocks[block].n_experts))
 
-    def _slice_router(self, rewrite: shards.Rewrite, block: str, name: str, axis: int) -> None:
+    def _slice_router(self, rewrite: TensorChanges, block: str, name: str, axis: int) -> None:
         """Cuts the router's rows, which layout exact keeps."""
         keep = self.plan.edits[block].keep
         if self._is_stock and len(keep) < self._blocks[block].n_experts:
-            shape = list(self.adapter.shape(name))
-            shape[axis] = len(keep)
-            select = partial(torch.index_select, dim=axis, index=torch.tensor(keep))
-            rewrite.changed[name] = shards.Change(tuple(shape), select)
+            rewrite.keep_rows(name, axis, keep)
 
     def _refuse_numbers(self) -> None:
         for key in _PATTERNS:

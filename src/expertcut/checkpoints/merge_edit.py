@@ -124,6 +124,7 @@ class MergeEdit(Edit):
     rows: Mapping[int, merging.Rows] = field(default_factory=dict)
     orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
     interleaved: frozenset[str] = frozenset()
+    reference = "the same experts under the unedited router"
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
@@ -149,10 +150,6 @@ class MergeEdit(Edit):
 
     def judge(self, engine: Engine, held_out: Quiz) -> Sequence[merging.Quality]:
         return merging.judge_rows(engine, held_out, self.blocks, self.rows)
-
-    @property
-    def reference(self) -> str:
-        return "the same experts under the unedited router"
 
     def reference_of_edited(self, moe: MoeModel) -> RunEdited:
         routers = unedited_routers(moe.blocks, self.blocks)

@@ -13,13 +13,8 @@ from torch import Tensor
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
-from expertcut.edits.calibrate import (
-    Constants,
-    mean_outputs,
-    rescaling_at_answers,
-    rescaling_over_tokens,
-    zero_outputs,
-)
+from expertcut.edits import calibrate
+from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Removed
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, removed_experts
 from expertcut.errors import ContractError
@@ -64,17 +59,18 @@ class PruneEdit(Edit):
         if LAYOUTS[self.layout].keeps_rows:
             removed = removed_experts(self.blocks, calibration.n_experts)
             if self.removed == "mean" and engine is not None:
-                means = mean_outputs(engine, questions.tuning, removed)
+                means = calibrate.mean_outputs(engine, questions.tuning, removed)
                 return replace(self, constants=as_stored(calibration.source.headers, means))
             width = int(read_config(calibration.source.path)["hidden_size"])
-            return replace(self, constants=zero_outputs(removed, width))
+            return replace(self, constants=calibrate.zero_outputs(removed, width))
         if self.fold == "off":
             return self
         if self.fold == "all" and engine is not None:
-            return replace(self, folds=rescaling_over_tokens(engine, questions.tuning, self.blocks))
+            folds = calibrate.rescaling_over_tokens(engine, questions.tuning, self.blocks)
+            return replace(self, folds=folds)
         is_same_split = questions.held_out.split == profile.info.quiz.split
         held_out = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
-        return replace(self, folds=rescaling_at_answers(profile, self.blocks, held_out))
+        return replace(self, folds=calibrate.rescaling_at_answers(profile, self.blocks, held_out))
 
     def simulate(self, simulation: Simulation) -> None:
         """No token is routed to a removed expert, or it gives its constant."""

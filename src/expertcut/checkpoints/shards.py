@@ -22,15 +22,8 @@ from torch import Tensor
 from expertcut.checkpoints.output_dir import failed, sync_folder
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import advance
-from expertcut.models.safetensors_index import (
-    DTYPES,
-    INDEX_FILE,
-    SINGLE_FILE,
-    Stored,
-    StoredTensor,
-    read_index,
-    read_stored,
-)
+from expertcut.models import safetensors_index
+from expertcut.models.safetensors_index import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
 Range = tuple[int, int]  # first byte, number of bytes
 
@@ -108,7 +101,7 @@ def _read_into(source: FileIO, content: memoryview) -> None:
     while content:
         n = source.readinto(content)
         if not n:
-            raise EOFError
+            raise ModelError(f"{source.name!s} became shorter while it was read: export it again")
         content = content[n:]
 
 
@@ -263,12 +256,10 @@ def write_checkpoint(
         ModelError: the source is damaged or quantized.
         OutputError: too little space, found before the first byte, or a folder not writable.
     """
-    shards = lay_out(stored or read_stored(source), rewrite, max_shard_bytes)
+    shards = lay_out(stored or safetensors_index.read_stored(source), rewrite, max_shard_bytes)
     check_space(folder, total_bytes(shards))
     try:
         write_shards(folder, shards)
-    except EOFError:
-        raise ModelError(f"{source} became shorter while it was read: export it again") from None
     except OSError as error:
         raise failed(error, folder) from None
     check_written(folder, shards)
@@ -292,7 +283,7 @@ def check_written(folder: Path, shards: Sequence[Shard]) -> None:
                 )
     if len(shards) > 1:
         try:
-            index = read_index(folder)
+            index = safetensors_index.read_index(folder)
         except ModelError as error:
             raise OutputError(f"{folder / INDEX_FILE} was not written whole: {error}") from None
         if index != {piece.name: shard.name for shard in shards for piece in shard.pieces}:

@@ -87,7 +87,6 @@ def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:
     settings = ranking.settings
     most = settings.size_bytes
     assert most is not None
-    settings.check()
     choices = counts(settings, ranking.blocks)
     least = cut(ranking, choices[0]).draft
     if (smallest := size_of(least)) > most:

@@ -22,6 +22,7 @@ class BiasEdit(Edit):
     layout: Layout
     apply_at: Positions
     directions: Mapping[int, Tensor] = field(default_factory=dict)
+    reference = "the exact bias"
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
@@ -50,10 +51,6 @@ class BiasEdit(Edit):
             for expert, bias in self.blocks[block.name].bias.items():
                 simulation.biases[block.layer][expert] = bias
 
-    @property
-    def reference(self) -> str:
-        return "the exact bias"
-
     def forms(self) -> Mapping[str, Self | None]:
         return {
             "the plan without biases": None,
@@ -78,6 +75,7 @@ class ScaleEdit(Edit):
     """Multiplies outputs; routing is unchanged. On disk the last projection is scaled."""
 
     blocks: Mapping[str, BlockEdit]
+    reference = "the same factors at run time"
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
@@ -87,10 +85,6 @@ class ScaleEdit(Edit):
         for block in simulation.moe.blocks:
             for expert, factor in self.blocks[block.name].scale.items():
                 simulation.scales[block.layer][expert] = factor
-
-    @property
-    def reference(self) -> str:
-        return "the same factors at run time"
 
     def rewrite(self, layout: LayoutWriter, tensors: TensorChanges) -> None:
         for name, edit in self.blocks.items():

@@ -293,7 +293,7 @@ class CheckpointSettings(ModelFirstSettings):
         from expertcut.checkpoints.build import default_out, found_source, inputs_of
         from expertcut.checkpoints.output_dir import check_writable
 
-        folder = self.out or default_out(profile, slug, is_plan=self.plan_only)
+        folder = self.out or default_out(profile.info.model.id, slug, is_plan=self.plan_only)
         check_writable(folder, is_forced=self.force, inputs=inputs_of(profile))
         if not self.plan_only:  # the source is checked before anything is said of it
             ui.quiet()

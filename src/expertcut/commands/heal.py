@@ -39,8 +39,9 @@ def run(
 ) -> "Healed | None":
     """Trains and writes the checkpoint; None in all but the first process."""
     ui.quiet()
+    from expertcut.checkpoints.build import default_out
     from expertcut.edits.plan import plan_in
-    from expertcut.healing.recovery import Options, default_out, heal, working_folder
+    from expertcut.healing.recovery import Options, heal, working_folder
     from expertcut.models.load import find_source
     from expertcut.reporting.edit_tables import healing_facts, healing_tables
 
@@ -55,7 +56,7 @@ def run(
         if ui.is_first:
             ui.say([], [sentence])
 
-    out = settings.out or default_out(settings.checkpoint)
+    out = settings.out or default_out(settings.checkpoint, "healed")
     with ui.parts("healing", working_folder(out)) as report:
         options = Options(
             settings.load_as(), settings.threads, settings.force, report, tell, beside or {}

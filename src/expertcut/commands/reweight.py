@@ -103,7 +103,7 @@ def write(
     choice: Choice, settings: ReweightSettings, ui: UI, beside: Files = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
-    from expertcut.checkpoints.build import build, write_beside, write_plan
+    from expertcut.checkpoints.build import build, write_plan
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
@@ -118,7 +118,7 @@ def write(
             force = "--force --force-write" if options.beside else "--force-write"
             why = f"no checkpoint, for this is not shown to help: {force} writes it"
         if options.beside:
-            write_beside(profile, folder, options)
+            write_plan(profile, None, folder, options)
             why += f"; the proof is in {folder}" if proof else ""
         ui.end(facts, why, *([["show", str(folder)]] if proof else []))
         return folder if options.beside else None

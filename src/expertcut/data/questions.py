@@ -86,19 +86,20 @@ def hashes_in(lines: Iterable[str]) -> frozenset[str]:
 def without(quiz: Quiz, lines: Iterable[str]) -> Quiz:
     """The quiz without questions whose hash is given, and without subjects left empty."""
     known = hashes_in(lines)
-    return replace_questions(quiz, group_by_subject([q for q in quiz if not q.is_among(known)]))
+    return replace_questions(quiz, [q for q in quiz if not q.is_among(known)])
 
 
 def round_robin(quiz: Quiz, n: int) -> Quiz:
     """The first question of every subject, then the second, and so on, up to `n`."""
     taken = [q for turn in zip_longest(*quiz.questions.values()) for q in turn if q is not None][:n]
-    return replace_questions(quiz, group_by_subject(taken))
+    return replace_questions(quiz, taken)
 
 
-def replace_questions(quiz: Quiz, questions: Mapping[str, tuple[Question, ...]]) -> Quiz:
-    """The same quiz and shots with other questions."""
-    shots = {subject: quiz.shots_by_subject[subject] for subject in questions}
-    return replace(quiz, questions=questions, shots_by_subject=shots)
+def replace_questions(quiz: Quiz, questions: Sequence[Question]) -> Quiz:
+    """The same quiz and shots with other questions of its subjects."""
+    by_subject = group_by_subject(questions)
+    shots = {subject: quiz.shots_by_subject[subject] for subject in by_subject}
+    return replace(quiz, questions=by_subject, shots_by_subject=shots)
 
 
 def group_by_subject(questions: Sequence[Question]) -> dict[str, tuple[Question, ...]]:
@@ -131,8 +132,7 @@ def _format(question: Question) -> str:
 
 def shuffle_choices(quiz: Quiz) -> Quiz:
     """Shuffles the choices of every question, with a seed from its content; shots are unchanged."""
-    shuffled = {s: tuple(map(_shuffle, questions)) for s, questions in quiz.questions.items()}
-    return replace_questions(quiz, shuffled)
+    return replace_questions(quiz, list(map(_shuffle, quiz)))
 
 
 def _shuffle(question: Question) -> Question:

@@ -290,7 +290,7 @@ def fifth_of(quiz: Quiz) -> Quiz:
     for q in quiz:
         least[q.overlap_hash] = min(least.get(q.overlap_hash, q.content_hash), q.content_hash)
     fifth = [q for q in quiz if int(least[q.overlap_hash], 16) % _ONE_IN == 0]
-    return replace_questions(quiz, group_by_subject(fifth))
+    return replace_questions(quiz, fifth)
 
 
 def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> Quiz | None:
@@ -307,7 +307,7 @@ def other_split(quiz: Quiz, split: str, *used: Quiz, is_quiet: bool = False) -> 
         if not is_quiet:
             logger.warning("split %s is not used to judge: %s", split, error)
         return None
-    same = {s: qs for s, qs in other.questions.items() if s in quiz.questions}
+    same = [q for q in other if q.subject in quiz.questions]
     other, lines = replace_questions(other, same), frozenset[str]().union(*map(hash_lines, used))
     known = hashes_in(lines)
     repeated = [q for q in other if q.is_among(known)]

@@ -13,21 +13,15 @@ from torch import Tensor
 from expertcut.data import Quiz, round_robin
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
-from expertcut.models.hooks import (
-    ExpertCall,
-    Routing,
-    observe_experts,
-    observe_routers,
-    own_forward,
-    replaced_forward,
-)
+from expertcut.models import hooks
+from expertcut.models.hooks import ExpertCall, Routing
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 CALIBRATION_QUESTIONS = 512
 _RIDGE = 1e-4  # of the mean eigenvalue of E[hhᵀ]
 # By block name and expert id: which experts, and what each gives (D,).
@@ -56,7 +50,8 @@ def collect_routing(
         tensors = {name: getattr(routing, name).cpu()[valid_T] for name in names}
         see(replace(routing, **tensors), is_answer_T[valid_T])
 
-    with observe_routers([block for block in engine.moe.blocks if block.layer in layers], observe):
+    blocks = [block for block in engine.moe.blocks if block.layer in layers]
+    with hooks.observe_routers(blocks, observe):
         ask(engine, quiz, current.append)
 
 
@@ -74,7 +69,7 @@ class Fit:
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Σ hhᵀ, Σ h and number of router inputs, in float64."""
 
     outer_DD: Tensor = field(default_factory=lambda: torch.zeros(()).double())
@@ -82,6 +77,7 @@ class _Moments:
     n_tokens: int = 0
 
     def add(self, h_TD: Tensor) -> None:
+        """Adds the inputs of some tokens."""
         self.outer_DD = self.outer_DD + h_TD.T @ h_TD
         self.total_D = self.total_D + h_TD.sum(dim=0)
         self.n_tokens += len(h_TD)
@@ -104,7 +100,7 @@ def fit_directions(
                 "its gate matrix moves a logit by just a bias: boost and suppress are not "
                 "supported here"
             )
-    moments = {layer: (_Moments(), _Moments()) for layer in layers}  # at answers, and elsewhere
+    moments = {layer: (Moments(), Moments()) for layer in layers}  # at answers, and elsewhere
 
     def add(routing: Routing, is_answer_T: Tensor) -> None:
         h_TD, (answer, elsewhere) = routing.input_TD.double(), moments[routing.layer]
@@ -249,7 +245,7 @@ def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict
             total_D = total_D + output_MD.double().sum(dim=0).cpu()
             sums[block, call.expert] = (total_D, n_tokens + len(output_MD))
 
-    with observe_experts(blocks, add):
+    with hooks.observe_experts(blocks, add):
         ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), current.append)
     means = zero_outputs(removed, int(engine.moe.model.config.get_text_config().hidden_size))
     for (block, expert), (total_D, n_tokens) in sums.items():
@@ -274,7 +270,7 @@ class RemovalTrial:
         # The block's own calls: routers may take another rank than (T, D) and further arguments,
         # experts a projection of the tokens.
         handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
-        with handle, replaced_forward(block.experts, nothing):
+        with handle, hooks.replaced_forward(block.experts, nothing):
             block.module(self.x_TD[None])
         self.route, own_TD = partial(block.router, *calls[0]), given[0]
         n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
@@ -339,7 +335,7 @@ class _Reservoir:
 
 def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
     """Inner products (R, E, E) of all experts' contributions to the block's output, float64."""
-    forward = own_forward(block.experts)
+    forward = hooks.own_forward(block.experts)
     device = next(block.experts.parameters()).device
     rows, n_rows = own_RD.to(device), len(x_RD)
     # A projection follows experts of another width.
@@ -358,7 +354,7 @@ def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
 
 def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
     """The block's output (R, D) float64 for a given output of its experts."""
-    with replaced_forward(block.experts, lambda *_: output_RW):
+    with hooks.replaced_forward(block.experts, lambda *_: output_RW):
         output = block.module(x_RD[None])
     y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from expertcut.edits.layouts import Positions
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
+from expertcut.stats import Array, spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.engine import Engine
 
-Array = np.ndarray[Any, Any]
 Needs = Literal["profile", "weights", "calibration", "nothing"]
 
 
@@ -336,14 +336,8 @@ class Compared:
     """The criteria that a profile alone can compute: scores and ranks (E,) per layer."""
 
     profile: Profile
-    layers: Sequence[LayerStatistics]
-    scores: Mapping[str, list[Array]]
+    scores: Mapping[str, list[Array]]  # "_all" marks second positions
     left_out: Mapping[str, str]  # the other criteria, and why
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Criteria; "_all" marks the second positions of those that have a choice."""
-        return tuple(self.scores)
 
     @cached_property
     def ranks(self) -> dict[str, list[Array]]:
@@ -351,15 +345,13 @@ class Compared:
         return {
             name: [
                 np.argsort(ranked(score_E, layer.alpha_mean_E)) + 1
-                for score_E, layer in zip(by_layer, self.layers, strict=True)
+                for score_E, layer in zip(by_layer, self.profile.layers, strict=True)
             ]
             for name, by_layer in self.scores.items()
         }
 
     def correlations(self, a: str, b: str) -> list[float]:
         """Spearman's rank correlation of two criteria's scores by layer, NaN if one is constant."""
-        from expertcut.stats import spearman  # not needed to know the names
-
         return [spearman(x, y) for x, y in zip(self.scores[a], self.scores[b], strict=True)]
 
     def agreement(self, a: str, b: str) -> float:
@@ -382,7 +374,7 @@ def compare(profile: Profile) -> Compared:
                 by_name[name] = [chosen.of_layer(layer, positions) for layer in layers]
             except ProfileError as error:
                 left_out[name] = str(error).removeprefix(f"{by}: ")
-    return Compared(profile, layers, by_name, left_out)
+    return Compared(profile, by_name, left_out)
 
 
 def ranked(score_E: Array, alpha_mean_E: Array) -> list[int]:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from expertcut.data import Quiz, round_robin
-from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, collect_routing
+from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Moments, collect_routing
 from expertcut.edits.edit_settings import MergeSettings, RouterRow
-from expertcut.edits.plan import BlockEdit, EditPlan, check_count, expert_ids, validate_edits
+from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, registered, replaced_forward
 from expertcut.models.kernels import Own
@@ -22,8 +22,8 @@ from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 Groups = list[list[int]]  # the dominant expert first: most tokens, then the lower id
 _RIDGE = 1e-6  # of the mean eigenvalue of E[hhᵀ]; more lost what lies in small ones (docs/log.md)
 _TIE = 1e-5  # logits that are this close are equal but for rounding
@@ -127,7 +127,6 @@ def merge_edits(
 
     Experts of routing groups merge within them only, to the same number in each.
     """
-    check_count(blocks, n_keep, "stock")
     edits = {}
     for block, measured in zip(blocks, evidence, strict=True):
         size = block.experts // block.groups
@@ -346,8 +345,8 @@ class _RowSums:
         self.has_bias = isinstance(getattr(block.router, "bias", None), Tensor)
         selection_E = block.selection_bias()
         self.selection_E = None if selection_E is None else selection_E.double().cpu()
-        self.n_tokens = 0
-        self.input_D = self.outer_DD = self.rest_G = self.cross_DG = torch.zeros(()).double()
+        self.inputs = Moments()
+        self.rest_G = self.cross_DG = torch.zeros(()).double()
         self.score_G = self.n_chosen_G = torch.zeros(()).double()
 
     def add(self, routing: Routing) -> None:
@@ -355,9 +354,7 @@ class _RowSums:
         target_TG = targets(self.block, routing, self.merged)
         mean = [_mean_logit(logits_TE, shares) for shares in self.merged.values()]
         rest_TG = target_TG - torch.stack(mean, dim=1)
-        self.n_tokens += len(h_TD)
-        self.input_D = self.input_D + h_TD.sum(dim=0)
-        self.outer_DD = self.outer_DD + h_TD.T @ h_TD
+        self.inputs.add(h_TD)
         self.rest_G = self.rest_G + rest_TG.sum(dim=0)
         self.cross_DG = self.cross_DG + h_TD.T @ rest_TG
         if self.selection_E is None:
@@ -380,9 +377,9 @@ class _RowSums:
 
     def rows(self) -> Rows:
         """By ridge regression, with an intercept if the router has a bias."""
-        n = self.n_tokens
-        outer_DD, cross_DG = self.outer_DD / n, self.cross_DG / n
-        mean_D, rest_G = self.input_D / n, self.rest_G / n
+        n = self.inputs.n_tokens
+        outer_DD, cross_DG = self.inputs.outer_DD / n, self.cross_DG / n
+        mean_D, rest_G = self.inputs.total_D / n, self.rest_G / n
         if self.has_bias:
             outer_DD = outer_DD - torch.outer(mean_D, mean_D)
             cross_DG = cross_DG - torch.outer(mean_D, rest_G)

@@ -294,11 +294,7 @@ def _by_layer(records: QuestionOutcomes, name: str) -> Array:
     return np.concatenate([getattr(x, name).astype(np.float64) for x in records.layers])
 
 
-def appearances(records: QuestionOutcomes) -> Array:
-    """Share of questions that activated each expert."""
-    return _by_layer(records, "appearances_E")
-
-
+appearances = partial(_by_layer, name="appearances_E")  # share of questions that activated each
 # The difference is the z of Cochran, Mantel and Haenszel, within subjects: the raw difference is
 # largest where there are few questions.
 SCORES: dict[str, Callable[[QuestionOutcomes], Array]] = {

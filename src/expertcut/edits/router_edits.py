@@ -4,30 +4,20 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from expertcut.edits import reweight_select as select
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
-from expertcut.edits.reweight_select import (
-    Chooser,
-    QuestionOutcomes,
-    SelectedExpert,
-    admission_gap,
-    check_settings,
-    chooser_of,
-    no_default_strength,
-    right,
-    stored_selection,
-)
+from expertcut.edits.reweight_select import Chooser, QuestionOutcomes, SelectedExpert, right
 from expertcut.errors import PlanError, SettingsError
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
-from expertcut.stats import gained_lost, wilson_interval
+from expertcut.stats import Array, gained_lost, wilson_interval
 
-Array = np.ndarray[Any, Any]
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
 
@@ -120,16 +110,17 @@ class Procedure:
         for pick in picks:
             if pick[:2] not in tilted:
                 verb = "boost" if pick.sign > 0 else "suppress"
+                why = select.no_default_strength(*pick, gap(records, pick))
                 raise PlanError(
-                    f"{no_default_strength(*pick, gap(records, pick))}, so there is no default "
-                    f"strength to {verb} it by: give --strength or --tune"
+                    f"{why}, so there is no default strength to {verb} it by: give --strength or "
+                    "--tune"
                 )
 
 
 def gap(records: QuestionOutcomes, pick: SelectedExpert) -> float:
     """The admission gap of a selected expert."""
     layer, block = pick.layer, records.blocks[pick.layer]
-    return admission_gap(
+    return select.admission_gap(
         block,
         records.alpha_NLE[:, layer, : block.experts],
         records.chosen_NLK[:, layer],
@@ -241,18 +232,18 @@ def tilts(profile: Profile, boost: Sequence[str], suppress: Sequence[str]) -> li
         bias, origin = sign * abs(target.strength or 0), "given"
         if target.strength is None:
             origin = "its admission gap"
-            bias = admission_gap(
+            bias = select.admission_gap(
                 profile.info.model.blocks[index],
                 profile.array("alpha_NLE")[:, index, : layer.n_experts],
                 profile.array("chosen_NLK")[:, index],
                 row,
-                stored_selection(profile.info.model, index),
+                select.stored_selection(profile.info.model, index),
             )
             if not math.isfinite(bias) or bias * sign <= 0:
                 option = "--boost" if sign > 0 else "--suppress"
+                why = select.no_default_strength(index, target.expert, sign, bias)
                 raise PlanError(
-                    f"{no_default_strength(index, target.expert, sign, bias)}: give the strength, "
-                    f"as in {option} {index}:{target.expert}=0.5"
+                    f"{why}: give the strength, as in {option} {index}:{target.expert}=0.5"
                 )
         biases.append(RouterEdit(index, row, bias, block=layer.block, origin=origin))
     return biases
@@ -297,11 +288,7 @@ def reweight_draft(
     scaled: Sequence[RouterEdit] = (),
     apply_at: Positions | None = None,
 ) -> EditPlan:
-    """A plan that keeps every expert, with biases and factors; SettingsError without any."""
-    if not biased and not scaled:
-        raise SettingsError(
-            "say which experts to tilt: --boost E, --suppress E or --scale E=factor, E as in 3:12"
-        )
+    """A plan that keeps every expert, with biases and factors."""
     blocks = profile.info.model.blocks
     edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
     words, numbers = ("", "reweight", "by hand"), expert_ids(profile)
@@ -357,14 +344,13 @@ def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) 
 
 def procedure_of(profile: Profile, settings: ReweightSettings) -> Procedure:
     """The way of choosing experts and strengths that the settings say."""
-    check_settings(settings)
     picks = tuple(
         (pick, None if target.strength is None else abs(target.strength))
         for _, pick, target in _targets(profile, settings.boost or [], settings.suppress or [])
     )
     if settings.tune and any(strength for _, strength in picks):
         raise SettingsError("--tune searches for the strength: leave the number out")
-    return Procedure(picks, chooser_of(profile, settings), settings.strength, settings.tune)
+    return Procedure(picks, select.chooser_of(profile, settings), settings.strength, settings.tune)
 
 
 def procedure_name(profile: Profile, settings: ReweightSettings, procedure: Procedure) -> str:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -14,11 +14,11 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, largest_values
+from expertcut.stats import Array
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
-Array = np.ndarray[Any, Any]
 SUPER = "super"
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
 

@@ -6,27 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from expertcut.data import Quiz, Selection, load_quiz, round_robin, without
-from expertcut.data.questions import group_by_subject, hashes_in, replace_questions
-from expertcut.data.sources import (
-    JUDGING,
-    fifth_of,
-    hash_lines,
-    is_held_out,
-    is_one_set,
-    other_split,
-)
+from expertcut.data import Quiz, Selection, load_quiz, round_robin, sources, without
+from expertcut.data.questions import hashes_in, replace_questions
+from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import (
-    ChosenOn,
-    EditPlan,
-    PlanFile,
-    hashes_sha256,
-    load_hashes,
-    model_folder,
-    plan_model,
-    profiled_plan,
-)
+from expertcut.edits.plan import ChosenOn, EditPlan, PlanFile
 from expertcut.errors import PlanError, ProfileError, QuizError
 from expertcut.models.checkpoint_dir import absolute_id
 from expertcut.profiling.schema import quiz_info
@@ -46,15 +30,13 @@ class ScoredSplit(NamedTuple):
     @property
     def title(self) -> str:
         """A heading; questions are held out only if none of them was used."""
-        if self.used == 0:
-            return f"Held-out questions ({self.split})"
-        if self.how:
-            return f"Questions that {self.how} ({self.split})"
-        if self.used is None:
-            return f"Questions that were asked ({self.split})"
-        return (
-            f"Questions ({self.split}), {self.used:,} of {self.questions:,} used to choose or fit"
+        if self.used and not self.how:
+            n_used = f"{self.used:,} of {self.questions:,}"
+            return f"Questions ({self.split}), {n_used} used to choose or fit"
+        how = (
+            f"Questions that {self.how or 'were asked'}" if self.used != 0 else "Held-out questions"
         )
+        return f"{how} ({self.split})"
 
     @property
     def noun(self) -> str:
@@ -89,7 +71,7 @@ def read_scored_split(plan: PlanFile, folder: Path) -> ScoredSplit:
     how = "" if plan.proof.held_out_used == UNUSED else plan.proof.held_out_used
     if lines:
         with suppress(PlanError):
-            return scored_split(lines, load_hashes(folder, plan), split, how)
+            return scored_split(lines, plans.load_hashes(folder, plan), split, how)
     return ScoredSplit(split, len(lines), None, how)
 
 
@@ -122,9 +104,9 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[P
         whole.holds_out = False
         return whole, ""
     quiz = profiled_quiz(profile)
-    if not is_one_set(quiz):
+    if not sources.is_one_set(quiz):
         return profile, ""
-    held = {(q.subject, q.row) for q in quiz if is_held_out(q)}
+    held = {(q.subject, q.row) for q in quiz if sources.is_held_out(q)}
     if not 0 < len(held) < len(quiz):
         raise QuizError(
             f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}: add some, or "
@@ -155,8 +137,8 @@ def questions_for(
     read.
     Raises QuizError: too few questions to hold any out.
     """
-    profiled, earlier = profiled_quiz(profile), profiled_plan(profile)
-    inherited = used | (load_hashes(*earlier) if earlier else frozenset())
+    profiled, earlier = profiled_quiz(profile), plans.profiled_plan(profile)
+    inherited = used | (plans.load_hashes(*earlier) if earlier else frozenset())
 
     def judged_on(quiz: Quiz) -> Quiz:
         unused = without(quiz, inherited)
@@ -167,14 +149,14 @@ def questions_for(
         return Questions(profiled, profiled, held_out, inherited)
     tuning = profiled
     if is_fitting and profiled.split == "test":
-        tuning = other_split(profiled, "val", profiled) or profiled
-    for split in (s for s in JUDGING if s not in (profiled.split, tuning.split)):
-        if (other := other_split(profiled, split, profiled, tuning)) is not None:
+        tuning = sources.other_split(profiled, "val", profiled) or profiled
+    for split in (s for s in sources.JUDGING if s not in (profiled.split, tuning.split)):
+        if (other := sources.other_split(profiled, split, profiled, tuning)) is not None:
             return Questions(profiled, tuning, judged_on(other), inherited)
     if tuning is profiled or not profile.holds_out:
-        return Questions(profiled, tuning, replace_questions(profiled, {}), inherited)
-    held_out = judged_on(fifth_of(tuning))
-    kept = without(tuning, hash_lines(held_out))
+        return Questions(profiled, tuning, replace_questions(profiled, ()), inherited)
+    held_out = judged_on(sources.fifth_of(tuning))
+    kept = without(tuning, sources.hash_lines(held_out))
     if not len(held_out) or not len(kept):
         raise QuizError(
             f"{profiled.id} has too few questions to hold any out: it has {len(tuning)} in split "
@@ -189,8 +171,8 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     fitted = questions.tuning if draft.is_fitting else None
     rules = LAYOUTS[draft.layout]
     is_merging = any(edit.merged for edit in draft.edits.values())
-    model = plan_model(profile.info.model)
-    if (folder := model_folder(profile)) is not None:
+    model = plans.plan_model(profile.info.model)
+    if (folder := plans.model_folder(profile)) is not None:
         model = model.model_copy(update={"id": absolute_id(str(folder), None)})
     return PlanFile(
         model=model,
@@ -208,7 +190,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             questions=len(chosen),
             fitted_split=fitted.split if fitted else None,
             fitted_questions=len(fitted) if fitted else 0,
-            sha256=hashes_sha256(used_hashes(draft, questions)),
+            sha256=plans.hashes_sha256(used_hashes(draft, questions)),
         ),
         tuning=draft.tuning,
         blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
@@ -217,8 +199,8 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
 
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier edit read."""
-    tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
-    chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
+    tuning = sources.hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
+    chosen = tuning if draft.is_tuned else sources.hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
 
 
@@ -228,7 +210,7 @@ def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
         return _whole_quiz(profile)
     quiz, held = _whole_quiz(profile.whole), profile.held_out
     own = [q for q in quiz if ((q.subject, q.row) in held) == is_held_out]
-    return replace_questions(quiz, group_by_subject(own))
+    return replace_questions(quiz, own)
 
 
 @once_per_profile

@@ -3,7 +3,7 @@
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, MoeModel, Source, modelling_code
 
 ADAPTER = "default"
+OnDisk = Callable[[dict[str, Tensor]], dict[str, Tensor]]
 
 
 def adapted(moe: MoeModel, settings: HealSettings) -> Any:
@@ -40,26 +41,12 @@ def adapted(moe: MoeModel, settings: HealSettings) -> Any:
         target_parameters=parameters or None,
     )
     torch.manual_seed(settings.seed)
-    with _without_warning():
+    with without_warning():
         return get_peft_model(moe.model, config, adapter_name=ADAPTER)
 
 
-def load_adapter(moe: MoeModel, folder: Path) -> None:
-    """Adds written adapters to a model."""
-    from peft import PeftModel
-
-    with _without_warning():
-        PeftModel.from_pretrained(moe.model, folder)
-
-
-def load_weights(model: Any, folder: Path) -> None:
-    """Loads written weights into the adapters of a peft model."""
-    with _without_warning():
-        model.load_adapter(str(folder), ADAPTER)
-
-
 # peft uses a deprecated name of transformers.
-_without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
+without_warning = partial(warnings.catch_warnings, action="ignore", category=FutureWarning)
 
 
 def deltas(model: Any) -> Iterator[tuple[str, Any]]:
@@ -126,11 +113,15 @@ def _short(wanted: list[str], known: Collection[str], n_parts: int) -> list[str]
 
 def write_merged(source: Source, model: Any, folder: Path) -> None:
     """Writes the checkpoint with the adapters merged, tensor by tensor in float32, rounded once."""
-    base, added, stored = model.get_base_model(), dict(deltas(model)), source.headers
+    from transformers.core_model_loading import revert_weight_conversion
+
+    added, stored = dict(deltas(model)), source.headers
+    # A parameter under its names on disk; the conversions only slice, transpose and stack.
+    on_disk: OnDisk = partial(revert_weight_conversion, model.get_base_model())
 
     @lru_cache(maxsize=4)  # parameters whose tensors alternate on disk
     def parts(parameter: str) -> dict[str, Tensor]:
-        return _on_disk(base, parameter, added[parameter]())
+        return on_disk({parameter: added[parameter]()})
 
     def plus(parameter: str, name: str, before: Tensor) -> Tensor:
         return (before.float() + parts(parameter)[name]).to(before.dtype)
@@ -138,7 +129,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
     changed: dict[str, Change] = {}
     for parameter, delta in added.items():
         nothing = torch.empty(delta.shape, device="meta")
-        for name, part in _on_disk(base, parameter, nothing).items():
+        for name, part in on_disk({parameter: nothing}).items():
             shape = tuple(part.shape)
             if name not in stored or stored[name].shape != shape:
                 raise ContractError(
@@ -156,14 +147,6 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", content)
-
-
-def _on_disk(base: Any, parameter: str, values: Tensor) -> dict[str, Tensor]:
-    """A parameter under its names on disk; the conversions only slice, transpose and stack."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    on_disk: dict[str, Tensor] = revert_weight_conversion(base, {parameter: values})
-    return on_disk
 
 
 def write_adapter(source: Source, model: Any, folder: Path) -> None:

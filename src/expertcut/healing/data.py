@@ -19,14 +19,7 @@ from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt, round_robin, without
-from expertcut.data.questions import (
-    LETTERS,
-    group_by_subject,
-    hashes_in,
-    normalised,
-    reordered,
-    replace_questions,
-)
+from expertcut.data.questions import LETTERS, hashes_in, normalised, reordered, replace_questions
 from expertcut.data.readers import json_lines
 from expertcut.data.sources import Weighted, hash_lines
 from expertcut.edits.splits import UNUSED
@@ -232,13 +225,9 @@ class TrainingData:
     n_questions: int = 0
     n_texts: int = 0
 
-    def rows(self, n_rows: int) -> Rows:
-        """The first rows to train on."""
-        return Rows(self.parts, n_rows)
-
     def numbered_rows(self, n_rows: int) -> tuple[Rows, list[tuple[int, Row]]]:
         """The first rows to train on, and the held-out rows, numbered behind them."""
-        return self.rows(n_rows), list(enumerate(self.held_out, n_rows))
+        return Rows(self.parts, n_rows), list(enumerate(self.held_out, n_rows))
 
     def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
         """Unused questions of the evaluation split, else all of it, else the held-out questions.
@@ -303,7 +292,7 @@ class _Reader:
             raise _too_little(quiz.id, self.max_tokens)
         if long := _names(q for q in quiz if self.n_tokens[q] > self.max_tokens):
             self.data.dropped.append(Dropped(quiz.id, None, len(quiz), long, self.max_tokens))
-        return replace_questions(quiz, group_by_subject(kept))
+        return replace_questions(quiz, kept)
 
     def shuffled_quiz(self, quiz: Quiz, *, shuffles_choices: bool) -> Shuffled:
         def shuffled(order: random.Random) -> list[Row]:
@@ -367,7 +356,7 @@ def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
     in_texts = chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz))
     free = without(quiz, (question.hash_line for question in in_texts))
     tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
-    held_out = round_robin(replace_questions(quiz, group_by_subject(tenth)), _MAX_HELD_OUT)
+    held_out = round_robin(replace_questions(quiz, tenth), _MAX_HELD_OUT)
     if len(without(quiz, hash_lines(held_out))) == 0 or not len(held_out):
         raise QuizError(f"{quiz.id} has too few questions to hold any out: it has {len(quiz)}")
     return held_out
@@ -407,11 +396,10 @@ def _evaluation_split(name: str, settings: HealSettings, revision: str | None) -
 
 def without_scored(quiz: Quiz, scored: Sequence[Quiz]) -> tuple[Quiz, list[Dropped]]:
     """The quiz without questions whose content is in a scored quiz; at most 5 % may be."""
-    lines = frozenset[str]().union(*map(hash_lines, scored))
-    known = hashes_in(lines)
+    known = hashes_in(question.hash_line for other in scored for question in other)
     names = _names(q for q in quiz if q.is_among(known))
     split = scored[0].split if scored else None
-    return without(quiz, lines), _dropped("questions", quiz.id, split, len(quiz), names)
+    return without(quiz, known), _dropped("questions", quiz.id, split, len(quiz), names)
 
 
 def _names(questions: Iterable[Question]) -> tuple[str, ...]:

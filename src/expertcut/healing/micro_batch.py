@@ -19,7 +19,7 @@ from torch import Tensor
 from expertcut.documents import Record
 from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
-from expertcut.healing.data import TrainingData
+from expertcut.healing.data import Rows, TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
@@ -119,7 +119,7 @@ def choose_micro_batch(
     if settings.micro_batch is not None:
         chosen = MicroBatch(settings.micro_batch, "--micro-batch-size", file)
     else:
-        first = data.rows(min(settings.steps * settings.batch, _LOOKED_AT))
+        first = Rows(data.parts, min(settings.steps * settings.batch, _LOOKED_AT))
         rows = [*data.held_out, *(first[at][1] for at in range(len(first)))]
         needs = estimate_memory(moe, run, projection, max(len(row.ids) for row in rows), settings)
         chosen = MicroBatch(*_chosen(needs, share, moe.device, recorded), file)

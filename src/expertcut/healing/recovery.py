@@ -24,17 +24,18 @@ from expertcut.data.sources import hash_lines
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import ModelError, SettingsError
-from expertcut.healing.adapters import adapted, load_adapter, write_adapter, write_merged
+from expertcut.healing.adapters import adapted, without_warning, write_adapter, write_merged
 from expertcut.healing.data import ScoredQuiz, TrainingData, read_data
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import OBJECTIVES, LiveTeacher, Objective, Teacher
 from expertcut.healing.state import RunIdentity, check_resumable
 from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
 from expertcut.healing.trainer import Curve, Report, Tell, fit
-from expertcut.models.checkpoint_dir import absolute_id, read_config
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.devices import give_back
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.profiling.locks import alone
+from expertcut.profiling.measure import model_info
 from expertcut.scoring.engine import Engine, ask
 from expertcut.stats import HeldOutResult
 
@@ -77,12 +78,6 @@ class Healed:
     change: stats.Comparison | None
 
 
-def default_out(checkpoint: str) -> Path:
-    """`checkpoints/<name>-healed`."""
-    name = Path(checkpoint).resolve().name if Path(checkpoint).is_dir() else checkpoint
-    return Path("checkpoints") / f"{name.split('/')[-1]}-healed"
-
-
 def working_folder(out: Path) -> Path:
     """Sibling of the output that holds the states of an unfinished run."""
     place = out.resolve()
@@ -102,7 +97,14 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     check_writable(out, is_forced=options.is_forced, inputs=(source.path, *files))
     if options.threads:
         torch.set_num_threads(options.threads)
-    objective, base = _objective(source, settings)
+    base = find_source(settings.teacher) if settings.teacher else first_base(source)
+    name = settings.objective or ("answer" if base is None else "distill")
+    objective = OBJECTIVES[name]
+    if objective.needs_teacher and base is None:
+        raise SettingsError(
+            f"--objective {name}: the base model of {source.id} is not available: name it with "
+            "--teacher, or take --objective answer or lm"
+        )
     if base is not None:  # apart, because finding the base reads all its bytes
         check_writable(out, is_forced=options.is_forced, inputs=(base.path,))
     moe = load(source, options.load_as)
@@ -120,19 +122,6 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
             check_resumable(working, RunIdentity.of(moe, base, objective.name, settings, data))
         processes.wait_for_everyone()
         return run.train(out, working)
-
-
-def _objective(source: Source, settings: HealSettings) -> tuple[Objective, Source | None]:
-    """The objective, and the teacher or base model, if one is available."""
-    base = find_source(settings.teacher) if settings.teacher else first_base(source)
-    name = settings.objective or ("answer" if base is None else "distill")
-    objective = OBJECTIVES[name]
-    if objective.needs_teacher and base is None:
-        raise SettingsError(
-            f"--objective {name}: the base model of {source.id} is not available: name it with "
-            "--teacher, or take --objective answer or lm"
-        )
-    return objective, base
 
 
 def first_base(source: Source) -> Source | None:
@@ -180,11 +169,7 @@ def healed_plan(
             blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows)
     layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
     return plans.PlanFile(
-        model=plans.PlanModel(
-            id=absolute_id(source.id, source.revision),
-            revision=source.revision,
-            fingerprint=source.fingerprint,
-        ),
+        model=plans.plan_model(model_info(moe)),
         action=f"heal --objective {objective}",
         criterion="by hand",
         positions="all",
@@ -305,7 +290,10 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             written = source if settings.adapter else Source(str(out), temporary)
             healed = load(written, run.options.load_as)  # as a user loads it
             if settings.adapter:
-                load_adapter(healed, temporary)
+                from peft import PeftModel
+
+                with without_warning():
+                    PeftModel.from_pretrained(healed.model, temporary)
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
             if BASE in before:

@@ -26,7 +26,7 @@ from transformers.trainer_callback import TrainerState
 from expertcut.documents import Record
 from expertcut.errors import OutputError
 from expertcut.evaluation.results import check_same, load_unfinished
-from expertcut.healing.adapters import load_weights
+from expertcut.healing.adapters import ADAPTER, without_warning
 from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.models.load import MoeModel, Source
@@ -66,7 +66,7 @@ def save_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
 def _is_whole(folder: Path) -> bool:
     """Whether the optimizer's state and the adapters can be read."""
     try:
-        _optimizer_numbers(folder)
+        _Numbers.load(folder / STEPS, OutputError, "is damaged")
         json.loads((folder / ADAPTER_CONFIG).read_bytes())
         files = {folder / OPTIMIZER, folder / ADAPTERS, *folder.glob("*.safetensors")}
         return all(load_file(file) for file in files)
@@ -74,13 +74,9 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _optimizer_numbers(folder: Path) -> _Numbers:
-    return _Numbers.load(folder / STEPS, OutputError, "is not a state of an optimizer")
-
-
 def load_optimizer(folder: Path, optimizer: Any, scheduler: Any) -> None:
     """Restores optimizer and schedule."""
-    content = _optimizer_numbers(folder)
+    content = _Numbers.load(folder / STEPS, OutputError, "is not a state of an optimizer")
     state: dict[int, dict[str, Any]] = {}
     for key, tensor in load_file(folder / OPTIMIZER).items():
         parameter, name = key.split(".", 1)
@@ -181,7 +177,8 @@ def load_best(model: Any, folder: Path, best: int) -> None:
             f"{place}, the best state, is damaged or missing: run the same command again to train "
             "the missing steps again"
         )
-    load_weights(model, place)
+    with without_warning():
+        model.load_adapter(str(place), ADAPTER)
 
 
 def _states(folder: Path) -> dict[int, Path]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from pydantic import NonNegativeInt, TypeAdapter, ValidationError
+from pydantic import NonNegativeInt, TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -51,17 +51,14 @@ class CachedTeacher:
                 opened: Any = self.files.enter_context(safe_open(file, framework="pt"))
                 rows = _ROWS.validate_json((opened.metadata() or {}).get("rows", ""))
                 ids, logprob = (opened.get_slice(n).get_shape() for n in ("ids", "logprob"))
-            except (OSError, SafetensorError, ValidationError) as error:
+                end = max((begin + length for begin, length in rows.values()), default=0)
+                if ids != logprob or ids[:1] != [end] or not 1 <= ids[-1] <= key.likeliest:
+                    raise ValueError("its rows are elsewhere")
+            except (OSError, SafetensorError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise OutputError(
                     f"{file} is damaged ({reason}): remove it, and its rows are computed again"
                 ) from None
-            end = max((begin + length for begin, length in rows.values()), default=0)
-            if ids != logprob or ids[:1] != [end] or not 1 <= ids[-1] <= key.likeliest:
-                raise OutputError(
-                    f"{file} is damaged (its rows are elsewhere): remove it, and they are computed "
-                    "again"
-                )
             self.places |= {name: (opened, *place) for name, place in rows.items()}
 
     def __call__(self, batch: Batch, at_BS: Tensor) -> objectives.TopLogprobs:

@@ -7,15 +7,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from expertcut.errors import ProfileError
+from expertcut.profiling import significance
 from expertcut.profiling.schema import NO_CHOICE, BlockInfo
-from expertcut.profiling.significance import (
-    PERMUTATIONS,
-    Significance,
-    SubjectCounts,
-    count_by_subject,
-    significance,
-    subjects_json,
-)
+from expertcut.profiling.significance import PERMUTATIONS, Significance, SubjectCounts
 from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.stats import Array, logprob_shift, wilson
@@ -188,13 +182,14 @@ def find(profile: Profile, permutations: int = PERMUTATIONS, seed: int = 0) -> F
         margin(block, alpha_NLE[:, layer, : block.experts], chosen_NLK[:, layer].astype(np.int64))
         for layer, block in enumerate(profile.info.model.blocks)
     ]
-    counts = count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
+    counts = significance.count_by_subject(profile.subjects(), is_correct_N, is_activated_NX)
+    tested = significance.significance(counts, is_correct_N, is_activated_NX, permutations, seed)
     return Findings(
         profile=profile,
         layers=layers,
         margins=margins,
         counts=counts,
-        significance=significance(counts, is_correct_N, is_activated_NX, permutations, seed),
+        significance=tested,
         places=[(layer.layer, e) for layer in layers for e in range(layer.n_experts)],
         perturbations=[
             {"kind": kind, **_compared(profile, other, margins)}
@@ -226,23 +221,23 @@ def findings_json(findings: Findings) -> dict[str, Any]:
         "p_family": tested.p_family,
         "suspects": suspects_json(findings),
         "perturbations": findings.perturbations,
-        "subjects": subjects_json(findings.counts, findings.layers),
+        "subjects": significance.subjects_json(findings.counts, findings.layers),
     }
 
 
 def layers_json(findings: Findings) -> list[dict[str, Any]]:
     """The numbers of every layer with its margins, and of every expert with its tests."""
-    rows = evidence_rows(findings)
+    rows = _expert_rows(findings)
     return [
         layer_json(layer)
         | margin_json(margin)
-        | {"expert": [expert_json(layer, e) | next(rows) for e in range(layer.n_experts)]}
+        | {"expert": [next(rows) for _ in range(layer.n_experts)]}
         for layer, margin in zip(findings.layers, findings.margins, strict=True)
     ]
 
 
-def evidence_rows(findings: Findings) -> Iterator[dict[str, Any]]:
-    """Intervals and tests of each expert of all layers in order, None if undefined."""
+def _expert_rows(findings: Findings) -> Iterator[dict[str, Any]]:
+    """Numbers, intervals and tests of each expert of all layers in order, None if undefined."""
     tested = findings.significance
     tests = {"difference": tested.difference_X, "difference_se": tested.se_X}
     tests |= {name: getattr(tested, f"{name}_X") for name in ("z", "p", "p_adjusted", "p_family")}
@@ -253,18 +248,18 @@ def evidence_rows(findings: Findings) -> Iterator[dict[str, Any]]:
             "weighted_accuracy_ci95": wilson(layer.weighted_accuracy_E, layer.n_effective_E),
         }
         for e in range(layer.n_experts):
-            yield {
-                name: None if np.isnan(low_E[e]) else [float(low_E[e]), float(high_E[e])]
-                for name, (low_E, high_E) in intervals.items()
-            } | {name: or_none(value_X[x]) for name, value_X in tests.items()}
+            yield (
+                expert_json(layer, e)
+                | {
+                    name: None if np.isnan(low_E[e]) else [float(low_E[e]), float(high_E[e])]
+                    for name, (low_E, high_E) in intervals.items()
+                }
+                | {name: or_none(value_X[x]) for name, value_X in tests.items()}
+            )
             x += 1
 
 
 def suspects_json(findings: Findings) -> list[dict[str, Any]]:
     """Every tested expert with z < 0, the lowest first."""
-    rows = list(evidence_rows(findings))
-    suspects = [(findings.places[x], rows[x]) for x in findings.significance.suspects]
-    return [
-        {"layer": layer, **expert_json(findings.layers[layer], expert), **row}
-        for (layer, expert), row in suspects
-    ]
+    rows, places = list(_expert_rows(findings)), findings.places
+    return [{"layer": places[x][0], **rows[x]} for x in findings.significance.suspects]

@@ -88,7 +88,7 @@ class Measurement:
         work = chunks_of_work(self.info, self.quiz)
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
-        with SharedFolder(folder, self.info) as shared:
+        with SharedFolder(folder, self.info).opened() as shared:
             tally.was_there = {name for name in work if shared.is_done(name)}
             for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
                 if is_to_measure:

@@ -20,7 +20,7 @@ from expertcut.profiling.storage import Arrays
 from expertcut.scoring.engine import advice
 from expertcut.scoring.packing import Pass
 
-PARTS = ("prefix", "question")
+PARTS = ("prefix", "question", "calibration")  # the last: questions that are not held out
 INPUT = "input_shift"  # only if experts have the width of the block's input
 RESIDUAL = "residual_shift"  # only if the residual stream is known
 # Defined in docs/formats.md.
@@ -95,7 +95,7 @@ class Recorder:
         self.answers_N: Tensor | None = step.answers_N.to(device)
         self.question_T = step.question_T.to(device)
         self.is_prefix = step.is_prefix
-        self.tokens.begin(PARTS.index("prefix" if step.is_prefix else "question"))
+        self.tokens.begin(0 if step.is_prefix else 1)
         self._mark_calibration()
         self.valid_T = None if step.valid_T is None else step.valid_T.to(device)
         self.gaps = self.gap_N, self.prefix_gap
@@ -124,15 +124,14 @@ class Recorder:
         self._mark_calibration()
 
     def _mark_calibration(self) -> None:
-        """Marks the tokens of questions that are not held out."""
         if self.in_calibration_N is not None and not self.is_prefix:
             self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
 
     def _added(self) -> list[Tensor]:
-        gaps, sums = [self.gap_N, self.unread_gap_N], self.tokens
+        gaps = [self.gap_N, self.unread_gap_N]
         if self.stats != "all":
             return gaps if self.stats == "answer" else []
-        return [sums.sums, sums.largest, sums.calibration, sums.calibration_largest, *gaps]
+        return [self.tokens.sums, self.tokens.largest, *gaps]
 
     def _route(self, routing: hooks.Routing) -> None:
         if not len(routing.logits_TE):
@@ -165,23 +164,23 @@ class Recorder:
             return {}
         names = ("alpha_NLE", "chosen_NLK", "weight_NLK", "gap_N", "prefix_gap")
         kept: dict[str, Tensor] = {name: getattr(self, name) for name in names}
-        tokens, left_out, parts = self.tokens, set(), []
+        tokens, left_out, n_parts = self.tokens, set(), 0
         if self.stats == "all":
             kept["unread_gap_N"] = self.unread_gap_N
             kept["unread_prefix_gap"] = self.unread_prefix_gap
-            parts = [*zip(PARTS, tokens.sums.unbind(1), tokens.largest, strict=True)]
+            n_parts = 2
         if self.in_calibration_N is not None:
-            parts.append(("calibration", tokens.calibration, tokens.calibration_largest))
             kept["calibration_N"] = self.in_calibration_N.to(torch.uint8)
+            n_parts = 3
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
             left_out |= {INPUT, RESIDUAL}
-        for part, sums, largest in parts:
-            for name, sum_LE in zip(NAMES, sums, strict=True):
+        for i, part in enumerate(PARTS[:n_parts]):
+            for name, sum_LE in zip(NAMES, tokens.sums[:, i], strict=True):
                 if name not in left_out:
                     kept[f"{part}_{name}_LE"] = sum_LE
-            kept[f"{part}_largest_LE"] = largest
+            kept[f"{part}_largest_LE"] = tokens.largest[i]
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
 
@@ -215,7 +214,7 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
 
 
 class TokenSums:
-    """Sums over tokens and the largest value of each expert, separate for shared prefix and rest.
+    """Sums over tokens and the largest value of each expert, for each of `PARTS`.
 
     Sums without a known residual stream stay 0.
     """
@@ -225,13 +224,10 @@ class TokenSums:
         self.blocks = blocks
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
-        # Over the questions' own tokens, but for the questions that are held out.
-        self.calibration = torch.zeros_like(self.sums[:, 0])
-        self.calibration_largest = torch.zeros_like(self.largest[0])
         self.is_in_width = True  # False once experts have another width than the block's input
 
     def begin(self, part: int) -> None:
-        """Starts a pass of a part, an index of `PARTS`."""
+        """Starts a pass of the shared prefix (0) or of the questions (1)."""
         self.part = part
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
         # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
@@ -271,7 +267,7 @@ class TokenSums:
         if self.in_calibration_T is not None:
             output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
             if len(output_MD):
-                largest_E = self.calibration_largest[call.layer]
+                largest_E = self.largest[2, call.layer]
                 largest = output_MD.abs().amax().to(largest_E)
                 largest_E[call.expert] = largest_E[call.expert].maximum(largest)
 
@@ -318,4 +314,4 @@ class TokenSums:
         if self.in_calibration_T is not None:
             counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]
             amount_E = amount_TE[counts_T.to(amount_TE.device)].sum(dim=0)
-            self.calibration[NAMES.index(name), layer] += amount_E
+            self.sums[NAMES.index(name), 2, layer] += amount_E

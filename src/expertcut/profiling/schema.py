@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Literal, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -12,8 +12,8 @@ from pydantic import Field, model_validator
 from expertcut.data import Quiz, Truncate
 from expertcut.data.questions import LETTERS
 from expertcut.documents import Format1, Identified, Record
+from expertcut.stats import Array
 
-Array = np.ndarray[Any, Any]
 Stats = Literal["none", "answer", "all"]
 NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256

@@ -16,8 +16,9 @@ from expertcut.data import Quiz, Truncate
 from expertcut.data.sources import is_held_out
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
-from expertcut.profiling.schema import NO_CHOICE, Array, ProfileInfo, arrays_faults
+from expertcut.profiling.schema import NO_CHOICE, ProfileInfo, arrays_faults
 from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
+from expertcut.stats import Array
 
 Arrays = dict[str, Array]
 

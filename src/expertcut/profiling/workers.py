@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -16,7 +16,7 @@ from expertcut import __version__
 from expertcut.data import Question, Quiz
 from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
-from expertcut.profiling.locks import CLAIMS, POLL_S, Claims, Timing
+from expertcut.profiling.locks import CLAIMS, POLL_S, Claims
 from expertcut.profiling.schema import CHUNK_QUESTIONS, ProfileInfo, Settings
 from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, load_profile, write_chunk
 
@@ -102,25 +102,22 @@ class Tally:
 
 
 class SharedFolder:
-    """A profile folder that this and other processes fill, each in its context."""
+    """A profile folder that this and other processes fill, each while it has it `opened`."""
 
-    def __init__(self, path: Path, info: ProfileInfo, timing: Timing | None = None) -> None:
+    def __init__(self, path: Path, info: ProfileInfo) -> None:
         self.path = path
         self.info = info
-        self.claims = Claims(path / CLAIMS, timing)
+        self.claims = Claims(path / CLAIMS)
         self.hashes = {name: info.chunk_hash(name, subject) for name, subject, _ in info.chunks()}
         self._stats: dict[str, tuple[int, ...]] = {}  # of the files that were checked
         self._done: set[str] = set()
 
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self.claims)
+    @contextmanager
+    def opened(self) -> Iterator[Self]:
+        """Creates or checks the profile; claims are kept alive in the context."""
+        with self.claims:
             self._open()
-            stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.claims.__exit__(None, None, None)
+            yield self
 
     def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[tuple[str, bool]]:
         """Every chunk once as (name, False) when finished; before, (name, True) to measure it here.
@@ -240,8 +237,7 @@ def _describe(info: ProfileInfo) -> str:
 
 
 def _run(elapsed_s: float, measured: int, others: int) -> bytes:
-    """The content of `run.json`; durations are by a monotonic clock."""
-    finished = time.time()
+    finished = time.time()  # durations are by a monotonic clock
     run = {
         "started": finished - elapsed_s,
         "finished": finished,

@@ -112,7 +112,7 @@ def outcome_lines(
     lines, sentences = [labelled("size", f"{size}; {parameters}")], proof_sentences(built)
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
-    answered, scored_on = built.answered, built.scored_on
+    answered, scored_on = built.proof.answered, built.scored_on
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"

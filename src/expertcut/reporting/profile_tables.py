@@ -275,14 +275,14 @@ def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
 def criteria_tables(compared: Compared) -> list[Table]:
     """How far criteria agree, and the ranks that they give in the first and the last layer."""
     agreement: list[list[Cell]] = [
-        [name, *[or_none(compared.agreement(name, other)) for other in compared.names]]
-        for name in compared.names
+        [name, *[or_none(compared.agreement(name, other)) for other in compared.scores]]
+        for name in compared.scores
     ]
-    n_layers = len(compared.layers)
+    n_layers = len(compared.profile.layers)
     note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
     if left_out := "; ".join(f"{name}: {reason}" for name, reason in compared.left_out.items()):
         note += f" Left out: {left_out}."
-    heads = (Column("criterion"), *[Column(name, ".2f") for name in compared.names])
+    heads = (Column("criterion"), *[Column(name, ".2f") for name in compared.scores])
     return [
         Table("How far criteria agree", heads, agreement, note),
         *[_criteria_ranks(compared, layer) for layer in dict.fromkeys((0, n_layers - 1))],
@@ -292,7 +292,7 @@ def criteria_tables(compared: Compared) -> list[Table]:
 
 def criteria_csv(compared: Compared) -> Table:
     """One row for each expert of each layer: score and rank by each criterion."""
-    heads = [Column(f"{name}_{what}") for name in compared.names for what in ("score", "rank")]
+    heads = [Column(f"{name}_{what}") for name in compared.scores for what in ("score", "rank")]
     rows = [
         [layer, expert, *chain(*zip(scores.values(), ranks.values(), strict=True))]
         for layer, expert, scores, ranks in _expert_scores(compared)
@@ -304,12 +304,12 @@ def criteria_json(compared: Compared) -> dict[str, Any]:
     """Scores, ranks and rank correlations of all layers, and what could not be answered."""
     layers: list[dict[str, Any]] = [
         {"layer": x.layer, "block": x.block, "super_experts": list(own), "expert": []}
-        for x, own in zip(compared.layers, _supers(compared), strict=True)
+        for x, own in zip(compared.profile.layers, _supers(compared), strict=True)
     ]
     for layer, expert, scores, ranks in _expert_scores(compared):
         layers[layer]["expert"].append({"expert": expert, "scores": scores, "ranks": ranks})
     return {
-        "criteria": list(compared.names),
+        "criteria": list(compared.scores),
         "left_out": dict(compared.left_out),
         "spearman": [
             {
@@ -317,7 +317,7 @@ def criteria_json(compared: Compared) -> dict[str, Any]:
                 "mean": or_none(compared.agreement(a, b)),
                 "layers": [or_none(value) for value in compared.correlations(a, b)],
             }
-            for a, b in combinations(compared.names, 2)
+            for a, b in combinations(compared.scores, 2)
         ],
         "layers": layers,
     }
@@ -327,25 +327,25 @@ def _expert_scores(
     compared: Compared,
 ) -> Iterator[tuple[int, int, dict[str, float | None], dict[str, int]]]:
     """Layer, expert, scores and ranks by criterion; a score that is undefined is None."""
-    for layer in compared.layers:
-        scores = {name: compared.scores[name][layer.layer] for name in compared.names}
-        ranks = {name: compared.ranks[name][layer.layer] for name in compared.names}
+    for layer in compared.profile.layers:
+        scores = {name: compared.scores[name][layer.layer] for name in compared.scores}
+        ranks = {name: compared.ranks[name][layer.layer] for name in compared.scores}
         for e in range(layer.n_experts):
             own = {name: or_none(score_E[e]) for name, score_E in scores.items()}
             yield layer.layer, e, own, {name: int(rank_E[e]) for name, rank_E in ranks.items()}
 
 
 def _criteria_ranks(compared: Compared, index: int) -> Table:
-    layer, supers = compared.layers[index], _supers(compared)[index]
+    layer, supers = compared.profile.layers[index], _supers(compared)[index]
     rows: list[list[Cell]] = []
-    for expert in np.argsort(compared.ranks[compared.names[0]][index]):  # the best first
-        ranks = [int(compared.ranks[name][index][expert]) for name in compared.names]
+    for expert in np.argsort(next(iter(compared.ranks.values()))[index]):  # the best first
+        ranks = [int(compared.ranks[name][index][expert]) for name in compared.scores]
         rows.append([int(expert), *ranks, "super" if expert in supers else ""])
-    heads = tuple(map(Column, ("expert", *compared.names, "protected")))
+    heads = tuple(map(Column, ("expert", *compared.scores, "protected")))
     title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
     return Table(title, heads, rows, _FROM_0)
 
 
 def _supers(compared: Compared) -> list[tuple[int, ...]]:
-    is_known = compared.layers[0].over_tokens is not None
-    return super_experts(compared.profile) if is_known else [()] * len(compared.layers)
+    is_known = compared.profile.layers[0].over_tokens is not None
+    return super_experts(compared.profile) if is_known else [()] * len(compared.profile.layers)
