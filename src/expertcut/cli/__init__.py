@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from shutil import get_terminal_size
 from typing import Annotated
 
 import typer
@@ -30,7 +31,7 @@ from expertcut.commands import (
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
-from expertcut.reporting.tables import printable
+from expertcut.reporting.tables import printable, wrapped
 from expertcut.settings import Settings
 
 _INTERRUPTED = 130
@@ -44,7 +45,10 @@ _MAX_LINE = 1000  # characters; a name in a file may have millions
 app = typer.Typer(
     cls=PanelGroup,
     help="Find the experts of a MoE language model that matter for a quiz, edit and evaluate them.",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "terminal_width": min(get_terminal_size().columns, 80) - 2,
+    },
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -119,7 +123,10 @@ def _stop(text: str, status: int, *, is_printed: bool = True) -> None:
     if is_printed:
         text = without_secrets(text)
         text = text if len(text) <= _MAX_LINE else f"{text[:_MAX_LINE]}…"
-        print(f"expertcut: {printable(text)}", file=sys.stderr)
+        line = f"expertcut: {printable(text)}"
+        if sys.stderr.isatty():
+            line = wrapped(line, get_terminal_size().columns)
+        print(line, file=sys.stderr)
     raise SystemExit(status)
 
 

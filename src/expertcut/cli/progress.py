@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
+from itertools import accumulate, compress
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType, ModuleType
@@ -159,8 +160,9 @@ class Bars:
             from tqdm import tqdm
 
             self.close({self.kept} if self.kept else set())
+            n_most = get_terminal_size().columns // 2 if self.terminal else len(what)
             self.bars[what] = tqdm(
-                desc=what,
+                desc=what if len(what) <= n_most else f"{what[: n_most - 1]}…",
                 initial=int(done),
                 unit="B" if unit == "B" else f" {unit}",
                 unit_scale=unit == "B",
@@ -172,7 +174,12 @@ class Bars:
                 mininterval=0.1 if self.terminal else 1e9,
             )
         bar, speed = self.bars[what], "{rate_fmt}" if pace is None else pace
-        amount = f"{{n_fmt}}/{{total_fmt}}{{unit}}, {{remaining}} left, {speed}"
+        parts = ("{n_fmt}/{total_fmt}", "{unit}", ", {remaining} left", f", {speed}")
+        # As many parts as surely fit beside a bar: tqdm cuts them anywhere.
+        room = get_terminal_size().columns - len(bar.desc) - 9 if self.terminal else 1000
+        sizes = (2 * len(f"{total:.0f}") + 1, len(bar.unit), 12, len(pace or "rate") + 12)
+        fits = [size <= room for size in accumulate(sizes)]
+        amount = "".join(compress(parts, fits))
         drawn = "" if self.terminal is None else "|{bar}| "
         bar.bar_format = f"{{desc}} {drawn}{amount}" if total else "{desc} {elapsed}"
         bar.total = total or None

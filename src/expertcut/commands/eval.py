@@ -57,9 +57,13 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
         scored += [step for step in done if isinstance(step, Scored)]
     if not ui.is_first:
         return None
+    written = f"{settings.out}{', which replaces an earlier one' if settings.out.exists() else ''}"
     results = save(scoring, scored, settings.out, settings.lm_eval_json)
     margin, table = settings.margin / 100, results_table(results, settings.margin / 100)
     settings.say(ui, [table])
     facts = [("quiz", table.note), *result_facts(results, margin)]
-    ui.end(facts, settings.out, ["report", str(settings.out)])
+    following = [["report", str(settings.out)]]
+    edited = [source for source in sources if (source.path / "plan.json").is_file()]
+    following += [["publish", str(s.path), "OWNER/NAME", "--dry-run"] for s in edited[-1:]]
+    ui.end(facts, written, *following)
     return results

@@ -72,7 +72,7 @@ def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
         text += " over all tokens" if draft.positions == "all" else " at answer positions"
     if n_idle := sum(len(numbers.kept(name, ids)) for name, ids in pruning.fillers.items()):
         is_any = (draft.criterion, draft.positions) == ("activations", "all")
-        text += f"; {n_idle:,} of them were never chosen{'' if is_any else ' to answer'}"
+        text += f"; {n_idle:,} of those were never chosen{'' if is_any else ' to answer'}"
     spared = [
         f"{layer}:{expert}"
         for layer, name in enumerate(draft.edits)

@@ -33,7 +33,8 @@ def plan_table(plan: PlanFile) -> Table:
         joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
-    note = f"Chosen on {chosen_text(plan.chosen_on)}; model {plan.model.label}."
+    by = f" by {plan.criterion}" if plan.criterion else ""
+    note = f"Chosen{by} on {chosen_text(plan.chosen_on)}; model {plan.model.label}."
     return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
 
 
