@@ -105,7 +105,9 @@ def outputs(world: str, root: Path) -> dict[str, str]:
     """What each command prints, in turn."""
     half = WORLDS[world](root)
     (root / "recipe.yaml").write_text(json.dumps(RECIPE))
-    return {line: printed(root, line.format(half=half)) for line in LINES}
+    # Cross-fitting is the longest, and ends alike on every model.
+    lines = [line for line in LINES if world == "large" or "tuned" not in line]
+    return {line: printed(root, line.format(half=half)) for line in lines}
 
 
 def ending(text: str) -> str:

@@ -149,7 +149,6 @@ def test_an_expert_activated_once_has_the_accuracy_of_that_question(
 EDGES: dict[str, tuple[dict[str, int], int]] = {  # what the model is, and how many may stay
     "all experts are chosen": ({"num_experts": 2}, 2),
     "one expert is chosen": ({"num_experts_per_tok": 1}, 2),
-    "one layer": ({"num_hidden_layers": 1}, 4),
     "one expert of two in one layer": (
         {"num_hidden_layers": 1, "num_experts": 2, "num_experts_per_tok": 1},
         2,

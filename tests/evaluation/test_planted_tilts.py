@@ -66,6 +66,7 @@ def test_a_saboteur_is_found_and_suppressed(healthy: CachedScorer):
     assert repaired - harmed > 0.8 * (whole - harmed)
 
 
+@pytest.mark.slow  # the saboteur, suppressed by the same search, is always tried
 def test_a_starved_expert_is_fed(tmp_path: Path):
     quiz, moe = write_turned_quiz(tmp_path), open_model(BUNDLED)
     pupil = learn(moe, lesson(moe, drawn(120, seed=0)), epochs=100, seed=0)
@@ -92,10 +93,10 @@ def test_a_starved_expert_is_fed(tmp_path: Path):
 def test_shuffled_answers_of_a_healthy_model_are_no_evidence(healthy: CachedScorer):
     chooser = Chooser(suppress_worst=1, layers=(LAST,))
     procedure, verdicts = Procedure(chooser=chooser, is_tuned=True), Counter[str]()
-    for seed in range(40):
+    for seed in range(15):
         answer_N = np.random.default_rng(seed).permutation(healthy.records.answer_N)
         records = replace(healthy.records, answer_N=answer_N)
         # One draw could never let it say "helps": as if no random expert ever did as well.
         found = cross_fit(records, procedure, healthy.ask, draws=1, seed=seed).cross_fitted
         verdicts[verdict(found, p_random=0)] += 1
-    assert verdicts["no evidence"] >= 36, verdicts
+    assert verdicts["no evidence"] >= 14, verdicts

@@ -199,8 +199,11 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
         "eval", stock, "checkpoints/cut-healed", "--quiz", quiz_folder, "--shots", 1
     )
     assert "chosen on val, none of these questions" in " ".join(evaluated.split())
-    ends = ["written   results.json", "next      expertcut report results.json"]
-    assert evaluated.splitlines()[-2:] == ends
+    assert evaluated.splitlines()[-3:] == [
+        "written   results.json",
+        "next      expertcut report results.json",
+        "          expertcut publish checkpoints/cut-healed OWNER/NAME --dry-run",
+    ]
     again = expertcut("heal", stock, "--quiz", quiz_folder, *short, status=2)
     assert "checkpoints/cut-healed is not empty" in again
     adapter = ("--adapter", "--objective", "lm", "--out", "lora")

@@ -131,7 +131,6 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(
         ("optimizer.json", lambda content: b'{"groups": 1}'),
         ("optimizer.safetensors", lambda content: content[:-9]),
         ("adapter_model.safetensors", lambda content: b""),
-        ("random-0.safetensors", lambda content: content[:40]),
         ("trainer_state.json", lambda content: b"[]"),
     ],
 )

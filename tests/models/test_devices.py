@@ -107,7 +107,7 @@ def profiled(path: Path, quiz: Quiz, out: Path, options: LoadOptions) -> Measure
     return measurement
 
 
-@pytest.mark.parametrize("family", ["olmoe", "mixtral", "deepseek_v3", "gpt_oss", "jamba"])
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jamba"])
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_weights_that_wait_on_disk_give_the_bytes_of_a_model_in_memory(
     family: str, share: float, checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path

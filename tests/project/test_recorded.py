@@ -65,6 +65,7 @@ def differing(old: bytes, new: bytes, path: str, folder: Path) -> recorded.Compa
     return compare(*map(read_set, sets))
 
 
+@pytest.mark.slow
 def test_two_recordings_of_one_version_are_equal(twice: list[Path]) -> None:
     found = compare(*map(read_set, twice))
     assert found.is_equal and not found.differ_in_flags

@@ -509,7 +509,7 @@ def test_a_plan_is_shown_block_by_block():
         ["model.layers.0.mlp", "7", "0–3, 7, 9–10", "–", "–"],
         ["model.layers.1.mlp", "1", "5", "5: -0.2500", "5: ×1.5000"],
     ]
-    assert table.note == "Chosen on 14,042 test questions of birds; model tiny."
+    assert table.note == "Chosen by activations on 14,042 test questions of birds; model tiny."
     chosen = ChosenOn(
         quiz="birds",
         split="test",

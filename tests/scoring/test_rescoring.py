@@ -17,7 +17,7 @@ from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.router_bias import ApplyAt, Tilts, tilted
-from tests.conftest import open_model
+from tests.conftest import PADDED_FAMILIES, STORAGE_FORMS, open_model
 
 
 @pytest.fixture
@@ -33,9 +33,11 @@ def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[RouterEdit, ...], at: App
         return ask(Engine(moe, 2048), quiz, begin).numpy()
 
 
+@pytest.mark.parametrize("family", (*STORAGE_FORMS, *PADDED_FAMILIES, "deepseek_v3", "qwen2_moe"))
 def test_a_run_that_starts_at_the_first_tilt_has_the_bits_of_a_whole_one(
-    tiny_moe: MoeModel, quiz: Quiz
+    checkpoint: Callable[..., Path], quiz: Quiz, family: str
 ) -> None:
+    tiny_moe = open_model(checkpoint(family))
     rescorer = CachedScorer(Engine(tiny_moe, 2048), quiz)
     assert rescorer.replay.starts, "nothing would be tested"
     assert np.array_equal(rescorer.records.logprob_NC, ask(Engine(tiny_moe, 2048), quiz).numpy())
