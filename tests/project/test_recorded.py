@@ -24,30 +24,32 @@ PART = [f"--only={WORLD}/{out}" for out in ("profile/all", "plan/reap")]
 MADE_WITH = {"python": "3", "folder": "/work"}
 
 
-# In a process of its own, for forks; one for both sets, as the imports take longest.
-TWICE = """
+# In a process of its own, for forks.
+WRITE = """
 import sys
 from tests.recorded import main
-old, new, *options = sys.argv[1:]
-raise SystemExit(main(["write", old, *options]) or main(["write", new, *options]))
+raise SystemExit(main(["write", *sys.argv[1:]]))
 """
 
 
-@pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The same small part, recorded twice."""
-    folder = tmp_path_factory.mktemp("recorded")
-    words = map(str, (folder / "old", folder / "new", f"--work={folder / 'work'}", *PART))
-    line = [sys.executable, "-c", TWICE, *words]
+def record(folder: Path) -> Path:
+    """A small part, recorded into `folder`."""
+    words = map(str, (folder, f"--work={folder.parent / 'work'}", *PART))
+    line = [sys.executable, "-c", WRITE, *words]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not (folder / "work").exists()
-    return [folder / "old", folder / "new"]
+    assert not (folder.parent / "work").exists()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record(tmp_path_factory.mktemp("recorded") / "old")
 
 
 @pytest.fixture
-def copies(twice: list[Path], tmp_path: Path) -> list[Path]:
-    return [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in twice]
+def copies(once: Path, tmp_path: Path) -> list[Path]:
+    return [Path(shutil.copytree(once, tmp_path / name)) for name in ("old", "new")]
 
 
 def small_set(folder: Path, files: dict[str, bytes]) -> Path:
@@ -66,7 +68,8 @@ def differing(old: bytes, new: bytes, path: str, folder: Path) -> recorded.Compa
 
 
 @pytest.mark.slow
-def test_two_recordings_of_one_version_are_equal(twice: list[Path]) -> None:
+def test_two_recordings_of_one_version_are_equal(once: Path) -> None:
+    twice = [once, record(once.with_name("new"))]
     found = compare(*map(read_set, twice))
     assert found.is_equal and not found.differ_in_flags
     assert found.n_files > 15 and found.size_bytes > 100_000
@@ -123,14 +126,14 @@ def test_a_file_too_few_or_too_many_is_found(copies: list[Path]) -> None:
 
 
 def test_a_set_that_is_not_whole_is_refused(
-    twice: list[Path], capsys: pytest.CaptureFixture[str]
+    copies: list[Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert recorded.main(["compare", *map(str, twice)]) == 2
+    assert recorded.main(["compare", *map(str, copies)]) == 2
     said = capsys.readouterr().err
     assert "not whole" in said and f"{WORLD}/stock/*/plan.json" in said
     assert f"{WORLD}/plan/*/plan.json" not in said and len(said.splitlines()) == 1
-    assert recorded.main(["compare", *map(str, twice), f"--only={WORLD}/*"]) == 0
-    assert recorded.main(["compare", *map(str, twice), "--only=nothing/*"]) == 2
+    assert recorded.main(["compare", *map(str, copies), f"--only={WORLD}/*"]) == 0
+    assert recorded.main(["compare", *map(str, copies), "--only=nothing/*"]) == 2
 
 
 def test_every_kind_that_must_be_there_is_what_a_command_writes() -> None:

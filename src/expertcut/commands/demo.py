@@ -48,7 +48,7 @@ class DemoSettings(Settings):
 def run(settings: DemoSettings, ui: UI = SILENT) -> Path:
     """Copies the bundled files unless the folder has them, and runs every step there."""
     folder = settings.out
-    if not (folder / BUNDLED[-1]).is_file():
+    if not (folder / BUNDLED[-1]).is_file() or (folder / "pyproject.toml").exists():  # a clone
         _copy(folder)
     ui.say([], [f"{folder} has a model of 4 layers × 32 experts, its quiz and a recipe"])
     following = [f"expertcut {words}" for _, words in STEPS]
