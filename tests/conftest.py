@@ -117,6 +117,8 @@ DENSE_FIRST: dict[str, dict[str, object]] = {
 # fused without.
 FROZEN = [0]  # numbers of modules
 STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
+# These, those with recurrent layers, with latent attention, and with a shared expert.
+DIFFERENT = (*STORAGE_FORMS, *PADDED_FAMILIES, "deepseek_v3", "qwen2_moe")
 
 
 def pytest_configure() -> None:
@@ -246,6 +248,12 @@ def expertcut(
 @pytest.fixture(params=FAMILIES)
 def tiny_moe(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> MoeModel:
     """A fresh tiny model of each family."""
+    return open_model(checkpoint(request.param))
+
+
+@pytest.fixture(params=DIFFERENT)
+def different_moe(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> MoeModel:
+    """A fresh tiny model of each family that differs in form."""
     return open_model(checkpoint(request.param))
 
 

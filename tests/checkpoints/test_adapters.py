@@ -19,7 +19,7 @@ from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
 from expertcut.errors import ExpertcutError
 from expertcut.models.load import find_source
-from tests.conftest import FAMILIES, Commands, open_model
+from tests.conftest import DIFFERENT, Commands, open_model
 from tests.support.adapters import (
     EXPERTS,
     N_EXPERTS,
@@ -81,7 +81,7 @@ def check_the_law(folder: Path, out: Path, edits: dict[str, BlockEdit], layout: 
     assert (logits(opened(both)) - wanted).abs().max() > 1  # and so does the cut
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", DIFFERENT)
 def test_base_and_adapter_cut_together_are_the_cut_base_with_the_cut_adapter(
     made: Make, tmp_path: Path, family: str
 ) -> None:

@@ -88,10 +88,10 @@ def test_groups_hold_each_token_of_a_pack_once_with_few_fillings() -> None:
         assert int(is_own_MS.sum()) * 2 > is_own_MS.numel()
 
 
-def test_split_attention_equals_the_masked_one(tiny_moe: MoeModel, quiz: Quiz) -> None:
-    chunk = encoded(tiny_moe, quiz)
-    family = tiny_moe.model.config.model_type
-    engine = Engine(tiny_moe, batch_tokens=200)
+def test_split_attention_equals_the_masked_one(different_moe: MoeModel, quiz: Quiz) -> None:
+    chunk = encoded(different_moe, quiz)
+    family = different_moe.model.config.model_type
+    engine = Engine(different_moe, batch_tokens=200)
     engine.check(chunk)
     assert (engine.attention == "split") == (family != "gpt_oss")  # which has no sdpa
     if family in PADDED_FAMILIES or family == "gpt_oss":
@@ -167,20 +167,22 @@ def test_where_split_attention_is_wrong_a_mask_is_taken(
 
 
 def test_the_last_block_runs_for_answers_alone_and_the_rest_changes_no_bit(
-    tiny_moe: MoeModel, quiz: Quiz
+    different_moe: MoeModel, quiz: Quiz
 ) -> None:
-    chunk = encoded(tiny_moe, quiz)
-    engine = Engine(tiny_moe, batch_tokens=3 * chunk.longest)
+    chunk = encoded(different_moe, quiz)
+    engine = Engine(different_moe, batch_tokens=3 * chunk.longest)
     rows: list[tuple[int, int]] = []
     with observe_routers(
-        tiny_moe.blocks, lambda seen: rows.append((seen.layer, len(seen.logits_TE)))
+        different_moe.blocks, lambda seen: rows.append((seen.layer, len(seen.logits_TE)))
     ):
         answers_NC = engine.score(chunk, watch=PassObserver())
-        of_answers = [n for layer, n in rows if layer == len(tiny_moe.blocks) - 1]
+        of_answers = [n for layer, n in rows if layer == len(different_moe.blocks) - 1]
         rows.clear()
         all_NC = engine.score(chunk, watch=PassObserver(keeps_all=True))
     assert sum(of_answers) == len(chunk)
-    by_layer = [sum(n for at, n in rows if at == layer) for layer in (0, len(tiny_moe.blocks) - 1)]
+    by_layer = [
+        sum(n for at, n in rows if at == layer) for layer in (0, len(different_moe.blocks) - 1)
+    ]
     assert by_layer[0] == by_layer[1] > 2 * len(chunk)
     assert torch.equal(all_NC, answers_NC)
     assert (engine.score(chunk) - answers_NC).abs().max() < 1e-5

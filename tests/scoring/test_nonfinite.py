@@ -138,8 +138,8 @@ def test_the_first_layer_that_gives_none_is_named(
     assert not any("forward" in vars(module) for module in moe.model.modules())
 
 
-def test_every_family_says_where(tiny_moe: MoeModel, quiz: Quiz) -> None:
-    engine, block = Engine(tiny_moe, 500), tiny_moe.blocks[-1]
+def test_every_family_says_where(different_moe: MoeModel, quiz: Quiz) -> None:
+    engine, block = Engine(different_moe, 500), different_moe.blocks[-1]
     assert ask(engine, quiz).isfinite().all()
     for name, parameter in block.experts.named_parameters():
         if "down" in name or name.startswith("w2"):
