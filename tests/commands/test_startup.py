@@ -46,24 +46,6 @@ def test_help_and_bad_arguments_need_no_heavy_library(words: list[str], status: 
     assert lines[-1] == "LOADED"
 
 
-def test_models_are_run_without_what_only_compiling_needs() -> None:
-    code = """
-import sys
-from expertcut.cli.progress import TerminalUI, _Compiler
-TerminalUI().quiet()
-import expertcut.evaluation.evaluate
-print(sorted({"sympy", "scipy.optimize", "torch._dynamo.config"} & {*sys.modules}))
-sys.modules["wave"] = _Compiler("wave")
-import wave
-print(wave.disable(len) is len, "open" in dir(wave), wave.open.__module__, sys.modules["wave"])
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert done[0] == "[]"
-    assert done[1].startswith("True False wave <module 'wave' from ")  # imported when needed
-
-
 @pytest.fixture
 def offered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -137,7 +137,9 @@ def test_what_is_not_shown_to_help_is_written_only_if_forced(profile: Profile, r
     assert words.endswith("the proof is in proof next      expertcut show proof")
     run(*asked, "--out", "forced", "--force-write", "--plan-only")
     assert Path("forced/proof.json").read_bytes() == Path("proof/proof.json").read_bytes()
-    assert Path("forced/plan.json").is_file()
+    before = Path("forced/plan.json").read_bytes()
+    assert "; forced stays as it was" in run(*asked, "--out", "forced", "--force")
+    assert Path("forced/plan.json").read_bytes() == before
 
 
 def test_contrasts_are_of_right_and_wrong_and_of_subjects(profile: Profile, run: Run) -> None:

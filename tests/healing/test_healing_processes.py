@@ -12,6 +12,18 @@ import pytest
 from tests.support.healed_models import Stop, cut, healed, settings_for, stopped_after
 
 
+def test_the_command_heals_in_a_process_of_its_own(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
+) -> None:
+    """With what the command itself imports, and no test before it."""
+    folder, out = cut(checkpoint("olmoe"), quiz_folder, tmp_path), tmp_path / "out"
+    asked = ["--quiz", quiz_folder, "--shots", 1, "--rank", 2, "--steps", 1, "--batch", 2]
+    line = [sys.executable, "-m", "expertcut", "heal", folder, *asked, "--no-verify", "--out", out]
+    done = subprocess.run([*map(str, line)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((out / "healing.json").read_text())["losses"]) == 1
+
+
 @pytest.mark.slow  # profiling under torchrun is always tried
 def test_torchrun_trains_one_model_with_the_losses_of_one_process(
     checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path

@@ -13,13 +13,13 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
 from itertools import accumulate, compress
 from pathlib import Path
 from shutil import get_terminal_size
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from expertcut.commands import UI, OnPart, Watched
@@ -241,50 +241,17 @@ class Line:
         self.bars.advance(self.what, self.done, self.total, "questions", pace)
 
 
-class _Compiler(ModuleType):
-    """Stands for `torch._dynamo` until more than its decorators is needed, then imports that."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") and name != "__path__":
-            raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-        return getattr(import_module(self.__name__), name)
-
-    @staticmethod
-    def disable(function: Any = None, *_: object, **__: object) -> Any:
-        """The function, or the decorator, as in eager mode."""
-        return _Compiler.disable if function is None else function
-
-    allow_in_graph = assume_constant_result = disable
-
-
 def _import_transformers() -> None:
-    """Imports transformers without torch's compiler, DTensor and scipy, which it does not need.
-
-    Its decorators and losses import them, with sympy, and the garbage collector walks all objects
-    again and again: 1.9 of 3.3 s of processor time.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1 or "torch._dynamo" in sys.modules:
+    """Imports transformers while no garbage is collected: that would walk all objects each time."""
+    if "transformers.modeling_utils" in sys.modules:
         return
     gc.disable()
-    import torch
-    from transformers import utils
-
-    compiler: Any = _Compiler("torch._dynamo")
-    sys.modules["torch._dynamo"] = torch._dynamo = compiler
-    with ExitStack() as stack, suppress(ImportError, AttributeError):  # of other versions
-        stack.callback(gc.enable)
-        stack.callback(gc.freeze)
-        for owner in (utils, utils.import_utils):
-            for name in ("is_torch_distributed_available", "is_scipy_available"):
-                stack.callback(setattr, owner, name, getattr(owner, name))
-                setattr(owner, name, lambda: False)
-        # One submodule is imported, which needs no other.
-        compiler.__path__ = [str(Path(torch.__file__).with_name("_dynamo"))]
-        stack.callback(delattr, compiler, "__path__")
+    try:
         for name in ("generation.utils", "modeling_utils", "integrations.moe"):
             import_module(f"transformers.{name}")
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 class TerminalUI(UI):

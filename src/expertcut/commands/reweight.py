@@ -9,6 +9,7 @@ from expertcut.commands import SILENT, UI, CheckpointSettings, Files, output_opt
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.plan import PLAN_FILE
 from expertcut.reporting.tables import labelled
 
 if TYPE_CHECKING:
@@ -117,6 +118,9 @@ def write(
         if edit.draft is not None:
             force = "--force --force-write" if options.beside else "--force-write"
             why = f"no checkpoint, for this is not shown to help: {force} writes it"
+        if edit.draft is not None and (folder / PLAN_FILE).is_file():
+            ui.end(facts, f"{why}; {folder} stays as it was")  # --force replaces by a whole one
+            return None
         if options.beside:
             write_plan(profile, None, folder, options)
             why += f"; the proof is in {folder}" if proof else ""

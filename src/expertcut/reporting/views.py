@@ -238,13 +238,13 @@ def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
     from expertcut.checkpoints.size import stored_size
     from expertcut.models.load import Source
 
-    sizes: list[tuple[int, int]] = []
-    with suppress(ModelError, OSError):
-        for place in (folder, Path(plan.model.id)):
-            sizes.append(stored_size(Source(str(place), place)))
+    after = before = None
+    with suppress(ModelError, OSError):  # the base may lie elsewhere
+        after = stored_size(Source(str(folder), folder))
+        before = stored_size(Source(plan.model.id, Path(plan.model.id)))
     proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
     built = Built(folder, plan, [], proof, scored_on=scored_on)
-    return edit_tables.outcome_lines(built, [*sizes, None][1], sizes[0], margin) if sizes else []
+    return [] if after is None else edit_tables.outcome_lines(built, before, after, margin)
 
 
 def _results(path: Path, margin: float) -> Shown:
@@ -291,7 +291,8 @@ def _stage(folder: Path, record: Any) -> list[Cell]:
     gone = [f"{name} is gone" for name in names if not os.path.exists(folder / name)]  # noqa: PTH110
     parts = Counter("/".join(n.split("/")[: 1 + n.startswith("variants/")]) for n in names)
     wrote = ", ".join(f"{part} ({n} files)" if n > 1 else part for part, n in parts.items())
-    return [[*gone, "done"][0], elapsed_s if isinstance(elapsed_s, float) else None, wrote]
+    state = gone[0] if gone else "done"
+    return [state, elapsed_s if isinstance(elapsed_s, float) else None, wrote]
 
 
 def _sweep(path: Path, margin: float) -> Shown:
