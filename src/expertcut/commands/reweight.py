@@ -9,7 +9,6 @@ from expertcut.commands import SILENT, UI, CheckpointSettings, Files, output_opt
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
-from expertcut.edits.plan import PLAN_FILE
 from expertcut.reporting.tables import labelled
 
 if TYPE_CHECKING:
@@ -105,6 +104,7 @@ def write(
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_plan
+    from expertcut.edits.plan import PLAN_FILE
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
