@@ -23,9 +23,6 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import open_model
 
-# They score one model again and again: counting lines takes as long as that.
-pytestmark = pytest.mark.no_cover
-
 N_VAL, N_TEST = 20, 15  # questions of each of 11 subjects, without shots
 
 

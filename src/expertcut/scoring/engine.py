@@ -168,21 +168,27 @@ class Engine:
             logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
-        """Checks the gates, and takes mode single if four questions score otherwise together."""
-        few = encoded.part(slice(CHECKED_QUESTIONS))
-        way = self.way(few)
+        """Checks the gates, and takes mode single if a question scores otherwise among others.
+
+        Of four it is the shortest, behind the longest: it would see tokens of that one, or pads.
+        """
+        n_few = min(CHECKED_QUESTIONS, len(encoded))
+        by_length = sorted(range(n_few), key=lambda q: len(encoded.prompts[q]))
+        few = encoded.part(dict.fromkeys([by_length[-1], *by_length]))
+        asked, way = min(1, n_few - 1), self.way(few)
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
-            alone = few.part(slice(1)) if way == "single" else few
-            one_by_one_NC = self._score(self._run(alone, "single", PassObserver(), False))
+            alone = self._run(few.part([asked]), "single", PassObserver(), False)
+            alone_1C = self._score(alone)
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            together_NC = self._score(self._run(few, way, PassObserver(), True))
-            difference = float((together_NC - one_by_one_NC).nan_to_num(0).abs().max())
+            among_NC = self._score(self._run(few, way, PassObserver(), True))
+            of_it_C = among_NC[asked, : alone_1C.shape[1]]
+            difference = float((of_it_C - alone_1C[0]).nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
-            off = f"off by {difference:.2g} on {len(few)} questions (at most {tolerance:g} allowed)"
+            off = f"off by {difference:.2g} among {len(few)} questions (allowed: {tolerance:g})"
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
@@ -233,7 +239,7 @@ class Engine:
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
             bad = int(is_bad_N.int().argmax())
-            alone, watch = encoded.part(slice(bad, bad + 1)), PassObserver(begin=run.watch.begin)
+            alone, watch = encoded.part([bad]), PassObserver(begin=run.watch.begin)
             with _watching(self.moe) as seen:
                 list(self._run(alone, "single", watch, False).passes())
             raise _not_finite(self.moe, encoded.names[bad], seen)

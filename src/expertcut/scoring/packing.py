@@ -1,8 +1,8 @@
 """Turns a chunk of questions into forward passes: token ids, shared prefix and packs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from expertcut.data import Question, prompt
 from expertcut.data.questions import LETTERS
 from expertcut.errors import ModelError
 from expertcut.models.validate import file_of, token_ids
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,15 @@ class Encoded:
         """Number of truncated prompts."""
         return sum(n > 0 for n in self.cut_N)
 
-    def part(self, at: slice) -> "Encoded":
-        """Some of its questions."""
-        return Encoded(self.prompts[at], self.choice_ids[at], self.names[at], self.cut_N[at])
+    def part(self, questions: Iterable[int]) -> "Encoded":
+        """Some of its questions, in this order."""
+        at = tuple(questions)
+
+        def pick(field: tuple[T, ...]) -> tuple[T, ...]:
+            return tuple(field[q] for q in at) if field else ()
+
+        names, cut_N = pick(self.names), pick(self.cut_N)
+        return Encoded(pick(self.prompts), pick(self.choice_ids), names, cut_N)
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
