@@ -41,8 +41,6 @@ from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ign
 
 logger = logging.getLogger(__name__)
 
-CHECKED_QUESTIONS = 4
-
 
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """The context length as lm-evaluation-harness reads it; None if unknown."""
@@ -168,27 +166,26 @@ class Engine:
             logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
-        """Checks the gates, and takes mode single if a question scores otherwise among others.
+        """Checks the gates, and takes mode single if a question scores otherwise beside another.
 
-        Of four it is the shortest, behind the longest: it would see tokens of that one, or pads.
+        The shortest is asked behind the longest: it would see tokens of that one, or pads.
         """
-        n_few = min(CHECKED_QUESTIONS, len(encoded))
-        by_length = sorted(range(n_few), key=lambda q: len(encoded.prompts[q]))
-        few = encoded.part(dict.fromkeys([by_length[-1], *by_length]))
-        asked, way = min(1, n_few - 1), self.way(few)
+        by_length = sorted(range(len(encoded)), key=lambda q: len(encoded.prompts[q]))
+        few = encoded.part(dict.fromkeys([by_length[-1], by_length[0]]))
+        way = self.way(few)
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
-            alone = self._run(few.part([asked]), "single", PassObserver(), False)
+            alone = self._run(few.part([len(few) - 1]), "single", PassObserver(), False)
             alone_1C = self._score(alone)
         if way == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            among_NC = self._score(self._run(few, way, PassObserver(), True))
-            of_it_C = among_NC[asked, : alone_1C.shape[1]]
-            difference = float((of_it_C - alone_1C[0]).nan_to_num(0).abs().max())
+            last_C = self._score(self._run(few, way, PassObserver(), True))[-1]
+            difference_1C = last_C[: alone_1C.shape[1]] - alone_1C
+            difference = float(difference_1C.nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
-            off = f"off by {difference:.2g} among {len(few)} questions (allowed: {tolerance:g})"
+            off = f"off by {difference:.2g} (at most {tolerance:g} allowed)"
             if self.attention == "masked" or way != "packed":
                 break
             self.attention = "masked"
