@@ -118,7 +118,7 @@ def test_cut_prompts_are_scored_and_counted_as_if_each_ran_alone(short: Path, qu
     together, alone = Engine(open_model(short), 700), Engine(open_model(short), 700)
     alone.is_trusted = False
     for encoded in together.encode_all(quiz):
-        assert together.way(encoded) == "packed"
+        assert together.mode(encoded) == "packed"
         difference_NC = together.score(encoded) - alone.score(encoded)
         assert difference_NC.abs().max() < TOLERANCE
 

@@ -1036,7 +1036,7 @@ def test_a_direction_is_fitted_on_every_token_of_a_model(
         ]
         n_prefix = Encoded(tuple(map(tuple, prompts)), ()).shared_prefix()
         assert n_prefix > 50 and len(set(map(len, prompts))) > 1
-        assert engine.way(Encoded(tuple(map(tuple, prompts)), ())) == way
+        assert engine.mode(Encoded(tuple(map(tuple, prompts)), ())) == way
         for i, ids in enumerate(prompts):
             heard.clear()
             with torch.no_grad():

@@ -46,7 +46,7 @@ def test_each_family_takes_its_way_and_equals_one_prompt_at_a_time(
     engine = Engine(tiny_moe, batch_tokens=3 * chunk.longest if is_padded else 200)
     engine.check(chunk)
     assert engine.is_trusted
-    assert engine.way(chunk) == ("padded" if is_padded else "packed")
+    assert engine.mode(chunk) == ("padded" if is_padded else "packed")
     together_NC, plain_NC = engine.score(chunk), one_by_one(tiny_moe, chunk)
     assert (together_NC - plain_NC).abs().max() < 1e-5
     assert plain_NC.std(dim=0).min() > 0.01  # else any answer would do
@@ -59,7 +59,7 @@ def test_a_sliding_window_pads_and_equals_one_prompt_at_a_time(
     chunk = encoded(moe, quiz_folder)
     assert len({len(ids) for ids in chunk.prompts}) > 1  # else nothing would be padded
     engine = Engine(moe, batch_tokens=3 * chunk.longest)
-    assert engine.way(chunk) == "padded"
+    assert engine.mode(chunk) == "padded"
     assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 1e-5
 
 
@@ -68,10 +68,10 @@ def test_a_window_wider_than_the_prompts_packs(checkpoint: Checkpoints, quiz_fol
     moe = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=2000))
     chunk = encoded(moe, quiz_folder)
     engine = Engine(moe, batch_tokens=300)
-    assert engine.way(chunk) == "packed"
+    assert engine.mode(chunk) == "packed"
     assert (engine.score(chunk) - one_by_one(moe, chunk)).abs().max() < 1e-5
     narrow = open_model(checkpoint("gpt_oss", layer_types=types, sliding_window=20))
-    assert Engine(narrow, 300).way(chunk) == "padded"
+    assert Engine(narrow, 300).mode(chunk) == "padded"
 
 
 def test_a_rope_that_depends_on_length_goes_one_by_one(
@@ -82,7 +82,7 @@ def test_a_rope_that_depends_on_length_goes_one_by_one(
     chunk = encoded(moe, quiz_folder)
     assert chunk.longest > 64  # else the frequencies would never change
     engine = Engine(moe, batch_tokens=300)
-    assert engine.way(chunk) == "single"
+    assert engine.mode(chunk) == "single"
     alone = []
     for i in range(len(chunk)):  # a fresh model for each prompt has no memory of longer ones
         fresh = open_model(checkpoint("olmoe", rope_parameters=rope, max_position_embeddings=64))
@@ -104,7 +104,7 @@ def test_a_model_that_packs_wrongly_is_scored_one_by_one(
     engine.check(chunk)
     handle.remove()
     assert not engine.is_trusted
-    assert engine.way(chunk) == "single"
+    assert engine.mode(chunk) == "single"
     assert "one prompt at a time" in caplog.text
 
 

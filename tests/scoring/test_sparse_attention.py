@@ -35,7 +35,7 @@ def test_prompts_beyond_the_index_are_asked_one_by_one(
     lengths = {}
     for subject, questions in quiz.questions.items():
         encoded = encode(moe.tokenizer, questions, ())
-        lengths[subject] = encoded.longest, engine.way(encoded)
+        lengths[subject] = encoded.longest, engine.mode(encoded)
         found_NC = engine.score(encoded)
         engine.is_trusted = False
         assert torch.allclose(found_NC, engine.score(encoded), atol=1e-5)

@@ -95,7 +95,7 @@ def test_a_bias_acts_where_it_should_in_packs_too(
     subject, questions = next(iter(quiz.questions.items()))
     encoded = encode(moe.tokenizer, questions, quiz.shots_by_subject[subject])
     engine = Engine(moe, 1000)
-    assert engine.way(encoded) == "packed"
+    assert engine.mode(encoded) == "packed"
     before = engine.score(encoded)
     with tilted(moe.blocks, Tilts(vector(2.0), {}, apply_at)) as begin:
         found = engine.score(encoded, begin)

@@ -116,7 +116,7 @@ class CachedScorer:
 
     def _n_tokens(self, chunk: Encoded) -> int:
         n_all = sum(map(len, chunk.prompts))
-        is_shared = self.engine.way(chunk) == "packed"
+        is_shared = self.engine.mode(chunk) == "packed"
         return n_all - (len(chunk) - 1) * chunk.shared_prefix() if is_shared else n_all
 
     def _first_run(self) -> Arrays:

@@ -166,35 +166,36 @@ class Engine:
             logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
-        """Checks the gates, and takes mode single if a question scores otherwise beside another.
+        """Checks the gates, and falls back to mode single if batching changes a score.
 
-        The shortest is asked behind the longest: it would see tokens of that one, or pads.
+        The shortest prompt is scored alone and in a batch behind the longest: a faulty mask would
+        show it that one's tokens, or pads.
         """
         by_length = sorted(range(len(encoded)), key=lambda q: len(encoded.prompts[q]))
         few = encoded.part(dict.fromkeys([by_length[-1], by_length[0]]))
-        way = self.way(few)
+        mode = self.mode(few)
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
-            alone = self._run(few.part([len(few) - 1]), "single", PassObserver(), False)
+            alone = self._run(few.part([len(few) - 1]), "single", PassObserver(), may_trim=False)
             alone_1C = self._score(alone)
-        if way == "single":
+        if mode == "single":
             return
         tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
         while True:
-            last_C = self._score(self._run(few, way, PassObserver(), True))[-1]
+            last_C = self._score(self._run(few, mode, PassObserver(), may_trim=True))[-1]
             difference_1C = last_C[: alone_1C.shape[1]] - alone_1C
             difference = float(difference_1C.nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
             off = f"off by {difference:.2g} (at most {tolerance:g} allowed)"
-            if self.attention == "masked" or way != "packed":
+            if self.attention == "masked" or mode != "packed":
                 break
             self.attention = "masked"
             # Only slower, so no warning: rounding in half precision can cause it.
             logger.info("attention in two parts is %s: using a mask instead, which is slower", off)
         self.is_trusted = False
-        logger.warning("%s scoring is %s: scoring one prompt at a time instead", way, off)
+        logger.warning("%s scoring is %s: scoring one prompt at a time instead", mode, off)
 
-    def way(self, encoded: Encoded) -> ScoringMode:
+    def mode(self, encoded: Encoded) -> ScoringMode:
         """The mode of a chunk: a function of chunk and model alone."""
         config, longest = self.moe.model.config, encoded.longest
         return passes.scoring_mode(config, longest) if self.is_trusted else "single"
@@ -204,14 +205,18 @@ class Engine:
     ) -> Tensor:
         """Log p of each choice (N, C) float32; −inf behind the last choice of a question.
 
-        `on_pass` is called before each forward pass; a `watch` sees more of it.
+        `on_pass` is called before each forward pass. A `watch` instead sees more of it, and which
+        rows of the last block count: only then may that block run on the answers alone.
         """
         observer = watch or PassObserver(begin=on_pass)
-        return self._score(self._run(encoded, self.way(encoded), observer, watch is not None))
+        mode, may_trim = self.mode(encoded), watch is not None
+        return self._score(self._run(encoded, mode, observer, may_trim=may_trim))
 
-    def _run(self, encoded: Encoded, way: ScoringMode, watch: PassObserver, trims: bool) -> Run:
-        last_layer = self.last_layer if trims and way != "single" else None
-        return Run(self.moe, encoded, watch, way, self.batch_tokens, self.attention, last_layer)
+    def _run(
+        self, encoded: Encoded, mode: ScoringMode, watch: PassObserver, *, may_trim: bool
+    ) -> Run:
+        last_layer = self.last_layer if may_trim and mode != "single" else None
+        return Run(self.moe, encoded, watch, mode, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
     def _score(self, run: Run) -> Tensor:
@@ -238,7 +243,7 @@ class Engine:
             bad = int(is_bad_N.int().argmax())
             alone, watch = encoded.part([bad]), PassObserver(begin=run.watch.begin)
             with _watching(self.moe) as seen:
-                list(self._run(alone, "single", watch, False).passes())
+                list(self._run(alone, "single", watch, may_trim=False).passes())
             raise _not_finite(self.moe, encoded.names[bad], seen)
         return logprob_NC.cpu()
 

@@ -140,13 +140,13 @@ class Run:
     moe: MoeModel
     encoded: Encoded
     watch: PassObserver
-    way: ScoringMode
+    mode: ScoringMode
     batch_tokens: int
     attention: Attention
     last_layer: int | None
 
     def __post_init__(self) -> None:
-        is_shared = self.way == "packed"
+        is_shared = self.mode == "packed"
         self.n_prefix = self.encoded.shared_prefix() if is_shared else 0
         self.splits = is_shared and self.attention == "split"
         self.prefix: Prefix = {}
@@ -155,8 +155,8 @@ class Run:
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass with questions and its logits (N, V)."""
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
-        budget = 0 if self.way == "single" else self.batch_tokens
-        todo = list(cut_packs(lengths, budget, is_padded=self.way != "packed"))
+        budget = 0 if self.mode == "single" else self.batch_tokens
+        todo = list(cut_packs(lengths, budget, is_padded=self.mode != "packed"))
         if self.n_prefix:
             todo.insert(0, ())
         while todo:
@@ -175,9 +175,9 @@ class Run:
     def _pass(self, questions: Sequence[int]) -> Pass:
         if not questions:
             return packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
-        if self.way == "packed":
+        if self.mode == "packed":
             return packed_pass(self.encoded, questions, self.n_prefix, is_masked=not self.splits)
-        if self.way == "single":  # a dynamic RoPE remembers the longest prompt
+        if self.mode == "single":  # a dynamic RoPE remembers the longest prompt
             for module in self.moe.model.modules():
                 if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
                     module.inv_freq = module.original_inv_freq
