@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from expertcut.checkpoints import shards
+from expertcut.checkpoints.output_dir import atomic_dir
 from expertcut.checkpoints.shards import Rewrite, lay_out, total_bytes, write_checkpoint
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ModelError, OutputError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MoeModel
-from expertcut.models.safetensors_index import StoredTensor, read_headers, read_stored
+from expertcut.models.safetensors_index import StoredTensor, read_stored
 from expertcut.models.validate import EXPERT_COUNT_FIELDS
 from tests.conftest import FAMILIES, STORAGE_FORMS, open_model
 from tests.support.loaded_stock import apply_stock
@@ -117,7 +118,8 @@ def test_a_streamed_stock_export_equals_the_one_through_the_model_bit_by_bit(
     source = stored_as(family)
     moe = open_model(source, dtype="stored")
     edits, fitted = edits_of(moe, kind)
-    write_checkpoint(source, tmp_path / "out", stock_rewrite(read_headers(source), edits, fitted))
+    stored = read_stored(source)
+    write_checkpoint(stored, tmp_path / "out", stock_rewrite(stored.tensors, edits, fitted))
     apply_stock(moe, edits, fitted)
     moe.model.save_pretrained(tmp_path / "wanted")
     assert_same(weights(tmp_path / "out"), wanted := weights(tmp_path / "wanted"))
@@ -139,9 +141,9 @@ def test_many_files_in_and_out_hold_the_same_tensors_as_one(
     source = stored_as(family, shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 2
     moe = open_model(source, dtype="stored")
-    rewrite = stock_rewrite(read_headers(source), *edits_of(moe, ALL_AT_ONCE))
-    write_checkpoint(source, tmp_path / "one", rewrite)
-    write_checkpoint(source, tmp_path / "many", rewrite, max_shard_bytes=20_000)
+    rewrite = stock_rewrite(read_stored(source).tensors, *edits_of(moe, ALL_AT_ONCE))
+    write_checkpoint(read_stored(source), tmp_path / "one", rewrite)
+    write_checkpoint(read_stored(source), tmp_path / "many", rewrite, max_shard_bytes=20_000)
     one, many = weights(tmp_path / "one"), weights(tmp_path / "many")
     assert_same(many, one)
     assert [f.name for f in (tmp_path / "one").iterdir()] == ["model.safetensors"]
@@ -157,15 +159,15 @@ def test_many_files_in_and_out_hold_the_same_tensors_as_one(
             assert opened.metadata() == {"format": "pt"}
         assert names == {n for n, f in index["weight_map"].items() if f == file.name}
         assert file.stat().st_size <= 20_000 or len(names) == 1
-    assert read_headers(tmp_path / "many").keys() == one.keys()
+    assert read_stored(tmp_path / "many").tensors.keys() == one.keys()
     config_of(source, tmp_path / "many", len(KEEP))
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "many", output_loading_info=True)
     assert not any(info.values())
 
 
 def test_what_is_not_touched_keeps_its_bytes_and_its_order(olmoe: Path, tmp_path: Path) -> None:
-    write_checkpoint(olmoe, tmp_path / "out", Rewrite())
-    assert list(read_headers(tmp_path / "out")) == list(read_headers(olmoe))
+    write_checkpoint(read_stored(olmoe), tmp_path / "out", Rewrite())
+    assert list(read_stored(tmp_path / "out").tensors) == list(read_stored(olmoe).tensors)
     assert_same(weights(tmp_path / "out"), weights(olmoe))
     mask = os.umask(0o022)
     os.umask(mask)
@@ -184,7 +186,8 @@ def test_a_header_is_laid_out_as_safetensors_itself_lays_it_out(
     (tmp_path / "in").mkdir()
     shutil.copy(olmoe / "config.json", tmp_path / "in")
     save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"by": "näme"})
-    write_checkpoint(tmp_path / "in", tmp_path / "out", Rewrite(added={"d": torch.ones(2)}))
+    stored = read_stored(tmp_path / "in")
+    write_checkpoint(stored, tmp_path / "out", Rewrite(added={"d": torch.ones(2)}))
     content = (tmp_path / "out" / "model.safetensors").read_bytes()
     n = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + n])
@@ -199,13 +202,13 @@ def test_removed_experts_are_never_read(
 ) -> None:
     moves = {name: getattr(shards, name) for name in ("copy_ranges", "read_ranges")}
     for source in (olmoe, checkpoint("gpt_oss")):
-        headers = read_headers(source)
+        headers = read_stored(source).tensors
         edits, fitted = edits_of(open_model(checkpoint(read_config(source)["model_type"])), "cut")
         rewrite = stock_rewrite(headers, edits, fitted)
         read: dict[str, set[int]] = {tensor.file.name: set() for tensor in headers.values()}
         for name, move in moves.items():
             monkeypatch.setattr(shards, name, recorded(move, read))
-        write_checkpoint(source, tmp_path / source.name, rewrite)
+        write_checkpoint(read_stored(source), tmp_path / source.name, rewrite)
         blocks, _ = match_blocks(headers, edits)
         unread = 0
         for name, edit in edits.items():
@@ -266,7 +269,7 @@ def test_bytes_arrive_whichever_way_the_system_can_copy(
     if not has_sendfile:
         monkeypatch.delattr(os, "sendfile")
     monkeypatch.setattr(shards, "_BUFFER_BYTES", 1000)
-    write_checkpoint(olmoe, tmp_path / "out", Rewrite())
+    write_checkpoint(read_stored(olmoe), tmp_path / "out", Rewrite())
     assert_same(weights(tmp_path / "out"), weights(olmoe))
 
 
@@ -274,8 +277,9 @@ def test_a_copy_that_fails_for_good_is_not_tried_another_way(
     olmoe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "copy_file_range", fails_with(errno.ENOSPC))
-    with pytest.raises(OutputError, match="out cannot be written: No space left on device"):
-        write_checkpoint(olmoe, tmp_path / "out", Rewrite())
+    match = "out cannot be written: No space left on device"
+    with pytest.raises(OutputError, match=match), atomic_dir(tmp_path / "out") as folder:
+        write_checkpoint(read_stored(olmoe), folder, Rewrite())
 
 
 def test_too_little_space_is_found_before_the_first_byte(
@@ -283,16 +287,16 @@ def test_too_little_space_is_found_before_the_first_byte(
 ) -> None:
     rewrite = Rewrite(removed={"lm_head.weight"})
     for limit in (10**9, 40_000):
-        write_checkpoint(olmoe, tmp_path / str(limit), rewrite, limit)
+        write_checkpoint(read_stored(olmoe), tmp_path / str(limit), rewrite, limit)
         needed = total_bytes(lay_out(read_stored(olmoe), rewrite, limit))
         assert needed == sum(f.stat().st_size for f in (tmp_path / str(limit)).iterdir())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed - 1))
     with pytest.raises(OutputError, match=f"needs {needed:,} bytes but {needed - 1:,} are free"):
-        write_checkpoint(olmoe, tmp_path / "a" / "b", rewrite, 40_000)
+        write_checkpoint(read_stored(olmoe), tmp_path / "a" / "b", rewrite, 40_000)
     assert not (tmp_path / "a").exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed))
-    write_checkpoint(olmoe, tmp_path / "a" / "b", rewrite, 40_000)
+    write_checkpoint(read_stored(olmoe), tmp_path / "a" / "b", rewrite, 40_000)
 
 
 def test_a_source_that_shrinks_while_it_is_read_is_told(olmoe: Path, tmp_path: Path) -> None:
@@ -300,4 +304,4 @@ def test_a_source_that_shrinks_while_it_is_read_is_told(olmoe: Path, tmp_path: P
     last = max(olmoe.glob("*.safetensors"))
     os.truncate(last, last.stat().st_size - 1)
     with pytest.raises(ModelError, match="became shorter"):
-        write_checkpoint(olmoe, tmp_path / "out", Rewrite(), stored=stored)
+        write_checkpoint(stored, tmp_path / "out", Rewrite())

@@ -18,7 +18,7 @@ from expertcut.edits.plan import BlockEdit
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.kernels import Linear
 from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code
-from expertcut.models.safetensors_index import read_headers
+from expertcut.models.safetensors_index import read_stored
 from tests.conftest import FAMILIES, make_tokenizer
 from tests.support.rewrites import exact_rewrite
 
@@ -47,7 +47,8 @@ def make_exact(
         name: BlockEdit(keep=tuple(range(len(bias_E))), bias=dict(enumerate(bias_E.tolist())))
         for name, bias_E in (biases or {}).items()
     }
-    write_checkpoint(base, folder, exact_rewrite(read_headers(base), constants, edits))
+    stored = read_stored(base)
+    write_checkpoint(stored, folder, exact_rewrite(stored.tensors, constants, edits))
     config = exact_config(read_config(base), constants, biases or {})
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MODELLING_FILE).write_bytes(modelling_code())

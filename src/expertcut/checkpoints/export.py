@@ -77,7 +77,7 @@ def export(
 ) -> None:
     """Writes the checkpoint of fitted edits into an empty folder, without the plan."""
     writer, rewrite = WRITERS[plan.layout], rewrite_of(plan.layout, source, plan.edits, edits)
-    write_checkpoint(source.path, folder, rewrite, stored=source.stored)
+    write_checkpoint(source.stored, folder, rewrite)
     config = writer.config(source, rewrite, n_experts)
     if dropped := rewrite.removed & rewrite.unused:
         logger.warning(

@@ -161,12 +161,12 @@ class MergeEdit(Edit):
         """Layers in `rows` are MoE blocks, in the order of the plan."""
         layout.remove_experts(tensors, {})
         for layer, (name, block) in enumerate(tensors.blocks.items()):
-            edit, headers = self.blocks[name], tensors.headers
+            edit = self.blocks[name]
             if edit.merged:
-                experts = Experts(headers, block, is_interleaved=name in self.interleaved)
-                tensors.changed |= _expert_changes(experts, edit, self.orders.get(name, {}))
+                experts = Experts(tensors.headers, block, is_interleaved=name in self.interleaved)
+                _merge_experts(tensors, experts, edit, self.orders.get(name, {}))
             if layer in self.rows:
-                tensors.changed |= _router_changes(headers, block, edit, self.rows[layer])
+                _merge_router(tensors, block, edit, self.rows[layer])
 
     def describe(self, n_experts: int | None) -> Iterable[str]:
         n_left, of = len(next(iter(self.blocks.values())).keep), f"{n_experts or 'its'} experts"
@@ -189,20 +189,17 @@ def is_interleaved(experts: Any) -> bool:
     return bool(difference_I[0] != 0)
 
 
-def _expert_changes(
-    experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
-) -> dict[str, Change]:
-    headers, block, members = experts.headers, experts.block, merging.members_of(edit)
-    changes: dict[str, Change] = {}
+def _merge_experts(
+    tensors: TensorChanges, experts: Experts, edit: BlockEdit, orders: Mapping[int, Tensor]
+) -> None:
+    block, members = experts.block, merging.members_of(edit)
     for name in block.fused:
         groups = [experts.of(shares, orders, name) for shares in members.values()]
-        shape = (len(groups), *headers[name].shape[1:])
-        changes[name] = Change(shape, make=partial(_averages, groups))
+        tensors.changed[name] = Change(tensors.change(name).shape, make=partial(_averages, groups))
     for expert in (edit.merged or {}) if block.by_expert else ():
         for kind, name in block.by_expert[expert].items():
-            tensors = experts.of(members[expert], orders, kind)
-            changes[name] = Change(headers[name].shape, make=partial(_averages, [tensors]))
-    return changes
+            own = [experts.of(members[expert], orders, kind)]
+            tensors.changed[name] = Change(tensors.change(name).shape, make=partial(_averages, own))
 
 
 def _averages(groups: list[Members]) -> Iterator[Tensor]:
@@ -221,17 +218,15 @@ def _averages(groups: list[Members]) -> Iterator[Tensor]:
         yield total.to(DTYPES[first.tensor.dtype])
 
 
-def _router_changes(
-    headers: Headers, block: DiskBlock, edit: BlockEdit, rows: merging.Rows
-) -> dict[str, Change]:
+def _merge_router(
+    tensors: TensorChanges, block: DiskBlock, edit: BlockEdit, rows: merging.Rows
+) -> None:
     if block.unclear_bias:
         raise ContractError(
             f"{block.unclear_bias} may act on gate logits or on choosing only, which its name does "
             "not tell: merging is not supported here"
         )
-    changes = {}
     for name, axis in block.axes.items():
-        apply: Callable[[Tensor], Tensor]
         if name == block.router_weight:
             apply = partial(_rows, edit=edit, rows=rows, added=rows.added)
         elif name == block.logit_bias:
@@ -241,10 +236,7 @@ def _router_changes(
             apply = partial(_selection, edit=edit, rows=rows, axis=axis)
         else:
             continue
-        shape = list(headers[name].shape)
-        shape[axis] = len(edit.keep)
-        changes[name] = Change(tuple(shape), apply)
-    return changes
+        tensors.changed[name] = Change(tensors.change(name).shape, apply)
 
 
 def _rows(

@@ -19,11 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from expertcut.checkpoints.output_dir import failed, sync_folder
+from expertcut.checkpoints.output_dir import sync_folder
 from expertcut.errors import ModelError, OutputError
 from expertcut.files import advance
 from expertcut.models import safetensors_index
 from expertcut.models.safetensors_index import DTYPES, INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
+from expertcut.scoring.packing import cut_packs
 
 Range = tuple[int, int]  # first byte, number of bytes
 
@@ -177,11 +178,15 @@ def lay_out(
     pieces = list(_pieces(stored, rewrite))
     assert len({p.name for p in pieces}) == len(pieces), "two new tensors have the same name"
     metadata = {"format": "pt", **stored.metadata}
-    parts = list(_split(pieces, max_shard_bytes - _PADDING_BYTES - len(_json(metadata))))
+    # A piece takes its values and its entry in the header.
+    sizes = [p.size_bytes + len(_json({p.name: p.entry(10**15)})) for p in pieces]
+    most = max_shard_bytes - _PADDING_BYTES - len(_json(metadata))
+    parts = list(cut_packs(sizes, most)) or [()]
     shards = []
     for i, part in enumerate(parts, start=1):
         # As in safetensors' own writer: wide types first, so that each value is aligned.
-        ordered = sorted(part, key=lambda piece: -DTYPES[piece.dtype].itemsize)
+        ordered = [pieces[at] for at in part]
+        ordered.sort(key=lambda piece: -DTYPES[piece.dtype].itemsize)
         name = f"model-{i:05}-of-{len(parts):05}.safetensors" if len(parts) > 1 else SINGLE_FILE
         header: dict[str, object] = {"__metadata__": metadata}
         begin = 0
@@ -222,46 +227,26 @@ def _pieces(stored: Stored, rewrite: Rewrite) -> Iterator[Piece]:
         yield Piece(name, _DTYPE_NAMES[added.dtype], tuple(added.shape), added)
 
 
-def _split(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:
-    """Runs of pieces whose bytes, with their entries in the header, stay within the limit."""
-    part: list[Piece] = []
-    part_bytes = 0
-    for piece in pieces:
-        size_bytes = piece.size_bytes + len(_json({piece.name: piece.entry(10**15)}))
-        if part and part_bytes + size_bytes > max_bytes:
-            yield part
-            part, part_bytes = [], 0
-        part.append(piece)
-        part_bytes += size_bytes
-    yield part
-
-
 def _json(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
 def write_checkpoint(
-    source: Path,
-    folder: Path,
-    rewrite: Rewrite,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-    stored: Stored | None = None,
+    stored: Stored, folder: Path, rewrite: Rewrite, max_shard_bytes: int = MAX_SHARD_BYTES
 ) -> None:
     """Writes the safetensors files of a folder, and their index; synced, and read back.
 
     No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
-    and rows are never read. `stored` are the headers of the source.
+    and rows are never read.
 
     Raises:
-        ModelError: the source is damaged or quantized.
-        OutputError: too little space, found before the first byte, or a folder not writable.
+        ModelError: the source became shorter.
+        OutputError: too little space, found before the first byte, or a disk that lost what was
+            written; OSError: as in `write_shards`, of which `atomic_dir` makes an OutputError.
     """
-    shards = lay_out(stored or safetensors_index.read_stored(source), rewrite, max_shard_bytes)
+    shards = lay_out(stored, rewrite, max_shard_bytes)
     check_space(folder, total_bytes(shards))
-    try:
-        write_shards(folder, shards)
-    except OSError as error:
-        raise failed(error, folder) from None
+    write_shards(folder, shards)
     check_written(folder, shards)
 
 

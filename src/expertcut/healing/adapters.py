@@ -138,7 +138,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
                 )
             changed[name] = Change(shape, partial(plus, parameter, name))
     rewrite = Rewrite(renamed=earlier_constants(stored), changed=changed)
-    write_checkpoint(source.path, folder, rewrite, stored=source.stored)
+    write_checkpoint(source.stored, folder, rewrite)
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()

@@ -25,6 +25,7 @@ from expertcut.data.sources import Weighted, hash_lines
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import ModelError, QuizError, SplitError
 from expertcut.healing.heal_settings import HealSettings
+from expertcut.scoring.packing import cut_packs
 
 USED_BEFORE = "an earlier step used and this one did not train on"
 CHOSE_STEP = "chose the best step of this training but were not trained on"
@@ -88,16 +89,8 @@ def group_questions(
     questions: Sequence[Question], lengths: Sequence[int], n_most: int, max_tokens: int
 ) -> Iterator[tuple[Question, ...]]:
     """Groups of at most `n_most` neighbours and, except single questions, `max_tokens` tokens."""
-    group: list[Question] = []
-    used = 0
-    for question, length in zip(questions, lengths, strict=True):
-        if group and (len(group) == n_most or used + length > max_tokens):
-            yield tuple(group)
-            group, used = [], 0
-        group.append(question)
-        used += length
-    if group:
-        yield tuple(group)
+    for pack in cut_packs(lengths, max_tokens, n_most=n_most):
+        yield tuple(questions[at] for at in pack)
 
 
 def question_row(tokenizer: Any, group: Sequence[Question]) -> Row:

@@ -23,7 +23,7 @@ from expertcut.healing.data import Rows, TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
-from expertcut.models.devices import free_bytes, give_back, is_out_of_memory
+from expertcut.models.devices import free_bytes, give_back, unless_out_of_memory
 from expertcut.models.load import MoeModel
 
 logger = logging.getLogger(__name__)
@@ -160,14 +160,11 @@ def estimate_memory(
 
     With gradient checkpointing, autograd keeps one layer's part and the inputs of all layers.
     """
-    try:
-        kept = [_kept_bytes(moe, run, projection, n) for n in (_SHORT, longest)]
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        kept = []
-    give_back()  # outside of the handler, whose traceback holds the pass
-    if not kept:
+    kept = unless_out_of_memory(
+        lambda: [_kept_bytes(moe, run, projection, n) for n in (_SHORT, longest)]
+    )
+    give_back()
+    if kept is None:
         return None
     short, long = kept
     row = max(0, long - short)

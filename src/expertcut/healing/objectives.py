@@ -7,6 +7,7 @@ hidden states, and free its logits before the next chunk.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from expertcut.errors import ModelError
 from expertcut.healing.data import Row
-from expertcut.models.devices import give_back, is_out_of_memory
+from expertcut.models.devices import give_back, unless_out_of_memory
 from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 
@@ -271,18 +272,18 @@ class LiveTeacher:
     def _by_rows(self, batch: Batch, n_rows: int) -> TopLogprobs:
         return _joined([self._top_logprobs(piece) for piece in cut_rows(batch, n_rows)])
 
+    def _one_pass(self, batch: Batch) -> TopLogprobs:
+        model, projection = self.moe.model, self.projection
+        hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
+        hidden_MH = hidden_BSH[batch["at_BS"]]
+        chunks = projection.chunks(len(hidden_MH))
+        logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
+        return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
+
     def _top_logprobs(self, batch: Batch) -> TopLogprobs:
         """One pass, or several if memory runs out."""
-        try:
-            model, projection = self.moe.model, self.projection
-            hidden_BSH = projection.hidden(model, batch["input_ids"], batch["attention_mask"])
-            hidden_MH = hidden_BSH[batch["at_BS"]]
-            chunks = projection.chunks(len(hidden_MH))
-            logits = (projection.logits(model, hidden_MH[at]) for at in chunks)
-            return _joined([top_logprobs(logits_NV, self.n_likeliest) for logits_NV in logits])
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+        if (found := unless_out_of_memory(partial(self._one_pass, batch))) is not None:
+            return found
         n_rows, n_tokens = batch["at_BS"].shape
         if n_rows == 1:
             raise ModelError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,7 +22,7 @@ from expertcut.healing.data import TrainingData
 from expertcut.healing.heal_settings import HealSettings
 from expertcut.healing.micro_batch import MicroBatch, choose_micro_batch, share_of_process
 from expertcut.healing.objectives import Batch
-from expertcut.models.devices import is_out_of_memory, trim
+from expertcut.models.devices import trim, unless_out_of_memory
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -233,12 +234,7 @@ class HealTrainer(Trainer):
         """Work on a number of rows at once; halved in all processes when memory runs out."""
         before = states.random_states()
         while True:
-            result = None
-            try:
-                result = work(self.micro_batch.rows)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+            result = unless_out_of_memory(partial(work, self.micro_batch.rows))
             if self.n_processes > 1:  # every process must have had enough memory
                 is_done = torch.tensor(float(result is not None), device=self.args.device)
                 result = result if self.accelerator.reduce(is_done, "mean") == 1 else None

@@ -5,10 +5,10 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import psutil
 import torch
@@ -16,6 +16,7 @@ from torch import nn
 
 from expertcut.errors import SettingsError
 
+T = TypeVar("T")
 # torch's allocator, C++, the system, oneDNN (which gives no reason), cuBLAS.
 _OUT_OF_MEMORY = re.compile(
     "DefaultCPUAllocator|bad_alloc|Cannot allocate memory|"
@@ -128,6 +129,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means out of memory, in torch, C++, oneDNN or CUDA."""
     is_told = isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
     return is_told or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def unless_out_of_memory(work: Callable[[], T]) -> T | None:
+    """The result of the work; None if memory ran out, whose traceback is gone by then."""
+    try:
+        return work()
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+    return None
 
 
 def give_back() -> None:

@@ -1,8 +1,9 @@
 """Turns a chunk of questions into forward passes: token ids, shared prefix and packs."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,6 @@ from expertcut.data import Question, prompt
 from expertcut.data.questions import LETTERS
 from expertcut.errors import ModelError
 from expertcut.models.validate import file_of, token_ids
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -44,12 +43,8 @@ class Encoded:
     def part(self, questions: Iterable[int]) -> "Encoded":
         """Some of its questions, in this order."""
         at = tuple(questions)
-
-        def pick(field: tuple[T, ...]) -> tuple[T, ...]:
-            return tuple(field[q] for q in at) if field else ()
-
-        names, cut_N = pick(self.names), pick(self.cut_N)
-        return Encoded(pick(self.prompts), pick(self.choice_ids), names, cut_N)
+        picked = {name: tuple(own[q] for q in at) for name, own in vars(self).items() if own}
+        return Encoded(**picked)
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
@@ -106,14 +101,18 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
 
 
 def cut_packs(
-    lengths: Sequence[int], batch_tokens: int, *, is_padded: bool
+    lengths: Sequence[int], most: int, *, n_most: float = math.inf, is_padded: bool = False
 ) -> Iterator[tuple[int, ...]]:
-    """Consecutive items that fit in `batch_tokens`, padded to the longest or not; at least one."""
+    """Consecutive items of at most this length in all, each padded to the longest or not.
+
+    A pack has 1 to `n_most` items; one item alone may be longer.
+    """
     pack: list[int] = []
     size = 0  # the longest length if padded, else the sum of all
     for item, length in enumerate(lengths):
         grown = max(size, length) if is_padded else size + length
-        if pack and grown * (len(pack) + 1 if is_padded else 1) > batch_tokens:
+        is_full = len(pack) == n_most or grown * (len(pack) + 1 if is_padded else 1) > most
+        if pack and is_full:
             yield tuple(pack)
             pack, grown = [], length
         pack.append(item)

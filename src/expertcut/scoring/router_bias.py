@@ -1,5 +1,6 @@
 """Biases on router logits and factors on gate weights of a running model."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -31,23 +32,13 @@ class Tilts:
     apply_at: ApplyAt = "all"
 
 
-class _Answers:
-    """Holds the answer positions of the current pass."""
-
-    positions_N: Tensor | None = None
-
-    def begin(self, step: Pass) -> None:
-        self.positions_N = step.answers_N
-
-    def rows(self) -> Tensor:
-        assert self.positions_N is not None, "tell what `tilted` gives of each pass"
-        return self.positions_N
+_Answers = deque[Tensor]  # the answer positions (N,) of the current pass, if it has begun
 
 
 @contextmanager
 def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass], None]]:
     """Changes routers, verified on the probe first; yields the engine's `OnPass` for `answer`."""
-    answers = _Answers()
+    answers = _Answers(maxlen=1)
     at = answers if tilts.apply_at == "answer" else None
     with ExitStack() as stack:
         for block in blocks:
@@ -55,7 +46,7 @@ def tilted(blocks: Sequence[MoeBlock], tilts: Tilts) -> Iterator[Callable[[Pass]
                 _add_bias(stack, block, bias_E, at)
             if (scale_E := tilts.scale_by_layer.get(block.layer)) is not None:
                 _scale(stack, block, scale_E, at)
-        yield answers.begin
+        yield lambda step: answers.append(step.answers_N)
 
 
 def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answers | None) -> None:
@@ -64,9 +55,13 @@ def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answe
             f"{block.name} chooses its experts by a table of token ids: biases and masks on "
             "its router change no choice, so none of its experts can be cut or boosted"
         )
+
+    def rows() -> Tensor | None:
+        assert answers is None or answers, "tell what `tilted` gives of each pass"
+        return answers[0] if answers else None
+
     before_TE, *_ = route(block.router, block.call)
-    biased = biased_forward(block, bias_E, answers.rows if answers else lambda: None)
-    stack.enter_context(replaced_forward(block.router, biased))
+    stack.enter_context(replaced_forward(block.router, biased_forward(block, bias_E, rows)))
     after_TE, *_ = _probe(block, answers)
     bias_TE = bias_E.expand(len(before_TE), -1)
     if answers is not None:  # the last token of the probe stands for the answer
@@ -101,8 +96,8 @@ def _probe(block: MoeBlock, answers: _Answers | None) -> Routed:
     if answers is None:
         return route(block.router, block.call)
     x = next(a for a in (*block.call.args, *block.call.kwargs.values()) if isinstance(a, Tensor))
-    answers.positions_N = torch.tensor([x.numel() // x.shape[-1] - 1])
+    answers.append(torch.tensor([x.numel() // x.shape[-1] - 1]))
     try:
         return route(block.router, block.call)
     finally:
-        answers.positions_N = None
+        answers.clear()
