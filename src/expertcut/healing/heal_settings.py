@@ -1,6 +1,7 @@
 """The options of `heal`: what to train on, the objective, the adapters, and how long to train."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -11,8 +12,6 @@ from expertcut.settings import Settings, Source, WorkFolder, option, refuse
 
 ObjectiveName = Literal["distill", "answer", "lm"]
 Target = Literal["attention", "experts", "gate"]
-DATA, OBJECTIVE, ADAPTERS = "What to train on", "Objective", "Adapters"
-TRAINING, OUTPUT = "Training", "Output"  # panels, like those above
 _TRAINING = (
     *("steps", "learning_rate", "answer_weight", "batch", "micro_batch", "warmup", "balance"),
     *("check_every", "patience", "seed"),
@@ -27,6 +26,12 @@ def _as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str) else value
 
 
+# Options by panel of the help.
+_data = partial(option, panel="What to train on")
+_objective = partial(option, panel="Objective")
+_adapter = partial(option, panel="Adapters")
+_training = partial(option, panel="Training")
+_output = partial(option, panel="Output")
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_tuple)]
 
@@ -34,101 +39,85 @@ Targets = Annotated[tuple[Target, ...], BeforeValidator(_as_tuple)]
 class HealSettings(Settings):
     """All options of a recovery run; no question of the evaluation split is trained on."""
 
-    quiz: Names = option(
+    quiz: Names = _data(
         (), "Quiz to train on, or NAME=WEIGHT for a mixture. Repeatable.  "
-        "[default: mmlu, unless --text is given]", panel=DATA,
+        "[default: mmlu, unless --text is given]",
     )  # fmt: skip
-    split: str = option("val", "Split to train on.", panel=DATA)
-    shots: int | None = option(
-        None, "Solved questions before the last question of a row.  [default: 5]", panel=DATA, ge=0
+    split: str = _data("val", "Split to train on.")
+    shots: int | None = _data(
+        None, "Solved questions before the last question of a row.  [default: 5]", ge=0
     )
-    subjects: Names = option(
-        (), "Train on these subjects only, separated by commas.", panel=DATA, separator=","
+    subjects: Names = _data((), "Train on these subjects only, separated by commas.", separator=",")
+    limit: int | None = _data(None, "Train on the first LIMIT questions of each subject.", ge=1)
+    text: Names = _data(
+        (), "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable."
     )
-    limit: int | None = option(
-        None, "Train on the first LIMIT questions of each subject.", panel=DATA, ge=1
-    )
-    text: Names = option(
-        (), "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable.",
-        panel=DATA,
-    )  # fmt: skip
-    eval_quiz: Source | None = option(
-        None, "Quiz to keep out of the training.  [default: --quiz]", panel=DATA
-    )
-    eval_split: str | None = option(
-        None, "Split to keep out of the training.  [default: test]", panel=DATA
-    )
-    truncate: Truncate | None = option(
+    eval_quiz: Source | None = _data(None, "Quiz to keep out of the training.  [default: --quiz]")
+    eval_split: str | None = _data(None, "Split to keep out of the training.  [default: test]")
+    truncate: Truncate | None = _data(
         None, "left: drop the first tokens of prompts longer than the context, as "
-        "lm-evaluation-harness does.  [default: refuse them]", panel=DATA, in_recipe=False,
+        "lm-evaluation-harness does.  [default: refuse them]", in_recipe=False,
     )  # fmt: skip
-    objective: ObjectiveName | None = option(
+    objective: ObjectiveName | None = _objective(
         None, "distill: match the base model's distribution. answer: the letter of the right "
         "choice. lm: all tokens.  [default: distill if the base model is available, else answer]",
-        panel=OBJECTIVE,
     )  # fmt: skip
-    teacher: Source | None = option(
-        None, "Teacher of distill.  [default: the checkpoint's base model]", panel=OBJECTIVE
+    teacher: Source | None = _objective(
+        None, "Teacher of distill.  [default: the checkpoint's base model]"
     )
-    teacher_cache: WorkFolder | None = option(
-        None, "Folder that keeps the teacher's outputs for later runs.", panel=OBJECTIVE
+    teacher_cache: WorkFolder | None = _objective(
+        None, "Folder that keeps the teacher's outputs for later runs."
     )
-    likeliest: int = option(
-        64, "Match the teacher's K most likely tokens; the others count as one.", panel=OBJECTIVE,
+    likeliest: int = _objective(
+        64, "Match the teacher's K most likely tokens; the others count as one.",
         flags=("--top-k-logits",), aliases=("--likeliest",), ge=1,
     )  # fmt: skip
-    answer_weight: float | None = option(
+    answer_weight: float | None = _objective(
         None, "Extra weight of the answer letters, relative to all tokens of a row.  "
-        "[default: 1 for distill, else 0]", panel=OBJECTIVE, ge=0,
+        "[default: 1 for distill, else 0]", ge=0,
     )  # fmt: skip
-    targets: Targets = option(
+    targets: Targets = _adapter(
         ("attention", "experts"), "Modules to adapt, separated by commas: attention, experts, "
-        "gate.  [default: attention,experts]", panel=ADAPTERS, separator=",", min_length=1,
+        "gate.  [default: attention,experts]", separator=",", min_length=1,
     )  # fmt: skip
-    rank: int = option(16, "Rank of the adapters.", panel=ADAPTERS, ge=1)
-    alpha: int | None = option(
-        None, "Scale of the adapters times the rank.  [default: the rank]", panel=ADAPTERS, ge=1
+    rank: int = _adapter(16, "Rank of the adapters.", ge=1)
+    alpha: int | None = _adapter(
+        None, "Scale of the adapters times the rank.  [default: the rank]", ge=1
     )
-    steps: int = option(300, "Maximum number of steps.", panel=TRAINING, ge=1)
-    learning_rate: float | None = option(
-        None, "Peak learning rate.  [default: 0.64 / hidden size]", panel=TRAINING, gt=0, lt=1
+    steps: int = _training(300, "Maximum number of steps.", ge=1)
+    learning_rate: float | None = _training(
+        None, "Peak learning rate.  [default: 0.64 / hidden size]", gt=0, lt=1
     )
-    batch: int = option(
-        16, "Rows per step, over all processes.", panel=TRAINING,
+    batch: int = _training(
+        16, "Rows per step, over all processes.",
         flags=("--batch-size",), aliases=("--batch",), ge=1,
     )  # fmt: skip
-    micro_batch: int | None = option(
-        None, "Rows in memory at once.  [default: chosen from the free memory]", panel=TRAINING,
+    micro_batch: int | None = _training(
+        None, "Rows in memory at once.  [default: chosen from the free memory]",
         flags=("--micro-batch-size",), aliases=("--micro-batch",), ge=1,
     )  # fmt: skip
-    balance: float = option(0.0, "Weight of the load-balancing loss.", panel=TRAINING, ge=0)
-    check_every: int = option(
-        50, "Steps between two evaluations on held-out rows.", panel=TRAINING,
+    balance: float = _training(0.0, "Weight of the load-balancing loss.", ge=0)
+    check_every: int = _training(
+        50, "Steps between two evaluations on held-out rows.",
         flags=("--eval-every",), aliases=("--check-every",), ge=1,
     )  # fmt: skip
-    patience: int = option(
-        3, "Stop after this many evaluations without a better loss.", panel=TRAINING, ge=1
-    )
-    max_tokens: int = option(2048, "Maximum tokens of a row.", panel=TRAINING, ge=2)
-    adapter: bool = option(
-        False, "Write only the adapter, not a whole checkpoint.", panel=OUTPUT,
+    patience: int = _training(3, "Stop after this many evaluations without a better loss.", ge=1)
+    max_tokens: int = _training(2048, "Maximum tokens of a row.", ge=2)
+    adapter: bool = _output(
+        False, "Write only the adapter, not a whole checkpoint.",
         flags=("--adapter",), in_recipe=False,
     )  # fmt: skip
-    save_memory: bool = option(
+    save_memory: bool = _training(
         False, "Recompute activations in the backward pass instead of keeping them.",
-        panel=TRAINING, flags=("--gradient-checkpointing",), aliases=("--save-memory",),
+        flags=("--gradient-checkpointing",), aliases=("--save-memory",),
     )  # fmt: skip
-    shuffle: bool = option(
-        True, "Shuffle the choices of a question each time.", panel=DATA,
-        flags=("--shuffle/--no-shuffle",),
-    )  # fmt: skip
-    seed: int = option(
-        0, "Seed of the row order and the adapters.", panel=TRAINING, ge=0, le=2**32 - 1
+    shuffle: bool = _data(
+        True, "Shuffle the choices of a question each time.", flags=("--shuffle/--no-shuffle",)
     )
-    verify: bool = option(
-        True, "Score the healed checkpoint on held-out questions.", panel=OUTPUT,
-        flags=("--verify/--no-verify",),
-    )  # fmt: skip
+    seed: int = _training(0, "Seed of the row order and the adapters.", ge=0, le=2**32 - 1)
+    verify: bool = _output(
+        True, "Score the healed checkpoint on held-out questions.", flags=("--verify/--no-verify",)
+    )
     # No options: the revisions of hub quizzes that a recipe pins.
     quiz_revision: str | None = Field(None, exclude=True)
     eval_revision: str | None = Field(None, exclude=True)
