@@ -27,7 +27,8 @@ def _as_tuple(value: Any) -> Any:
 
 
 # Options by panel of the help.
-_data = partial(option, panel="What to train on")
+DATA = "What to train on"
+_data = partial(option, panel=DATA)
 _objective = partial(option, panel="Objective")
 _adapter = partial(option, panel="Adapters")
 _training = partial(option, panel="Training")
