@@ -96,17 +96,13 @@ def _scaled_rows(tensor: Tensor, factors: Mapping[int, float]) -> Tensor:
 
 @dataclass
 class Simulation:
-    """What edits do to an unedited model while it runs.
-
-    By layer, to be changed in place: `biases` on router logits, where −inf forbids an expert and
-    finite values act at `apply_at`, and factors `scales` on gate weights, both (E,).
-    """
+    """What edits do to an unedited model while it runs; they change the tensors in place."""
 
     moe: MoeModel
     is_as_written: bool
-    biases: Mapping[int, Tensor]
-    scales: Mapping[int, Tensor]
-    apply_at: Positions = "all"
+    biases: Mapping[int, Tensor]  # (E,) by layer, on router logits; −inf forbids an expert
+    scales: Mapping[int, Tensor]  # (E,) by layer, factors on gate weights
+    apply_at: Positions = "all"  # where finite biases act
     contexts: list[AbstractContextManager[Any]] = field(default_factory=list)
 
 

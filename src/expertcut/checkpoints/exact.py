@@ -130,9 +130,7 @@ def exact_config(
 ) -> dict[str, Any]:
     """The original config with the data of the modelling file; `biased` are block names.
 
-    `earlier` are the constants of a model of this layout (`constants_on_disk`), which stay, as do
-    its biased gates.
-
+    `earlier` are the constants of a model of this layout, which stay, as do its biased gates.
     Without biases `architectures` and `model_type` stay the family's, by which vLLM reads the
     checkpoint. Neither vLLM nor the family's class in transformers has a place for a gate's bias,
     so that with one both names change and both refuse the checkpoint.

@@ -45,22 +45,21 @@ def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
 class HeldOutScores:
     """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
 
-    `n_served` counts the questions that each biased or scaled (layer, expert) serves.
     `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
-    meaningless once experts are renumbered. `depends_on_removed`: a removed expert has a gate
-    weight that counts, in the last block at an answer position. `routed` has for each layer with a
-    bias and each pass the experts of all tokens but pads (T, K), and which are answer positions.
+    meaningless once experts are renumbered.
     """
 
     def __init__(
         self, engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
     ) -> None:
         self._on_pass, blocks = on_pass, engine.moe.blocks
+        # Questions that each biased or scaled expert serves.
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
+        # By layer with a bias, for each pass: experts (T, K) of all tokens but pads, and answers.
         self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {
             b.layer: [] for b in blocks if edits[b.name].bias
         }
-        self.depends_on_removed = False
+        self.depends_on_removed = False  # a removed expert has a gate weight that counts
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self._last_layer = blocks[-1].layer
         self._step: Pass
@@ -141,20 +140,15 @@ def form_result(form: str, quiz: Quiz, logprob_NC: Tensor, base_NC: Tensor) -> s
 
 @dataclass(frozen=True)
 class BaseScores:
-    """All that the unedited model answers.
-
-    `reference` has the edits applied at run time, `forms` others of their forms, by name. An edit
-    without a run-time form is compared with `run_edited`, the edited model in another way. Where
-    layout exact only removes experts, `alone` are the answers of `untouched` questions.
-    """
+    """All that the unedited model answers."""
 
     base: HeldOutScores
     reference_name: str
-    reference: HeldOutScores | None = None
-    run_edited: RunEdited | None = None
-    forms: Mapping[str, HeldOutScores] = field(default_factory=dict)
-    is_cut_exactly: bool = False
-    alone: HeldOutScores | None = None
+    reference: HeldOutScores | None = None  # with the edits applied at run time
+    run_edited: RunEdited | None = None  # in its place: how the edited model runs as the reference
+    forms: Mapping[str, HeldOutScores] = field(default_factory=dict)  # other forms of the edits
+    is_cut_exactly: bool = False  # layout exact, which only removes experts
+    alone: HeldOutScores | None = None  # then: of the `untouched` questions
 
 
 def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:

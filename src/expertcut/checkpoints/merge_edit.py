@@ -112,18 +112,15 @@ class Experts:
 
 @dataclass(frozen=True)
 class MergeEdit(Edit):
-    """Groups of experts become one expert each, in the form of layout `stock`.
-
-    Fitted are `rows` by layer and, if `is_aligned`, `orders` of neurons (I,) by block and member.
-    In `interleaved` blocks gate and up alternate in one tensor.
-    """
+    """Groups of experts become one expert each, in the form of layout `stock`."""
 
     blocks: Mapping[str, BlockEdit]
     router: RouterRow = "fitted"
     is_aligned: bool = False
+    # Fitted: rows by layer, and if aligned orders of neurons (I,) by block and member.
     rows: Mapping[int, merging.Rows] = field(default_factory=dict)
     orders: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
-    interleaved: frozenset[str] = frozenset()
+    interleaved: frozenset[str] = frozenset()  # blocks whose gate and up alternate in one tensor
     reference = "the same experts under the unedited router"
 
     @classmethod

@@ -30,18 +30,15 @@ _ROUNDING = 2e-2  # of an output, where its last projection is rounded to half p
 
 @dataclass(frozen=True)
 class PruneEdit(Edit):
-    """Of every plan of a cut, even of one that keeps every expert.
-
-    `folds` (kept,) by layer scale the outputs of kept experts where routers lose rows, `constants`
-    stand for the removed experts where they keep them.
-    """
+    """Of every plan of a cut, even of one that keeps every expert."""
 
     blocks: Mapping[str, BlockEdit]
     layout: Layout
     removed: Removed | None = None
     fold: Fold | None = None
+    # Where routers lose rows, factors (kept,) by layer on the outputs of kept experts.
     folds: Mapping[int, np.ndarray[Any, Any]] = field(default_factory=dict)
-    constants: Constants = field(default_factory=dict)
+    constants: Constants = field(default_factory=dict)  # where they keep rows: of removed experts
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:

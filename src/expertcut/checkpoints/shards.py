@@ -108,32 +108,23 @@ def _read_into(source: FileIO, content: memoryview) -> None:
 
 @dataclass(frozen=True)
 class Change:
-    """What becomes of one tensor; its dtype stays.
+    """What becomes of one tensor; its dtype stays. Bytes are copied without `apply` and `make`."""
 
-    Of axis 0 only `rows` are read, and in this order (None: all of it). `apply` makes the new
-    values, of the given shape, from what was read; it owns its argument and depends on nothing
-    else. `make` reads what it needs itself and gives the new values part by part, the rows of axis
-    0 in order, so that no more than a part is in memory. Without either the bytes are copied.
-    """
-
-    shape: tuple[int, ...]
-    apply: Callable[[Tensor], Tensor] | None = None
-    rows: tuple[int, ...] | None = None
+    shape: tuple[int, ...]  # of the new values
+    apply: Callable[[Tensor], Tensor] | None = None  # from what was read, which it may overwrite
+    rows: tuple[int, ...] | None = None  # all that is read of axis 0, in this order; None: all
+    # Reads by itself and gives the rows of axis 0 part by part, so that one part is in memory.
     make: Callable[[], Iterator[Tensor]] | None = None
 
 
 @dataclass
 class Rewrite:
-    """What becomes of each tensor of a checkpoint, by its name there; others are copied.
-
-    `renamed` maps old names to new ones, also of changed tensors; `added` stands under its final
-    names, after all others.
-    """
+    """What becomes of each tensor of a checkpoint, by its name there; others are copied."""
 
     removed: set[str] = field(default_factory=set)
-    renamed: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)  # to new names, also of changed tensors
     changed: dict[str, Change] = field(default_factory=dict)
-    added: dict[str, Tensor] = field(default_factory=dict)
+    added: dict[str, Tensor] = field(default_factory=dict)  # by final name, after all others
 
 
 @dataclass(frozen=True)
@@ -237,12 +228,8 @@ def write_checkpoint(
     """Writes the safetensors files of a folder, and their index; synced, and read back.
 
     No file is larger than `max_shard_bytes`, unless one tensor alone is. Bytes of removed tensors
-    and rows are never read.
-
-    Raises:
-        ModelError: the source became shorter.
-        OutputError: too little space, found before the first byte, or a disk that lost what was
-            written; OSError: as in `write_shards`, of which `atomic_dir` makes an OutputError.
+    and rows are never read. Raises ModelError: the source became shorter; OutputError: too little
+    space, found before the first byte, or a disk that lost what was written.
     """
     shards = lay_out(stored, rewrite, max_shard_bytes)
     check_space(folder, total_bytes(shards))

@@ -30,24 +30,17 @@ _LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
 
 @dataclass(frozen=True)
 class DiskBlock:
-    """One MoE block on disk; names are those of the headers.
-
-    `by_expert[e]` maps the part after the expert's number to the tensor's name; empty for constants
-    of layout exact. `axes` gives the axis of length E of every tensor that all experts share, the
-    router's included. `last` are the tensors of the experts' last projection, empty if unknown.
-    `fused` hold all experts' weights in one tensor. `logit_bias` is the router's own bias;
-    `unclear_bias` is a `gate.bias`, which some families use for a selection bias.
-    """
+    """One MoE block on disk; names are those of the headers."""
 
     name: str
     n_experts: int
-    by_expert: tuple[Mapping[str, str], ...]
-    axes: Mapping[str, int]
-    last: frozenset[str]
+    by_expert: tuple[Mapping[str, str], ...]  # by part after the number; empty for a constant
+    axes: Mapping[str, int]  # of length E, of all tensors that experts share, the router's too
+    last: frozenset[str]  # of the experts' last projection; empty if unknown
     router_weight: str
-    logit_bias: str | None
-    unclear_bias: str | None
-    fused: tuple[str, ...]
+    logit_bias: str | None  # the router's own
+    unclear_bias: str | None  # a `gate.bias`, which some families use for a selection bias
+    fused: tuple[str, ...]  # each with all experts' weights
 
 
 def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:

@@ -190,31 +190,25 @@ class ScoredQuiz:
 
 @dataclass(frozen=True)
 class Dropped:
-    """Questions or texts of a source that are left out, by name, and the size of the source.
-
-    They are in the evaluation `split`, or have more tokens than `longest`.
-    """
+    """Questions or texts of a source that are left out, by name, and the size of the source."""
 
     source: str
-    split: str | None
+    split: str | None  # evaluation split that holds them
     total: int
     names: tuple[str, ...]
-    longest: int | None = None
+    longest: int | None = None  # most tokens of a row, if they have more
 
 
 @dataclass
 class TrainingData:
-    """All questions and texts of a run, before they become rows.
+    """All questions and texts of a run, before they become rows."""
 
-    `scored` is the quiz that is kept out. `hashes` are the hash lines of all questions read.
-    """
-
-    scored: Quiz | None
+    scored: Quiz | None  # is kept out
     parts: list[Part] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
     held_out_quiz: Quiz | None = None
     dropped: list[Dropped] = field(default_factory=list)
-    hashes: frozenset[str] = frozenset()
+    hashes: frozenset[str] = frozenset()  # hash lines of all questions read
     n_questions: int = 0
     n_texts: int = 0
 

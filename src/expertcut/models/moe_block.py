@@ -52,18 +52,10 @@ class Residual:
 
 @dataclass(frozen=True)
 class MoeBlock:
-    """One MoE block of a loaded model; `layer` counts MoE blocks from 0.
-
-    `scoring` gives α from the logits, `weights` the gate weights from α (None: another rule).
-    `inflates`: weights are a softmax over all E experts cut to K, so removing a router row makes
-    the others larger (OLMoE, Qwen2-MoE, ...). `selection`: by α plus selection bias, by logits plus
-    that bias, or by a table of token ids. `output_factor` multiplies the experts' sum (None: a
-    projection or norm). `call` is the router's call on the probe, `logits_op` where its logits can
-    be changed (None: nowhere). `is_linear`: logits are gate matrix times input plus bias.
-    """
+    """One MoE block of a loaded model."""
 
     name: str
-    layer: int
+    layer: int  # counts MoE blocks from 0
     module: nn.Module
     router: nn.Module
     experts: nn.Module
@@ -71,15 +63,17 @@ class MoeBlock:
     top_k: int
     n_groups: int
     top_groups: int
-    scoring: Scoring = "softmax"
+    scoring: Scoring = "softmax"  # gives α from the logits
+    # Weights are a softmax over all E experts cut to K, so removing a router row makes the others
+    # larger (OLMoE, Qwen2-MoE, ...).
     inflates: bool = False
-    weights: WeightRule | None = None
-    selection: Selection = "score"
+    weights: WeightRule | None = None  # gives gate weights from α; None is another rule
+    selection: Selection = "score"  # α or logits, each plus selection bias; or a table of token ids
     residual: Residual | None = None
-    output_factor: float | None = 1.0
-    call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)
-    logits_op: LogitsOp | None = None
-    is_linear: bool = True
+    output_factor: float | None = 1.0  # multiplies the experts' sum; None is a projection or norm
+    call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)  # on the probe
+    logits_op: LogitsOp | None = None  # where logits can be changed; None is nowhere
+    is_linear: bool = True  # logits are gate matrix times input plus bias
 
     @property
     def is_hashed(self) -> bool:

@@ -22,7 +22,7 @@ from expertcut.scoring.packing import Pass
 
 PARTS = ("prefix", "question", "calibration")  # the last: questions that are not held out
 INPUT = "input_shift"  # only if experts have the width of the block's input
-RESIDUAL = "residual_shift"  # only if the residual stream is known
+RESIDUAL = "residual_shift"  # only if the residual stream is known; else the sums stay 0
 # Defined in docs/formats.md.
 NAMES = ("tokens", "weight", "norm", "weighted_norm", "votes", INPUT, RESIDUAL)
 
@@ -214,10 +214,7 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
 
 
 class TokenSums:
-    """Sums over tokens and the largest value of each expert, for each of `PARTS`.
-
-    Sums without a known residual stream stay 0.
-    """
+    """Sums over tokens and the largest value of each expert, for each of `PARTS`."""
 
     def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
         shape = (len(NAMES), len(PARTS), len(blocks), n_experts)

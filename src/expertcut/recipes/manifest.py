@@ -47,13 +47,10 @@ class Stamp(Record):
 
 
 class StageRecord(Record):
-    """One stage: started with these inputs, and finished if it has an `output`, the files' hash.
-
-    `files` are relative to the run folder.
-    """
+    """One stage: started with these inputs, and finished if it has an output."""
 
     inputs: dict[str, Any]
-    output: str | None = None
+    output: str | None = None  # the hash of its files, whose names are relative to the run folder
     files: dict[Annotated[str, AfterValidator(_below)], Stamp] = Field(default_factory=dict)
     elapsed_s: float | None = None
     finished: str | None = None
@@ -61,16 +58,13 @@ class StageRecord(Record):
 
 
 class Manifest(Record):
-    """The whole file; `inputs` are stamps of files that stages read, `contents` hashes of quizzes.
-
-    `commit` pins the model of the Hub for later runs.
-    """
+    """The whole file."""
 
     format: Format1 = 1
     model: str
-    commit: str | None = None
-    inputs: dict[str, Stamp] = Field(default_factory=dict)
-    contents: dict[str, str] = Field(default_factory=dict)
+    commit: str | None = None  # pins the model of the Hub for later runs
+    inputs: dict[str, Stamp] = Field(default_factory=dict)  # of files that stages read
+    contents: dict[str, str] = Field(default_factory=dict)  # hashes of quizzes
     stages: dict[str, StageRecord] = Field(default_factory=dict)
 
 
@@ -129,11 +123,7 @@ def check_outputs(run: Path, record: StageRecord) -> tuple[str, dict[str, Stamp]
 
 
 class Inputs:
-    """Content hashes of everything that a recipe's stages read, each looked up once.
-
-    `commit` is that of a model of the Hub: pinned by the recipe, else by an earlier run, else None
-    until it is looked up.
-    """
+    """Content hashes of everything that a recipe's stages read, each looked up once."""
 
     def __init__(self, recipe: Recipe, before: Manifest | None, *, is_anew: bool) -> None:
         self.recipe = recipe
@@ -142,6 +132,7 @@ class Inputs:
         self.contents: dict[str, str] = {}
         self._before = before or Manifest(model="")
         self._model: str | None = None
+        # Of a model of the Hub: pinned by recipe or earlier run, else None until it is looked up.
         self.commit: str | None = None
         if re.fullmatch("[0-9a-f]{40}", recipe.revision or ""):
             self.commit = recipe.revision

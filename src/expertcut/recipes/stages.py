@@ -19,26 +19,20 @@ _SCORED = (*_LOADED, "threads", "batch_tokens", *_QUIZ)
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage: `settings` are all its values from the recipe, `after` the stages that it reads.
-
-    `makes` are its files and folders in the run folder, `leaves` its files in another stage's
-    folder, `keeps` its folders that let it resume. `questions` are of the recipe's quiz, which may
-    lack the splits of `optional_questions`. `reads` are other quizzes and files, `adapter` is an
-    adapter's folder.
-    """
+    """One stage: what it reads, and the files and folders of the run folder that it makes."""
 
     name: str
     kind: Kind
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any]  # all its values from the recipe
     makes: tuple[str, ...]
-    after: tuple[str, ...] = ()
-    questions: tuple[Selection, ...] = ()
-    optional_questions: tuple[Selection, ...] = ()
+    after: tuple[str, ...] = ()  # the stages that it reads
+    questions: tuple[Selection, ...] = ()  # of the recipe's quiz
+    optional_questions: tuple[Selection, ...] = ()  # of splits that the quiz may lack
     reads_model: bool = False
-    keeps: tuple[str, ...] = ()
-    leaves: tuple[str, ...] = ()
-    reads: tuple[str, ...] = ()
-    adapter: str | None = None
+    keeps: tuple[str, ...] = ()  # folders that let it resume
+    leaves: tuple[str, ...] = ()  # files in another stage's folder
+    reads: tuple[str, ...] = ()  # other quizzes and files
+    adapter: str | None = None  # an adapter's folder
 
 
 def variant_folder(name: str) -> str:

@@ -63,17 +63,13 @@ def groups(lengths_N: Tensor) -> list[Group]:
 
 @dataclass(frozen=True)
 class Split:
-    """The attention function of one pass: of the shared prefix, which it keeps, or of a pack.
-
-    In the layer `last` only `answers_N` are needed, and the rest is zero unless `keeps_all`.
-    Answers are computed separately in both cases, so the rest changes none of their bits.
-    """
+    """The attention function of one pass: of the shared prefix, which it keeps, or of a pack."""
 
     prefix: Prefix
     groups: Sequence[Group]
-    last: int | None
-    answers_N: Tensor
-    keeps_all: bool
+    last: int | None  # the layer where only answers are needed
+    answers_N: Tensor  # computed separately there, so that the rest changes none of their bits
+    keeps_all: bool  # else the rest is zero there
 
     def __call__(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any

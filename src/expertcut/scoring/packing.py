@@ -16,16 +16,12 @@ from expertcut.models.validate import file_of, token_ids
 
 @dataclass(frozen=True)
 class Encoded:
-    """A chunk as token ids: each question's prompt and the answer tokens of its choices.
-
-    `names` are for errors; `cut_N` counts the tokens that each prompt lost on the left, empty if
-    none did.
-    """
+    """A chunk as token ids: each question's prompt and the answer tokens of its choices."""
 
     prompts: tuple[tuple[int, ...], ...]
     choice_ids: tuple[tuple[int, ...], ...]
-    names: tuple[str, ...] = ()
-    cut_N: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()  # for errors
+    cut_N: tuple[int, ...] = ()  # tokens that each prompt lost on the left; empty if none did
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -56,19 +52,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Pass:
-    """One forward pass of T tokens, pads included: one packed row, or right-padded rows.
-
-    `questions` are positions in the chunk, `answers_N` the flat indices of their answer positions.
-    `valid_T` is None without pads. The shared prefix is a pass without questions.
-    """
+    """One forward pass of T tokens, pads included: one packed row, or right-padded rows."""
 
     input_ids: Tensor
     positions: Tensor | None
     mask: Tensor | None
-    questions: tuple[int, ...]
-    answers_N: Tensor
+    questions: tuple[int, ...]  # positions in the chunk; none for the shared prefix
+    answers_N: Tensor  # flat indices of their answer positions
     question_T: Tensor
-    valid_T: Tensor | None = None
+    valid_T: Tensor | None = None  # None without pads
 
     @property
     def is_prefix(self) -> bool:

@@ -120,17 +120,14 @@ def ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class PassObserver:
-    """Observes single passes; allows the last-block trick and splitting of passes.
-
-    The last MoE block then runs on answer positions only, and with `keeps_all` afterwards on the
-    others; before each of these runs `on_rows` gets its tokens and whether its output is used. A
-    pass that runs out of memory is split in halves, after `undo`.
-    """
+    """Observes single passes; allows the last-block trick and splitting of passes."""
 
     begin: OnPass = ignore
-    undo: OnPass = ignore
-    on_rows: OnRows = ignore
-    keeps_all: bool = False
+    undo: OnPass = ignore  # before a pass that ran out of memory is split in halves
+    on_rows: OnRows = (
+        ignore  # before the last MoE block runs on these tokens; if its output is used
+    )
+    keeps_all: bool = False  # the block runs on answers only, and then on the others too
 
 
 @dataclass

@@ -20,16 +20,13 @@ ApplyAt = Literal["answer", "all"]  # the tokens that a bias acts on
 
 @dataclass(frozen=True)
 class Tilts:
-    """Changes of routers, by layer.
+    """Changes of routers, by layer."""
 
-    `bias_by_layer` (E,) is added to logits; −inf forbids an expert. `scale_by_layer` (E,)
-    multiplies gate weights after top-k and renormalisation: routing is unchanged. With `apply_at`
-    `answer` a finite bias acts only at answer positions.
-    """
-
+    # (E,), added to logits; −inf forbids an expert.
     bias_by_layer: Mapping[int, Tensor] = field(default_factory=dict)
+    # (E,), factors on gate weights after top-k and renormalisation: routing is unchanged.
     scale_by_layer: Mapping[int, Tensor] = field(default_factory=dict)
-    apply_at: ApplyAt = "all"
+    apply_at: ApplyAt = "all"  # of finite biases
 
 
 _Answers = deque[Tensor]  # the answer positions (N,) of the current pass, if it has begun
