@@ -145,8 +145,7 @@ def last_usable(folder: Path) -> TrainerState | None:
     Later and damaged states are removed, so that the run resumes as if they had never been.
     """
     paths = _states(folder)
-    found = {step: _sound_state(path) for step, path in paths.items()}
-    whole = {step: state for step, state in found.items() if state is not None}
+    whole = {step: state for step, path in paths.items() if (state := _sound_state(path))}
     last = max((step for step in whole if best_step(whole[step]) in whole), default=0)
     for step, path in paths.items():
         if step > last or step not in whole:

@@ -20,7 +20,8 @@ from expertcut.profiling.storage import Arrays
 from expertcut.scoring.engine import advice
 from expertcut.scoring.packing import Pass
 
-PARTS = ("prefix", "question", "calibration")  # the last: questions that are not held out
+# Of the shared prefix, which runs once per chunk, of the questions, and of those not held out.
+PARTS = ("prefix", "question", "calibration")
 INPUT = "input_shift"  # only if experts have the width of the block's input
 RESIDUAL = "residual_shift"  # only if the residual stream is known; else the sums stay 0
 # Defined in docs/formats.md.
@@ -44,11 +45,7 @@ def check_finite(moe: MoeModel, subject: str, arrays: Arrays) -> None:
 
 
 class Recorder:
-    """The records of one chunk; `stats` `answer` is without all-token sums, `none` is empty.
-
-    All-token sums are separate for the shared prefix, which runs once per chunk, and the tokens of
-    the questions; of the latter also over the questions `in_calibration`.
-    """
+    """The records of one chunk; `stats` `answer` is without all-token sums, `none` is empty."""
 
     def __init__(
         self,

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from expertcut.errors import ModelError
-from expertcut.models.devices import give_back, unless_out_of_memory
+from expertcut.models.devices import give_back, is_out_of_memory
 from expertcut.models.hooks import Scope, own_forward, registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -124,10 +124,10 @@ class PassObserver:
 
     begin: OnPass = ignore
     undo: OnPass = ignore  # before a pass that ran out of memory is split in halves
-    on_rows: OnRows = (
-        ignore  # before the last MoE block runs on these tokens; if its output is used
-    )
-    keeps_all: bool = False  # the block runs on answers only, and then on the others too
+    # Before the last MoE block runs on these tokens, and whether its output is used: on the answers
+    # and, with `keeps_all`, then on the others.
+    on_rows: OnRows = ignore
+    keeps_all: bool = False
 
 
 @dataclass
@@ -184,22 +184,25 @@ class Run:
 
     def _attempt(self, step: Pass) -> Tensor | None:
         """The logits of a pass; None if it ran out of memory and can be split in halves."""
-        logits_NV = unless_out_of_memory(partial(self._forward, step))
-        layers: Any = () if self.cache is None else self.cache.layers
-        for layer in layers:
-            if (n_more := layer.get_seq_length() - self.n_prefix) > 0:
-                layer.crop(-n_more)
-        if logits_NV is not None:
-            return logits_NV
-        if self.watch.undo is ignore:
-            below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
-            advice = f": profile or score with {below}"
-        elif len(step.questions) > 1:
-            return None
-        else:
-            advice = ", which cannot be cut smaller: free memory, or use another device"
-        what = f"not enough memory for {step.n_tokens} tokens at once"
-        raise ModelError(f"{self.moe.source.id}: {what}{advice}")
+        try:
+            return self._forward(step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.watch.undo is ignore:
+                below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
+                advice = f": profile or score with {below}"
+            elif len(step.questions) > 1:
+                return None
+            else:
+                advice = ", which cannot be cut smaller: free memory, or use another device"
+            what = f"not enough memory for {step.n_tokens} tokens at once"
+            raise ModelError(f"{self.moe.source.id}: {what}{advice}") from None
+        finally:
+            layers: Any = () if self.cache is None else self.cache.layers
+            for layer in layers:
+                if (n_more := layer.get_seq_length() - self.n_prefix) > 0:
+                    layer.crop(-n_more)
 
     def _forward(self, step: Pass) -> Tensor:
         """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
