@@ -4,10 +4,6 @@ The files follow vLLM's constant-expert substitution (0.33 and later): kept expe
 names, a removed one leaves `<block>.constant_experts.<id>.approx_value` (D,), `config.json`
 declares each under `compression_config.transform_config.expert_substitution`, and
 `modeling_exact.py` beside it runs them in transformers.
-
-Earlier checkpoints declare `approximate_experts` and name constants
-`<block>.experts.<id>.approx_value`, which vLLM 0.32 skips: it loads them and answers NaN. They are
-read; new checkpoints get the new names.
 """
 
 from collections.abc import Collection, Mapping
@@ -99,7 +95,7 @@ def has_constants(config: Mapping[str, Any]) -> bool:
 
 
 def has_earlier_names(config: Mapping[str, Any]) -> bool:
-    """Whether constants have the names that vLLM 0.32 skips."""
+    """Whether constants have their earlier names, which vLLM 0.32 skips: it answers NaN."""
     return bool(config.get("approximate_experts"))
 
 

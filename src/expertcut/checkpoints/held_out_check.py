@@ -43,11 +43,7 @@ def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
 
 
 class HeldOutScores:
-    """Log p of choices, and what the routers do with removed, biased and scaled experts meanwhile.
-
-    `is_untouched_N` marks questions without a token that is routed to a removed expert; it is
-    meaningless once experts are renumbered.
-    """
+    """Log p of choices, and what the routers do with removed, biased and scaled experts."""
 
     def __init__(
         self, engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit], on_pass: OnPass = ignore
@@ -66,6 +62,7 @@ class HeldOutScores:
         scores, untouched = [], []
         with observe_routers(blocks, self._see):
             for encoded in engine.encode_all(quiz):
+                # Without a token that is routed to a removed expert; meaningless if renumbered.
                 self.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
                 scores.append(engine.score(encoded, self._begin))
                 untouched.append(self.is_untouched_N)

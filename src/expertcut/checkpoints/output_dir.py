@@ -22,10 +22,7 @@ _TOKEN_BYTES = 4
 
 
 def check_writable(folder: Path, *, is_forced: bool = False, inputs: tuple[Path, ...] = ()) -> None:
-    """Raises OutputError unless a folder is absent, empty, or may be replaced.
-
-    `inputs`, the working directory and the home directory are never replaced.
-    """
+    """Raises OutputError unless a folder is absent, empty, or may be replaced; `inputs` may not."""
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} is a file: remove it or name another --out")
     if os.name == "posix" and folder.resolve().is_mount():

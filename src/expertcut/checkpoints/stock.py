@@ -1,8 +1,4 @@
-"""Layout `stock`: tensors that every loader knows, with fewer rows.
-
-Pruning slices the expert axis everywhere. A bias goes into the router's own bias where it has one,
-else b·v is added to the expert's gate row.
-"""
+"""Layout `stock`: tensors that every loader knows, with fewer rows."""
 
 import re
 from collections.abc import Mapping

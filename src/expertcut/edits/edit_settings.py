@@ -54,23 +54,24 @@ Criteria = Annotated[str, AfterValidator(criteria)]
 _Expert = Annotated[Text, like(_EXPERT, "is not an expert: write 12, 3:12 or 3:12=0.25")]
 Experts = Annotated[list[_Expert], BeforeValidator(as_list), Field(min_length=1)]
 
-_keep_option = partial(option, panel=KEEP)
-_rank_option = partial(option, panel=RANK)
-_router_option = partial(option, panel=ROUTER)
-_checkpoint_option = partial(option, panel=CHECKPOINT)
-_judging_option = partial(option, panel="Judging")
+# Options by panel of the help.
+_keep = partial(option, panel=KEEP)
+_rank = partial(option, panel=RANK)
+_router = partial(option, panel=ROUTER)
+_checkpoint = partial(option, panel=CHECKPOINT)
+_judging = partial(option, panel="Judging")
 layout_option = partial(
-    _checkpoint_option,
+    _checkpoint,
     "stock",
     "Form of the checkpoint: stock loads wherever the base model does; exact reproduces the edit "
     "exactly and loads in transformers with --trust-remote-code.",
 )
 positions_option = partial(
-    _rank_option, None, "Tokens that the criterion counts.  [default: the criterion's own]",
+    _rank, None, "Tokens that the criterion counts.  [default: the criterion's own]",
     flags=("--tokens",), aliases=("--positions",),
 )  # fmt: skip
 apply_at_option = partial(
-    _router_option, None,
+    _router, None,
     "Apply biases at these tokens only (answer: layout stock).  [default: all]",
 )  # fmt: skip
 
@@ -78,13 +79,13 @@ apply_at_option = partial(
 class KeepSettings(Settings):
     """How many experts stay."""
 
-    keep_active: bool = _keep_option(False, "Keep every expert that is ever routed to.")
-    keep: Count | None = _keep_option(None, "Keep this many experts per layer.", metavar="N")
-    keep_fraction: float | None = _keep_option(None, "Keep this share of the experts.", metavar="F")
-    sparsity: float | None = _keep_option(
+    keep_active: bool = _keep(False, "Keep every expert that is ever routed to.")
+    keep: Count | None = _keep(None, "Keep this many experts per layer.", metavar="N")
+    keep_fraction: float | None = _keep(None, "Keep this share of the experts.", metavar="F")
+    sparsity: float | None = _keep(
         None, "Remove this share of the experts.", metavar="F", is_recorded=False
     )
-    max_bytes: Text | None = _keep_option(
+    max_bytes: Text | None = _keep(
         None, "Keep as many as fit in weights of this size, as 4GB, 500MB or 3.5GiB.",
         metavar="SIZE",
     )  # fmt: skip
@@ -93,27 +94,25 @@ class KeepSettings(Settings):
 class RankSettings(Settings):
     """How experts are ranked, and what replaces removed ones."""
 
-    budget: Budget = _keep_option(
+    budget: Budget = _keep(
         "layer", "Keep equally many per layer, or rank all layers together (global, layout exact)."
     )
-    min_keep: Count | None = _keep_option(
+    min_keep: Count | None = _keep(
         None, "Keep at least this many per layer with --budget global.", metavar="N"
     )
-    by: Criterion = _rank_option(
-        "activations", f"Criterion that ranks the experts: {CRITERIA_HERE}."
-    )
+    by: Criterion = _rank("activations", f"Criterion that ranks the experts: {CRITERIA_HERE}.")
     positions: Positions | None = positions_option()
-    protect: Texts = _rank_option(
+    protect: Texts = _rank(
         [], "Always keep super experts (super), expert L:E, or nothing (none); repeatable.  "
         "[default: super, none with --keep-active]", metavar="WHAT",
     )  # fmt: skip
-    seed: int = _rank_option(0, "Seed of --by random.", ge=0)
+    seed: int = _rank(0, "Seed of --by random.", ge=0)
     layout: Layout = layout_option()
-    removed: Removed | None = _checkpoint_option(
+    removed: Removed | None = _checkpoint(
         None, "Output of removed experts in layout exact.  [default: zero]",
         flags=("--replace-with",), aliases=("--removed",),
     )  # fmt: skip
-    fold: Fold | None = _checkpoint_option(
+    fold: Fold | None = _checkpoint(
         None, "Tokens over which layout stock fits the scale of gate weights.  [default: answer]",
         flags=("--rescale-gates",), aliases=("--fold",),
     )  # fmt: skip
@@ -215,14 +214,14 @@ def read_fractions(text: str, option: str) -> tuple[float, ...]:
 class RouterSettings(Settings):
     """Experts whose gate is biased or scaled by hand."""
 
-    boost: Experts | None = _router_option(
+    boost: Experts | None = _router(
         None, "Add to an expert's gate logit: E, L:E, E=bias or L:E=bias; repeatable.",
         metavar="L:E",
     )  # fmt: skip
-    suppress: Experts | None = _router_option(
+    suppress: Experts | None = _router(
         None, "Subtract from an expert's gate logit, as --boost; repeatable.", metavar="L:E"
     )
-    scale: Experts | None = _router_option(
+    scale: Experts | None = _router(
         None, "Scale an expert's gate weight, routing unchanged: E=F or L:E=F; repeatable.",
         metavar="L:E=F",
     )  # fmt: skip
@@ -231,15 +230,15 @@ class RouterSettings(Settings):
 class MergeSettings(Settings):
     """How many experts stay per layer, how they are grouped, and how groups are merged."""
 
-    keep: Count = _keep_option(..., "Experts per layer afterwards.", metavar="N")
-    by: MergeMethod = _rank_option(
+    keep: Count = _keep(..., "Experts per layer afterwards.", metavar="N")
+    by: MergeMethod = _rank(
         "m_smoe", "Group experts by router logits (m_smoe) or by mean outputs (hc_smoe)."
     )
-    router: RouterRow = _checkpoint_option(
+    router: RouterRow = _checkpoint(
         "fitted",
         "Router row of a group: fitted to its routing mass, the mean, or that of its main member.",
     )
-    align: bool | None = _checkpoint_option(
+    align: bool | None = _checkpoint(
         None, "Put neurons in the same order before merging.  [default: in m_smoe]",
         flags=("--align/--no-align",),
     )  # fmt: skip
@@ -272,38 +271,38 @@ class MergeSettings(Settings):
 class ReweightSettings(RouterSettings):
     """Experts whose gate changes, named or chosen by a score, and how strongly."""
 
-    boost_best: int = _rank_option(
+    boost_best: int = _rank(
         0, "Boost this many of the experts with the best score.", metavar="N", ge=0
     )
-    suppress_worst: int = _rank_option(
+    suppress_worst: int = _rank(
         0, "Suppress this many of the experts with the worst score.", metavar="N", ge=0
     )
-    by: str | None = _rank_option(
+    by: str | None = _rank(
         None, "Score of the experts: difference, accuracy, ...  [default: difference]"
     )
-    min_appearances: float | None = _rank_option(
+    min_appearances: float | None = _rank(
         None, "Consider only experts in this share of the questions or more.  [default: 0.01]",
         metavar="F",
     )  # fmt: skip
-    layers: Text | None = _rank_option(None, "Consider only these layers, as 0,3,8-15.")
-    contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = _rank_option(
+    layers: Text | None = _rank(None, "Consider only these layers, as 0,3,8-15.")
+    contrast: Annotated[list[str], Field(min_length=2, max_length=2)] | None = _rank(
         None, "Score by how much more often A routes to an expert than B; each is a profile, "
         "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.", metavar="A B",
     )  # fmt: skip
-    strength: float | None = _router_option(None, "Bias in logits.  [default: the admission gap]")
-    tune: bool = _router_option(False, "Search for the strength on the tuning questions.")
+    strength: float | None = _router(None, "Bias in logits.  [default: the admission gap]")
+    tune: bool = _router(False, "Search for the strength on the tuning questions.")
     apply_at: Positions | None = apply_at_option()
     layout: Layout = layout_option()
 
-    prove: bool = _judging_option(
+    prove: bool = _judging(
         False, "Cross-fit the whole procedure and compare it with random experts.",
         flags=("--cross-fit",), aliases=("--prove",), in_recipe=False,
     )  # fmt: skip
-    draws: int = _judging_option(
+    draws: int = _judging(
         99, "Draws of random experts that --cross-fit compares with.",
         flags=("--random-draws",), aliases=("--draws",), in_recipe=False, ge=99, le=10**6,
     )  # fmt: skip
-    seed: int = _judging_option(0, "Seed of the folds and draws.", in_recipe=False, ge=0)
+    seed: int = _judging(0, "Seed of the folds and draws.", in_recipe=False, ge=0)
 
     @property
     def is_choosing(self) -> bool:
@@ -359,17 +358,13 @@ class ReweightSettings(RouterSettings):
 class AuditSettings(Settings):
     """The experts to ablate, and the criteria to compare with the damage."""
 
-    sample: Count = _rank_option(64, "Experts to ablate, one at a time.", metavar="N")
-    by: Criteria = _rank_option(
-        "all", f"Criteria to score, separated by commas, or all: {CRITERIA_HERE}."
-    )
-    fractions: str = _rank_option("0.75,0.5,0.25", "Kept shares at which regrets are computed.")
-    questions: int = _judging_option(256, "Maximum of held-out questions.", metavar="N", ge=2)
+    sample: Count = _rank(64, "Experts to ablate, one at a time.", metavar="N")
+    by: Criteria = _rank("all", f"Criteria to score, separated by commas, or all: {CRITERIA_HERE}.")
+    fractions: str = _rank("0.75,0.5,0.25", "Kept shares at which regrets are computed.")
+    questions: int = _judging(256, "Maximum of held-out questions.", metavar="N", ge=2)
     positions: Positions | None = positions_option()
     layout: Layout = layout_option()
-    seed: int = _rank_option(
-        0, "Seed of the sample, of criterion random and of the intervals.", ge=0
-    )
+    seed: int = _rank(0, "Seed of the sample, of criterion random and of the intervals.", ge=0)
 
     def cut_by(self, by: str) -> CutSettings:
         """A cut by one of the criteria."""

@@ -294,8 +294,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     """Keeps what fires; layout stock also as many more as make one count for all layers.
 
     The others are filled by all-token count where the profile has it, else by mean α. What is
-    protected counts as firing.
-    Raises SettingsError: a criterion by which it does not choose.
+    protected counts as firing. Raises SettingsError: a criterion by which it does not choose.
     """
     if settings.by != "activations":
         raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")

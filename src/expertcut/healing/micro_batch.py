@@ -156,10 +156,7 @@ def _chosen(
 def estimate_memory(
     moe: MoeModel, run: Any, projection: Projection, longest: int, settings: HealSettings
 ) -> MemoryEstimate | None:
-    """Measured on passes over one short and one long row; None if memory runs out.
-
-    With gradient checkpointing, autograd keeps one layer's part and the inputs of all layers.
-    """
+    """Measured on passes over one short and one long row; None if memory runs out."""
     kept = unless_out_of_memory(
         lambda: [_kept_bytes(moe, run, projection, n) for n in (_SHORT, longest)]
     )
@@ -168,7 +165,7 @@ def estimate_memory(
         return None
     short, long = kept
     row = max(0, long - short)
-    if settings.save_memory:
+    if settings.save_memory:  # autograd keeps one layer's part and the inputs of all layers
         config = moe.model.config.get_text_config()
         inputs = config.num_hidden_layers * longest * config.hidden_size * moe.dtype.itemsize
         short, row = short // config.num_hidden_layers, row // config.num_hidden_layers + inputs

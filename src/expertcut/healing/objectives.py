@@ -207,16 +207,11 @@ class _ChunkedSum(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Collator:
-    """Pads rows on the right and adds labels and weights.
-
-    `labels` (B, S) are the next tokens, `IGNORED` at positions that are not trained on; `weight_BS`
-    is 1 at the others. The answer letters of a row get `answer_weight` times the row's weight in
-    addition. `row_B` numbers the rows.
-    """
+    """Pads rows on the right and adds labels and weights."""
 
     where: Where
     pad_id: int
-    answer_weight: float = 0.0
+    answer_weight: float = 0.0  # of a row's answer letters in addition, times the row's weight
 
     def __call__(self, items: Sequence[tuple[int, Row]]) -> Batch:
         """A batch of numbered rows."""
@@ -234,8 +229,8 @@ class Collator:
         return {
             "input_ids": ids_BS,
             "attention_mask": mask_BS,
-            "labels": labels_BS,
-            "weight_BS": weight_BS,
+            "labels": labels_BS,  # next tokens, IGNORED at positions that are not trained on
+            "weight_BS": weight_BS,  # 1 at the others
             "row_B": torch.tensor([number for number, _ in items]),
         }
 

@@ -124,10 +124,7 @@ class HealTrainer(Trainer):
     def training_step(
         self, model: Any, inputs: Any, num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """This process's share of a step, in micro-batches; leaves gradients in the weights.
-
-        Not by DistributedDataParallel: gradients are summed once all processes had enough memory.
-        """
+        """This process's share of a step, in micro-batches; leaves gradients in the weights."""
         self.model.train()
         batch = objectives.longest_first(self._prepare_inputs(inputs))
         n_items = self._n_items(batch, num_items_in_batch)
@@ -149,6 +146,7 @@ class HealTrainer(Trainer):
             )
             balance.share()
         loss = self._within_memory(of_step, batch)
+        # Not by DistributedDataParallel: gradients are summed once all had enough memory.
         if is_shared:  # gradients are averaged, for losses are multiplied by the processes
             trained = [weight for weight in self.model.parameters() if weight.requires_grad]
             gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]

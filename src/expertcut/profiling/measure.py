@@ -1,7 +1,4 @@
-"""Profiling: runs a quiz through a model, chunk by chunk, into a resumable folder.
-
-A perturbation (shuffled choices, bfloat16) is a profile in the subfolder `perturbed/<kind>/`.
-"""
+"""Profiling: runs a quiz through a model, chunk by chunk, into a resumable folder."""
 
 import logging
 import platform

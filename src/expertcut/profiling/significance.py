@@ -165,11 +165,9 @@ def null_moments(counts: SubjectCounts) -> tuple[Array, Array]:
 
 
 def shuffles(counts: SubjectCounts, is_correct_N: Array, draws: int, seed: int) -> Array:
-    """Correctness permuted within subjects (B, N), float32 for fast matrix products.
-
-    Its products with 0 and 1 are integers far below 2²⁴, so they are exact.
-    """
+    """Correctness permuted within subjects (B, N), float32 for fast matrix products."""
     rng = np.random.default_rng(seed)
+    # Products with 0 and 1 are integers far below 2²⁴, so they are exact.
     shuffled_BN = np.empty((draws, len(is_correct_N)), dtype=np.float32)
     for row in counts.rows:
         tiled_BN = np.tile(is_correct_N[row].astype(np.float32), (draws, 1))

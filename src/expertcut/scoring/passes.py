@@ -1,7 +1,4 @@
-"""Runs the forward passes of a chunk: scoring mode, memory, last-block trick and replay.
-
-Replay: passes run again from a later layer on, because nothing before a changed router changes.
-"""
+"""Runs the forward passes of a chunk: scoring mode, memory, last-block trick and replay."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -239,8 +236,8 @@ class Run:
 class Replay:
     """Stores the outputs of decoder layers in a first run; later runs start from them.
 
-    Runs must consist of the same passes in the same order. The deepest layers that fit in
-    `budget_bytes` are stored; without any, `starting_at` runs the whole model.
+    Nothing before a changed router changes. Runs must have the same passes in the same order. The
+    deepest layers that fit in `budget_bytes` are stored; without any, the whole model runs.
     """
 
     def __init__(
