@@ -1,7 +1,6 @@
 """An edit of a model as an object: what it fits, what it does at run time and on disk.
 
-To add an edit, write a class of `Edit` and append it to `EDITS` (checkpoints/export.py). Building,
-sweeps, simulation, the held-out check, the model card and the page loop over the edits of a plan.
+To add an edit, write a class of `Edit` and append it to `EDITS` (checkpoints/export.py).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +98,7 @@ class Simulation:
     """What edits do to an unedited model while it runs; they change the tensors in place."""
 
     moe: MoeModel
-    is_as_written: bool
+    is_as_written: bool  # scales kept experts as in the checkpoint; else the plan to the letter
     biases: Mapping[int, Tensor]  # (E,) by layer, on router logits; −inf forbids an expert
     scales: Mapping[int, Tensor]  # (E,) by layer, factors on gate weights
     apply_at: Positions = "all"  # where finite biases act
@@ -197,10 +196,7 @@ class Edit(Protocol):
 
 @contextmanager
 def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> Iterator[OnPass]:
-    """Runs an unedited model with edits; the yielded function must be called before each pass.
-
-    `is_as_written` scales kept experts as in the checkpoint; else the plan acts to the letter.
-    """
+    """Runs an unedited model with edits; the yielded function must be called before each pass."""
     biases = {block.layer: torch.zeros(block.n_experts) for block in moe.blocks}
     scales = {b.layer: torch.ones(b.n_experts, dtype=torch.float64) for b in moe.blocks}
     simulation = Simulation(moe, is_as_written, biases, scales)

@@ -98,10 +98,7 @@ def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:
 
 
 def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit]) -> OutsideAxes:
-    """Tensors on disk with an axis of experts outside their block, and unclear selection biases.
-
-    The conversions of transformers assign them to blocks, by name.
-    """
+    """Tensors on disk with an axis of experts outside their block, and unclear selection biases."""
     matched, unused = match_blocks(headers, edits)
     n_experts = {block.n_experts for block in matched.values()}
     inside = tuple(f"{block.name}." for block in matched.values())
@@ -115,6 +112,7 @@ def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit
     if not suspects:
         return {}
     found: dict[str, dict[str, int]] = {}
+    # The conversions of transformers assign them to blocks, by name.
     for name, (parameter, axis) in source.expert_axes(suspects).items():
         block = next((b for b in matched if parameter.startswith(f"{b}.")), None)
         if block is None:
@@ -128,10 +126,7 @@ def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit
 
 
 def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model without its layers that predict further tokens.
-
-    Their count becomes 0 under every name, and lists with an entry for every layer lose theirs.
-    """
+    """The config without layers that predict further tokens: counts are 0, lists lose their end."""
     text = config.get("text_config")
     fields = {**config, **(text if isinstance(text, dict) else {})}
     nested = fields.get("mtp_config")

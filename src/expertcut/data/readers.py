@@ -30,7 +30,6 @@ def read_csv(path: Path, default_subject: str) -> list[Question]:
 
     Without a header, the columns are those of Hendrycks: question, A, B, C, D, letter. Further
     columns are ignored, except `subject`. Blank lines and a leading byte order mark are skipped.
-
     Raises QuizError: the file cannot be read, or a row is invalid.
     """
     questions: list[Question] = []

@@ -123,14 +123,12 @@ METHODS = {f.__name__: f for f in (m_smoe, hc_smoe)}
 def merge_edits(
     blocks: Sequence[BlockInfo], evidence: Sequence[Evidence], n_keep: int, method: str
 ) -> dict[str, BlockEdit]:
-    """The groups of every block; a merged expert has the id of its dominant member.
-
-    Experts of routing groups merge within them only, to the same number in each.
-    """
+    """The groups of every block; a merged expert has the id of its dominant member."""
     edits = {}
     for block, measured in zip(blocks, evidence, strict=True):
         size = block.experts // block.groups
         groups: Groups = []
+        # Experts of routing groups merge within them only, to the same number in each.
         for first in range(0, block.experts, size):
             groups += METHODS[method](measured, range(first, first + size), n_keep // block.groups)
         keep = tuple(sorted(group[0] for group in groups))

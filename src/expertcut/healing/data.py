@@ -336,10 +336,7 @@ def _too_little(name: str, max_tokens: int) -> QuizError:
 
 
 def _held_out(quiz: Quiz, texts: Iterable[Iterable[Text]]) -> Quiz:
-    """A tenth by content, the same for every seed, and at least one question.
-
-    No text that is trained on contains any of them.
-    """
+    """A tenth by content, the same for every seed, and at least one; none is in a trained text."""
     in_texts = chain.from_iterable(_questions_in(chain.from_iterable(texts), quiz))
     free = without(quiz, (question.hash_line for question in in_texts))
     tenth = [q for q in free if int(q.content_hash, 16) % _ONE_IN == 0] or list(free)[:1]
@@ -394,10 +391,7 @@ def _names(questions: Iterable[Question]) -> tuple[str, ...]:
 
 
 def _questions_in(texts: Iterable[Text], questions: Iterable[Question]) -> Iterator[list[Question]]:
-    """The questions that each text contains: their first line as a line, text and all choices.
-
-    White space, invisible characters and the Unicode form are ignored.
-    """
+    """The questions that each text contains: their first line as a line, text and all choices."""
     by_line: dict[str, list[Question]] = {}
     for question in questions:
         if line := next(filter(None, map(normalised, question.text.splitlines())), ""):

@@ -140,10 +140,7 @@ def is_over(state: TrainerState, settings: HealSettings) -> bool:
 
 
 def last_usable(folder: Path) -> TrainerState | None:
-    """The last undamaged state whose best state is undamaged too; None if there is none.
-
-    Later and damaged states are removed, so that the run resumes as if they had never been.
-    """
+    """The last sound state whose best state is sound; later and damaged states are removed."""
     paths = _states(folder)
     whole = {step: state for step, path in paths.items() if (state := _sound_state(path))}
     last = max((step for step in whole if best_step(whole[step]) in whole), default=0)

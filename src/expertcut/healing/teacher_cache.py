@@ -100,10 +100,7 @@ def fill_cache(
     live: Callable[[], objectives.LiveTeacher],
     batch: int,
 ) -> CachedTeacher:
-    """Computes missing rows, in the batches of the training, and returns the cache.
-
-    The teacher is loaded only if rows are missing. With several processes, each computes a share.
-    """
+    """Computes missing rows, in the batches of the training, and returns the cache."""
     processes = PartialState()
     with processes.main_process_first():
         known = CachedTeacher(folder, key)

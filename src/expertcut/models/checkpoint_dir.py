@@ -163,8 +163,7 @@ def absolute_id(model: str, revision: str | None) -> str:
 def find_local(model: str, fingerprint: str, near: Path) -> Path | None:
     """The folder of a model recorded by path, if it still holds its weights.
 
-    Older records have relative paths: tried from the working directory and from the folders above
-    `near`, the place of the record.
+    Relative paths of older records may begin in the working directory or above `near`, the record.
     """
     for folder in dict.fromkeys(above / model for above in (Path(), *near.resolve().parents)):
         with suppress(ModelError, OSError, ValueError):

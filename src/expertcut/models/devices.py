@@ -142,10 +142,8 @@ def unless_out_of_memory(work: Callable[[], T]) -> T | None:
 
 
 def give_back() -> None:
-    """Frees the memory of a failed pass, also what the C library keeps for later.
-
-    The address space stays allocated: under `ulimit -v`, oneDNN may fail on the smallest pass.
-    """
+    """Frees the memory of a failed pass, also what the C library keeps for later."""
+    # The address space stays allocated: under `ulimit -v`, oneDNN may fail on the smallest pass.
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

@@ -54,8 +54,7 @@ class ProveSection(Settings):
 class HealSection(HealSettings):
     """`expertcut heal` of the variant `of`.
 
-    `quiz`, `shots` and `subjects` default to those of the recipe. The quiz and split that the
-    recipe's `eval` scores are kept out of training, unless `eval_quiz` and `eval_split` are given.
+    `quiz`, `shots` and `subjects` default to those of the recipe, what is scored to its `eval`.
     """
 
     of: Name

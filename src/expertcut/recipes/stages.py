@@ -80,14 +80,12 @@ def _scoring_stage(recipe: Recipe, kind: Kind, section: SplitSettings, **more: A
 
 
 def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
-    """Trains on the recipe's quiz unless it names others; can resume.
-
-    With subjects of its own it may read more of that quiz than other stages, so it depends on all.
-    """
+    """Trains on the recipe's quiz unless it names others; can resume."""
     section = variant.heal
     assert section is not None
     folder = variant_folder(variant.name)
     is_own = not section.quiz and not section.text
+    # With subjects of its own it may read more of that quiz than other stages: it depends on all.
     read = [*section.quiz, *section.text, *([recipe.quiz] if is_own and section.subjects else [])]
     _, split = section.scored(recipe)
     others = (section.eval_quiz,) if section.eval_quiz else ()

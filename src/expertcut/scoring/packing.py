@@ -122,10 +122,7 @@ def prefix_pass(ids: Sequence[int]) -> Pass:
 def packed_pass(
     encoded: Encoded, questions: Sequence[int], n_prefix: int, *, is_masked: bool = True
 ) -> Pass:
-    """Questions in one row; each attends only to the prefix and itself.
-
-    `mask` is boolean (1, 1, T, P + T), true where attention is allowed; None unless `is_masked`.
-    """
+    """Questions in one row; each attends only to the prefix and itself."""
     tails = [encoded.prompts[q][n_prefix:] for q in questions]
     lengths_N = torch.tensor([len(tail) for tail in tails])
     ends_N = lengths_N.cumsum(0)
@@ -135,7 +132,7 @@ def packed_pass(
     if is_masked:
         itself_TT = (owner_T[:, None] == owner_T).tril_()
         prefix_TP = torch.ones(len(owner_T), n_prefix, dtype=torch.bool)
-        mask = torch.cat([prefix_TP, itself_TT], dim=1)[None, None]
+        mask = torch.cat([prefix_TP, itself_TT], dim=1)[None, None]  # (1, 1, T, P + T)
     return Pass(
         input_ids=torch.tensor([[token for tail in tails for token in tail]]),
         positions=positions_T[None],
