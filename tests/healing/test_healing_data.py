@@ -26,7 +26,6 @@ from expertcut.healing.data import (
     Rows,
     Text,
     TrainingData,
-    group_questions,
     question_lengths,
     question_row,
     quizzes_kept_out,
@@ -46,6 +45,7 @@ from expertcut.healing.objectives import (
 from expertcut.healing.trainer import Balance
 from expertcut.models.hooks import Routing
 from expertcut.reporting.edit_tables import dropped_sentence
+from expertcut.scoring.packing import cut_packs
 from tests.conftest import make_tokenizer, open_model, write_quiz
 
 Checkpoints = Callable[..., Path]
@@ -73,9 +73,8 @@ def test_a_row_is_a_prompt_with_its_answer_and_the_places_before_letters(quiz_fo
 
 
 def test_groups_are_as_long_as_they_may_be() -> None:
-    quiz = ["a", "b", "c", "d", "e"]
-    groups = list(group_questions(quiz, [10, 10, 10, 99, 10], 2, 25))  # type: ignore[arg-type]
-    assert groups == [("a", "b"), ("c",), ("d",), ("e",)]
+    groups = list(cut_packs([10, 10, 10, 99, 10], 25, n_most=2))
+    assert groups == [(0, 1), (2,), (3,), (4,)]
 
 
 def test_every_question_is_trained_on_but_those_held_out(quiz_folder: Path) -> None:

@@ -60,12 +60,9 @@ def build(
     plan: EditPlan,
     folder: Path,
     options: BuildOptions,
-    edits: Sequence[Edit] | None = None,
+    edits: Sequence[Edit] | None = None,  # not fitted; where the plan does not say all of them
 ) -> Built:
-    """Makes the checkpoint; the folder appears when all is written and checked, or not at all.
-
-    `edits` are those of the plan, not fitted yet, where it does not say all of them.
-    """
+    """Makes the checkpoint; the folder appears when all is written and checked, or not at all."""
     source = profiled_source(profile)
     questions = splits.questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     calibration = Calibration(profile, questions, source)

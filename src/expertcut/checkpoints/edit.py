@@ -98,7 +98,7 @@ class Simulation:
     """What edits do to an unedited model while it runs; they change the tensors in place."""
 
     moe: MoeModel
-    is_as_written: bool  # scales kept experts as in the checkpoint; else the plan to the letter
+    is_as_written: bool  # scales kept experts as in the checkpoint; else the plan acts literally
     biases: Mapping[int, Tensor]  # (E,) by layer, on router logits; −inf forbids an expert
     scales: Mapping[int, Tensor]  # (E,) by layer, factors on gate weights
     apply_at: Positions = "all"  # where finite biases act

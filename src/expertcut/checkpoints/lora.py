@@ -1,8 +1,7 @@
 """A LoRA adapter of the unpruned model in peft's folder, cut and written with the checkpoint.
 
 With delta_e = B_e·A_e for each expert, rows and columns of kept experts are taken in the order of
-the plan. If the plan or gate rescaling scales an expert's output, the delta of its last projection
-is scaled too.
+the plan. Where an expert's output is scaled, so is the delta of its last projection.
 
 Needs neither peft nor a model; the format is that of peft 0.21. An adapter of all E experts of a
 block with rank r is lora_A (r·E, in), row e·r + j for expert e, and lora_B (out, r·E), column

@@ -2,8 +2,7 @@
 
 Averages are computed as their bytes are written, reading one projection of one expert at a time.
 The reference is the merged experts under the unedited router, as both papers' own code runs them:
-it chooses among all E experts, each of which stands for its group, and may choose two of one group.
-No checkpoint of layout stock can express this.
+it chooses among all E experts and may choose two of one group, which layout stock cannot express.
 """
 
 import copy

@@ -1,7 +1,4 @@
-"""Safetensors shards, laid out and written without a model.
-
-Kept tensors are copied as bytes, file to file. Only the tensor being changed is in memory.
-"""
+"""Safetensors shards written without a model: kept bytes are copied, one tensor is in memory."""
 
 import errno
 import json

@@ -61,7 +61,6 @@ def match_blocks(
 ) -> tuple[dict[str, DiskBlock], frozenset[str]]:
     """The block on disk of each block of the loaded model, and the unused tensors.
 
-    Blocks match by name, else by the name up to the layer's number, else by that number alone.
     Unused are layers whose experts the model did not load (multi-token prediction): a new expert
     count would make them unreadable.
     """
@@ -103,7 +102,7 @@ def _unused(layers: set[str], used: set[str]) -> set[str]:
 def blocks_of(
     headers: Headers, names: Iterable[str], outside: OutsideAxes | None = None
 ) -> dict[str, DiskBlock]:
-    """The block on disk of each block of the loaded model, as `match_blocks` finds them."""
+    """The block on disk of each loaded one: by name, by name up to its layer, by layer number."""
     names = list(names)
     blocks = find_disk_blocks(headers)
     numbers = {_layer(name)[1] for name in names}

@@ -1,8 +1,7 @@
 """Criteria that rank experts: one pure function each, in a registry of all of them by name.
 
-To add one, decorate a function with `@criterion`: options, recipes, `show --criteria`, sweeps and
-ablations read the registry. Higher scores are kept; `ranked` breaks ties by mean α, then by the
-lower id.
+To add one, decorate a function with `@criterion`; all that lists criteria reads the registry.
+Higher scores are kept; `ranked` breaks ties by mean α, then by the lower id.
 """
 
 from __future__ import annotations

@@ -185,11 +185,7 @@ def logit_products(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
 
 
 def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
-    """Mean output (E, D) float64 of every expert over all tokens, routed or not, by layer.
-
-    Every expert runs on every token: E / K times the experts' work of a forward pass, and once
-    more that for the pass itself.
-    """
+    """Mean output (E, D) float64 of every expert over all tokens, routed or not, by layer."""
     totals: dict[int, Tensor] = {}
     n_tokens = Counter[int]()
     current = deque[Pass](maxlen=1)

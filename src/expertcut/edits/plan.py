@@ -330,8 +330,7 @@ def model_folder(profile: Profile) -> Path | None:
     """The folder of the profiled model; None for a model of the hub.
 
     A folder with a plan, or one that an older profile names by a relative path, must hold the
-    profiled weights; other folders are checked where they are read.
-    Raises ProfileError: the folder is missing.
+    profiled weights; others are checked where they are read. Raises ProfileError: it is missing.
     """
     model = profile.info.model
     if model.revision is not None:

@@ -196,7 +196,6 @@ def normalised(score_E: Array) -> Array:
     """Scores as shares of their layer's sum, so that layers can be compared.
 
     What is below 0 counts as 0; where no score is above 0 the layer's lowest becomes 0 instead.
-    Experts that all count 0 are worth the same.
     """
     filled_E = as_numbers(score_E)
     lowest = 0.0 if float(filled_E.max()) > 0 else float(filled_E.min())

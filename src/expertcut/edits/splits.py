@@ -133,8 +133,7 @@ def questions_for(
     questions. Held-out questions are 256 (`n_held_out`), round-robin over subjects: the held-out
     part of the profile, else an unused split, else a fifth of the tuning questions if these are of
     another split than the profile. None is left for a whole profile of the only split. Questions
-    of earlier cuts, and of `used` hash lines, are avoided if possible.
-    Raises QuizError: too few questions to hold any out.
+    of earlier cuts and `used` ones are avoided if possible. Raises QuizError: too few to hold out.
     """
     profiled, earlier = profiled_quiz(profile), plans.profiled_plan(profile)
     inherited = used | (plans.load_hashes(*earlier) if earlier else frozenset())

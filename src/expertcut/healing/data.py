@@ -85,14 +85,6 @@ class Row:
     answers: tuple[int, ...] = ()
 
 
-def group_questions(
-    questions: Sequence[Question], lengths: Sequence[int], n_most: int, max_tokens: int
-) -> Iterator[tuple[Question, ...]]:
-    """Groups of at most `n_most` neighbours and, except single questions, `max_tokens` tokens."""
-    for pack in cut_packs(lengths, max_tokens, n_most=n_most):
-        yield tuple(questions[at] for at in pack)
-
-
 def question_row(tokenizer: Any, group: Sequence[Question]) -> Row:
     """The prompt of the last question, with the others as shots, and its answer letter."""
     prompts = [prompt(question, group[:i]) for i, question in enumerate(group)]
@@ -217,10 +209,7 @@ class TrainingData:
         return Rows(self.parts, n_rows), list(enumerate(self.held_out, n_rows))
 
     def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
-        """Unused questions of the evaluation split, else all of it, else the held-out questions.
-
-        `used` are hash lines of the questions that this run and earlier steps read.
-        """
+        """Questions of the evaluation split, without `used` ones if it has others; else held-out."""
         if self.scored is not None:
             unused = without(self.scored, used)
             quiz, how = (unused, UNUSED) if len(unused) else (self.scored, USED_BEFORE)
@@ -292,8 +281,8 @@ class _Reader:
                         reordered(q, order.sample(range(len(q.choices)), len(q.choices)))
                         for q in drawn
                     ]
-                groups = group_questions(drawn, sizes, self.settings.n_shots + 1, self.max_tokens)
-                rows += [question_row(self.tokenizer, group) for group in groups]
+                packs = cut_packs(sizes, self.max_tokens, n_most=self.settings.n_shots + 1)
+                rows += [question_row(self.tokenizer, [drawn[q] for q in pack]) for pack in packs]
             order.shuffle(rows)
             return rows
 

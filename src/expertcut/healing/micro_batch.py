@@ -1,7 +1,6 @@
 """Rows in memory at once: as set, as recorded, or chosen from the free memory.
 
-A step's loss and gradient do not depend on them, except for rounding. So the number is recorded
-beside the states, and a resumed run gives the same bits.
+Loss and gradient depend on them by rounding only; a resumed run takes the recorded number.
 """
 
 import logging

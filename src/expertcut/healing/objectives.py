@@ -1,8 +1,7 @@
 """Training objectives: batches, the teacher, and one loss per trained position.
 
-With a large vocabulary, the logits of a whole batch are the largest tensors of training. So the
-loss is computed over chunks of positions: project a chunk, compute its loss and the gradient of its
-hidden states, and free its logits before the next chunk.
+With a large vocabulary, the logits of a whole batch are the largest tensors of training. So loss
+and gradient are computed by chunks of positions, and a chunk's logits freed before the next.
 """
 
 from collections.abc import Callable, Iterator, Sequence

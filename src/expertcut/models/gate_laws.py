@@ -269,10 +269,7 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
 
 
 def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> hooks.Scope:
-    """Checks the laws of once and sum in each block's first forward, and passes its routing on.
-
-    Costs two more runs of the block's shared part and one of 16 tokens through its experts.
-    """
+    """Checks the laws of once and sum in each block's first forward, and passes its routing on."""
     is_summed = ("sum", model_type) not in EXCEPTIONS
     return hooks.registered(
         replaced_forward(block.module, _verified(block, is_summed, see)) for block in blocks

@@ -24,8 +24,7 @@ _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexE
 def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[str, int]]:
     """The parameters with an axis of experts, and that axis, by name on disk.
 
-    It is the axis that grows with the number of experts in config.json. Tensors stacked with others
-    in loading are left out; without code in transformers for the model, all are.
+    It grows with the number of experts in config.json. Tensors that loading stacks are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -56,10 +55,7 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
 
 
 def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:
-    """Checks that a checkpoint of these tensors, on the meta device, would load completely.
-
-    Only if transformers has code for the model. `what` names the checkpoint in errors.
-    """
+    """Checks that tensors on the meta device load completely, if transformers knows the model."""
     try:
         with _meta_model(config) as model:
             if model is None:

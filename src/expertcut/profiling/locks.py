@@ -200,8 +200,7 @@ def _is_gone(text: str) -> bool:
 def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
     """Locks a folder against other runs in the context; OutputError if another holds the lock.
 
-    The lock of a killed run does not block: at once on the same host, after some seconds on
-    another. Folders that were created and stay empty are removed.
+    A killed run's lock blocks for seconds at most. Folders created here that stay empty go.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

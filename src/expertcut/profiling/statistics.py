@@ -1,7 +1,6 @@
 """Statistics per layer and expert: the tables of arXiv 2502.17187, §3.
 
-Standard deviations are population ones. Undefined shares (of an expert that no question activated)
-are NaN here and null in JSON.
+Standard deviations are population ones. Undefined shares are NaN here and null in JSON.
 """
 
 from collections.abc import Sequence

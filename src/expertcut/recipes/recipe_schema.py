@@ -1,7 +1,6 @@
 """The schema of a recipe: the model and the quiz, a section per command, the variants.
 
-A section has the keys and defaults of its command. An empty section has all defaults; a missing one
-leaves the stage out.
+A section has the keys and defaults of its command; without it there is no such stage.
 """
 
 import re

@@ -4,8 +4,7 @@ A mask over T tokens behind a prefix of P has T * (P + T) entries, most of them 
 pack needs a copy of the prefix's keys. Here the two parts are computed separately and joined by
 their log-sum-exps (FlashAttention-2, arXiv:2307.08691; cascade inference). CPU only.
 
-With the legend of `models`: H heads, S places of the longest question of a group, d width of a
-head.
+Further axes: H heads, S places of the longest question of a group, d width of a head.
 """
 
 from collections.abc import Callable, Iterator, Sequence
