@@ -209,7 +209,7 @@ class TrainingData:
         return Rows(self.parts, n_rows), list(enumerate(self.held_out, n_rows))
 
     def scored_quiz(self, used: frozenset[str]) -> ScoredQuiz | None:
-        """Questions of the evaluation split, without `used` ones if it has others; else held-out."""
+        """The evaluation split without `used` questions, or all of it, else held-out questions."""
         if self.scored is not None:
             unused = without(self.scored, used)
             quiz, how = (unused, UNUSED) if len(unused) else (self.scored, USED_BEFORE)
