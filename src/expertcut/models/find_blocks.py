@@ -76,10 +76,7 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
 
 
 def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
-    """The MoE blocks in layer order, their gates identified on one forward pass of the tokens.
-
-    Raises ContractError: no block, or one that breaks the contract.
-    """
+    """The MoE blocks in layer order, probed on the tokens; ContractError if one breaks the laws."""
     model_type = str(getattr(model.config, "model_type", "?"))
     unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
     if not unprobed:

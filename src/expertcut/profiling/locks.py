@@ -200,7 +200,7 @@ def _is_gone(text: str) -> bool:
 def alone(folder: Path, what: str, timing: Timing | None = None) -> Iterator[None]:
     """Locks a folder against other runs in the context; OutputError if another holds the lock.
 
-    A killed run's lock blocks for seconds at most. Folders created here that stay empty go.
+    A killed run's lock blocks for seconds at most. Created folders that stay empty are removed.
     """
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     try:

@@ -35,7 +35,7 @@ Derived = TypeVar("Derived")
 
 
 def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None = None) -> None:
-    """Writes a chunk of the owner with hash `of`, by way of `scratch`; equal input, equal bytes."""
+    """Writes a chunk atomically, by way of `scratch`; equal arrays and `of` give equal bytes."""
     described = json.dumps(_description(arrays, of), sort_keys=True, separators=(",", ":"))
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     write_atomically(path, save(contiguous, metadata={_METADATA_KEY: described}), scratch)

@@ -53,7 +53,8 @@ class ProveSection(Settings):
 class HealSection(HealSettings):
     """`expertcut heal` of the variant `of`.
 
-    `quiz`, `shots` and `subjects` default to those of the recipe, what is scored to its `eval`.
+    `quiz`, `shots` and `subjects` default to those of the recipe, `eval_quiz` and `eval_split` to
+    those that its `eval` scores.
     """
 
     of: Name
