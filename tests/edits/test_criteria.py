@@ -503,7 +503,7 @@ def test_positions_are_the_criterions_own_unless_it_has_a_choice():
         assert positions_of(by, "all") == "all" and positions_of(by, "answer") == "answer"
     assert positions_of("reap", "all") == "all"
     for by, asked in (("reap", "answer"), ("weighted_accuracy", "all"), ("random", "answer")):
-        with pytest.raises(SettingsError, match="leave --positions out"):
+        with pytest.raises(SettingsError, match="leave --tokens out"):
             positions_of(by, asked)  # type: ignore[arg-type]
 
 

@@ -54,7 +54,7 @@ class TensorChanges(Rewrite):
         self.changed[name] = replace(self.change(name), apply=both)
 
     def keep_rows(self, name: str, axis: int, keep: tuple[int, ...]) -> None:
-        """Takes some entries of an axis."""
+        """Keeps these entries of an axis; a change made before is kept for axis 0 alone."""
         shape = list(self.headers[name].shape)
         shape[axis] = len(keep)
         if axis == 0:
@@ -72,11 +72,13 @@ class TensorChanges(Rewrite):
                 f"{block.name}: which projection of its experts is the last is not known, so their "
                 "outputs cannot be scaled"
             )
-        for position, factor in factors.items() if block.by_expert else ():
-            for own in block.by_expert[keep[position]].values():
-                if own in block.last:
+        if not factors:
+            return
+        if block.by_expert:
+            for position, factor in factors.items():
+                for own in block.last & {*block.by_expert[keep[position]].values()}:
                     self.apply(own, partial(_scaled, factor=factor))
-        for fused in (block.last & set(block.axes)) if factors else ():
+        for fused in block.last & set(block.axes):
             self.apply(fused, partial(_scaled_rows, factors=factors))
 
 

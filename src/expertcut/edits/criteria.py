@@ -57,7 +57,7 @@ class Criterion:
 
     def of_layer(self, layer: LayerStatistics, positions: Positions) -> Array:
         """Scores (E,) from a profile's statistics of one block."""
-        choice = (positions,) if len(self.positions) > 1 else ()
+        choice = (positions,) if len(self.positions) > 1 else ()  # else it takes no choice
         return self.function(layer, *choice).astype(np.float64)
 
 
@@ -211,17 +211,17 @@ def reconstruction(
     change: Callable[[tuple[int, ...]], float],
     groups: Sequence[range],
     least: int,
-    before: Sequence[int],
+    by_use: Sequence[int],
 ) -> Array:
-    """Step at which the expert goes, where each step removes the one that changes the output least.
+    """Step at which an expert is removed: each step removes the one that changes the output least.
 
     `change` is that of the block's output without these experts. The paper tries every set of
     experts to keep, which 8 experts allow and 64 do not; greedy backward elimination is the
     tractable form. It ends where every group of experts has `least` left, which the router needs.
     Those experts rank above all others, by the change that their removal would make next. Of equal
-    changes (experts that no stored token is routed to), the later one in `before` goes first.
+    changes (experts that no stored token is routed to), the last one in `by_use` is removed.
     """
-    later = {expert: -rank for rank, expert in enumerate(before)}
+    later = {expert: -rank for rank, expert in enumerate(by_use)}
     score_E = np.full(sum(map(len, groups)), np.nan)
     removed: tuple[int, ...] = ()
     while True:
@@ -229,9 +229,9 @@ def reconstruction(
         candidates = [e for group in left if len(group) > least for e in group]
         if not candidates:
             break
-        goes = min(candidates, key=lambda e: (change((*removed, e)), later[e]))
-        score_E[goes] = len(removed)
-        removed = (*removed, goes)
+        next_removed = min(candidates, key=lambda e: (change((*removed, e)), later[e]))
+        score_E[next_removed] = len(removed)
+        removed = (*removed, next_removed)
 
     def next_change(expert: int) -> float:
         # Replaces the last removal of its group: a group with one expert fewer cannot be routed.
@@ -325,8 +325,8 @@ def positions_of(by: str, wanted: Positions | None) -> Positions:
         return wanted or default
     where = "all tokens" if default == "all" else "answer positions"
     raise SettingsError(
-        f"--positions {wanted}: {by} looks at {where if chosen.positions else 'no positions'} "
-        "alone: leave --positions out"
+        f"--tokens {wanted}: {by} looks at {where if chosen.positions else 'no positions'} "
+        "alone: leave --tokens out"
     )
 
 

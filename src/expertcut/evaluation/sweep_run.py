@@ -32,6 +32,9 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
+_WEIGHTY = 0.01  # share of an answer's gate weights: less may be lost in rounding
+_OFTEN = 0.05  # share of the answers
+
 
 class Step(NamedTuple):
     """One form of the model: its name, and the run that scores the missing questions."""
@@ -49,7 +52,7 @@ class SweepRun:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
         self.profile, self.grid, self.settings = profile, grid, settings
-        self.waits = scoring.options.waits  # else it leaves saving to others
+        self.waits = scoring.options.waits  # for all answers; only such a process saves cells
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
@@ -83,10 +86,10 @@ class SweepRun:
         at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
         if earlier is None:
             self.sweep.save(file)  # by every process: it claims the folder
-        place = folder / "cells" / "base"
-        yield Step("the unedited model", partial(self.measurement.run, place))
+        base = folder / "cells" / "base"
+        yield Step("the unedited model", partial(self.measurement.run, base))
         if self.waits:
-            self.base = load_profile(place).answers
+            self.base = load_profile(base).answers
             model = self._model(self.base, size(self.engine.moe))
             self.sweep = self.sweep.model_copy(update={"base": model})
             self.sweep.save(file)
@@ -97,13 +100,13 @@ class SweepRun:
                 # Hashed, so that cells of other experts or another kind of removal never mix.
                 content = repr((kept, draft.layout, draft.removed, draft.fold)).encode()
                 name = f"{draft.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
-                place = folder / "cells" / name
-                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, place))
+                cell_folder = folder / "cells" / name
+                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, cell_folder))
                 if self.waits:
-                    cell = self._cell(by, fraction, draft, load_profile(place).answers)
-                    by_place = {(c.by, c.fraction): c for c in (*self.sweep.cells, cell)}
-                    places = product(self.grid.by, self.grid.fractions)  # the order of cells
-                    cells = tuple(by_place[place] for place in places if place in by_place)
+                    cell = self._cell(by, fraction, draft, load_profile(cell_folder).answers)
+                    finished = {(c.by, c.fraction): c for c in (*self.sweep.cells, cell)}
+                    in_order = product(self.grid.by, self.grid.fractions)
+                    cells = tuple(finished[key] for key in in_order if key in finished)
                     self.sweep = self.sweep.model_copy(update={"cells": cells})
                     self.sweep.save(file)
 
@@ -116,10 +119,10 @@ class SweepRun:
         kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
         return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
 
-    def _run(self, draft: EditPlan, place: Path, on_pass: OnPass) -> Iterator[Progress]:
+    def _run(self, draft: EditPlan, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
         with simulated(self.engine.moe, edits, is_as_written=True):
-            yield from self.measurement.run(place, on_pass)
+            yield from self.measurement.run(folder, on_pass)
 
     def _model(self, answered: Answers, of: Size) -> schema.SweptModel:
         scored = accuracy(answered.is_correct_N, self.subjects)
@@ -139,7 +142,7 @@ class SweepRun:
     ) -> schema.SweepCell:
         base, numbers = self.base, draft.numbers
         largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
-        if not largest and is_used(self.profile, draft):
+        if not largest and removes_used_experts(self.profile, draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         assert numbers is not None
@@ -184,13 +187,16 @@ def simulate(
 
     watch(run, "the plan", len(quiz), edited)
     before, after = load_profile(base).answers, load_profile(edited).answers
-    if is_used(profile, plan) and np.array_equal(before.logprob_NC, after.logprob_NC):
+    if removes_used_experts(profile, plan) and np.array_equal(before.logprob_NC, after.logprob_NC):
         raise ContractError(NOT_REACHED.format("the plan"))
     return before, after
 
 
-def is_used(profile: Profile, plan: EditPlan) -> bool:
-    """Whether a stock cut removes experts that 5 % of the profile's answers used."""
+def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
+    """Whether a stock cut surely acts: it removes experts that some answers used.
+
+    Else answers without a changed bit would not show that the edit was never reached.
+    """
     if LAYOUTS[plan.layout].keeps_rows:
         return False
     chosen_NLK = profile.array("chosen_NLK")
@@ -199,5 +205,5 @@ def is_used(profile: Profile, plan: EditPlan) -> bool:
     is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
     for layer, block in enumerate(profile.info.model.blocks):
         is_removed_NK = ~np.isin(chosen_NLK[:, layer], plan.edits[block.name].keep)
-        is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > 0.01)).any(axis=1)
-    return bool(is_hit_N.mean() >= 0.05)
+        is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > _WEIGHTY)).any(axis=1)
+    return bool(is_hit_N.mean() >= _OFTEN)
