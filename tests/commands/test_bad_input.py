@@ -400,6 +400,27 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
     assert "name another" in refused(*command, "new.json", "--lm-eval-json", "./new.json")
 
 
+def test_the_nearest_path_is_named_for_one_that_is_not_there(
+    model: Path, profile: Profile, tmp_path: Path, refused: Refused
+) -> None:
+    for name in ("models/cut", "profiles/birds", "my/quiz"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "results.json").touch()
+    prune = ("prune", "--keep", 4, "--profile")
+    for line, nearest in {
+        ("profile", "models/cit"): "models/cut",
+        ("eval", model, "model/cut"): "models/cut",  # the folder above is misspelt
+        (*prune, "profiles/bird"): "profiles/birds",
+        ("prune", "--keep", 4, "--profile=profiles/bird"): "profiles/birds",
+        ("profile", model, "--quiz", "my/quizz"): "my/quiz",
+        ("show", "result.json"): "results.json",
+    }.items():
+        assert refused(*line).endswith(f"; did you mean {nearest}?")
+    assert "did you mean" not in refused("show", "nowhere")
+    assert refused(*prune, profile.path, "--by", "my/quis").count("did you mean") <= 1
+    assert "did you mean" not in refused("show", "models/x\0")
+
+
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:
     assert "nothing to show in nowhere" in refused("show", "nowhere")
     assert "nothing to show in " in refused("show", model)
@@ -418,6 +439,7 @@ def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refuse
         ("profile --shots few", "--shots"),
         ("profile --stats some", "'some'"),
         ("profile --threads 0", "--threads"),
+        ("prune --keep 3 --force --force --keep 4", "--keep is given twice: give it once"),
         ("profile --batch-tokens 0", "--batch-tokens"),
         ("profile --threads 1000000000", "less than or equal to 4096"),  # torch ends the process
         (f"profile --batch-tokens {10**30}", "less than or equal to 1073741824"),

@@ -7,9 +7,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -333,6 +335,43 @@ def test_the_bar_of_a_part_has_amount_pace_and_time_left_and_goes_when_it_ends(
     bars.advance("writing weights", 1, 2, "B")
     assert {*bars.bars} == {"writing weights"}  # one after another
     assert "None" not in bars.terminal.getvalue()
+
+
+@pytest.mark.usefixtures("first")
+@pytest.mark.parametrize("screen", [Screen(), None], ids=["terminal", "file"])
+def test_time_passes_where_nothing_is_reported(
+    screen: Screen | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Soon(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            return super().wait(timeout and timeout / 1000)
+
+    monkeypatch.setattr(threading, "Event", Soon)
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now, bars = at(monkeypatch), Bars(screen)
+    out: Any = screen or sys.stderr
+
+    def waits_for(text: str) -> None:
+        for _ in range(5000):
+            if text in out.getvalue():
+                return
+            time.sleep(0.001)
+        pytest.fail(f"{text!r} is not in {out.getvalue()!r}")
+
+    with bars.ticking("expertcut eval"):
+        if screen:
+            assert shown(out) == ["expertcut eval"]  # at once
+            now[0] += 7
+            waits_for("expertcut eval 00:07")
+        bars.advance("loading olmoe", 1e8, 1e9, "B")
+        now[0] += 60
+        waits_for("loading olmoe |" if screen else "loading olmoe 100M/1.00GB")
+        bars.advance("loading olmoe", 1e9, 1e9, "B")
+        while not bars.bars:  # nothing is reported: the command's own line again
+            time.sleep(0.001)
+        now[0] += 61
+        waits_for("expertcut eval 01:01")
+    assert not bars.bars and (screen or out.getvalue().count("\n") == 2)
 
 
 def test_only_the_first_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ import errno
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import Annotated
 
@@ -95,7 +97,9 @@ def _errors_in_one_line() -> Iterator[None]:
     try:
         yield
     except ExpertcutError as error:
-        _stop(" ".join(str(error).split()), 2)
+        text = " ".join(str(error).split())
+        nearest = None if "did you mean" in text else _nearest_path(text)
+        _stop(f"{text.rstrip('.')}; did you mean {nearest}?" if nearest else text, 2)
     except TyperException as error:
         text = error.format_message().replace("Input should be", "must be")  # pydantic's
         _stop(" ".join(text.split()), 2)
@@ -117,6 +121,21 @@ def _errors_in_one_line() -> Iterator[None]:
             what = str(error).splitlines()[0][:200] if str(error) else "nothing more is known"
             _stop(f"not enough memory ({what}): free some, or give a smaller --batch-tokens", 2)
         raise
+
+
+def _nearest_path(text: str) -> Path | None:
+    """The existing path nearest to a missing one that was typed and that the text names."""
+    for word in (word for arg in sys.argv[1:] for word in (arg, arg.partition("=")[2])):
+        with suppress(OSError, ValueError):  # also names too long, or with a NUL
+            path = Path(word)
+            if word not in text or path.exists():
+                continue
+            first = next(p for p in (*reversed(path.parents), path) if not p.exists())
+            names = [entry.name for entry in first.parent.iterdir()]
+            for name in get_close_matches(first.name, names, n=1):
+                nearest = first.parent / name / path.relative_to(first)
+                return nearest if nearest.exists() else None
+    return None
 
 
 def _stop(text: str, status: int, *, is_printed: bool = True) -> None:

@@ -11,6 +11,7 @@ import gc
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -138,10 +139,13 @@ def terminable() -> Iterator[None]:
 
 
 class Bars:
-    """Progress on stderr by the first process: bars in a terminal, elsewhere a line a minute."""
+    """Progress on stderr by the first process: bars in a terminal, elsewhere a line a minute.
+
+    `ticking` shows that time passes where nothing is reported.
+    """
 
     def __init__(self, terminal: Any = None) -> None:
-        self.terminal = terminal
+        self.terminal, self.lock = terminal, threading.RLock()
         if terminal is None and sys.stderr.isatty():
             # A stream of its own, because `translate_errors` keeps what others write to stderr.
             own = os.dup(sys.stderr.fileno())
@@ -156,55 +160,85 @@ class Bars:
         """Shows a part of the work instead of the one before, but for the kept one."""
         if not is_first():
             return
-        if what not in self.bars:
-            from tqdm import tqdm
+        with self.lock:
+            if what not in self.bars:
+                from tqdm import tqdm
 
-            self.close({self.kept} if self.kept else set())
-            n_most = get_terminal_size().columns // 2 if self.terminal else len(what)
-            self.bars[what] = tqdm(
-                desc=what if len(what) <= n_most else f"{what[: n_most - 1]}…",
-                initial=int(done),
-                unit="B" if unit == "B" else f" {unit}",
-                unit_scale=unit == "B",
-                bar_format="{desc}",
-                smoothing=0,  # the time left by the mean pace
-                leave=what == self.kept,
-                dynamic_ncols=self.terminal is not None,
-                file=self.terminal or StringIO(),
-                mininterval=0.1 if self.terminal else 1e9,
-            )
-        bar, speed = self.bars[what], "{rate_fmt}" if pace is None else pace
-        parts = ("{n_fmt}/{total_fmt}", "{unit}", ", {remaining} left", f", {speed}")
-        # As many parts as surely fit beside a bar: tqdm cuts them anywhere.
-        room = get_terminal_size().columns - len(bar.desc) - 9 if self.terminal else 1000
-        sizes = (2 * len(f"{total:.0f}") + 1, len(bar.unit), 12, len(pace or "rate") + 12)
-        fits = [size <= room for size in accumulate(sizes)]
-        amount = "".join(compress(parts, fits))
-        drawn = "" if self.terminal is None else "|{bar}| "
-        bar.bar_format = f"{{desc}} {drawn}{amount}" if total else "{desc} {elapsed}"
-        bar.total = total or None
-        bar.update(done - bar.n)
-        if self.terminal is None and total and time.monotonic() - self.last_s >= 60:
+                self.close({self.kept} if self.kept else set())
+                n_most = get_terminal_size().columns // 2 if self.terminal else len(what)
+                self.bars[what] = tqdm(
+                    desc=what if len(what) <= n_most else f"{what[: n_most - 1]}…",
+                    initial=int(done),
+                    unit="B" if unit == "B" else f" {unit}",
+                    unit_scale=unit == "B",
+                    bar_format="{desc}",
+                    smoothing=0,  # the time left by the mean pace
+                    leave=what == self.kept,
+                    dynamic_ncols=self.terminal is not None,
+                    file=self.terminal or StringIO(),
+                    mininterval=0.1 if self.terminal else 1e9,
+                )
+            bar, speed = self.bars[what], "{rate_fmt}" if pace is None else pace
+            parts = ("{n_fmt}/{total_fmt}", "{unit}", ", {remaining} left", f", {speed}")
+            # As many parts as surely fit beside a bar: tqdm cuts them anywhere.
+            room = get_terminal_size().columns - len(bar.desc) - 9 if self.terminal else 1000
+            sizes = (2 * len(f"{total:.0f}") + 1, len(bar.unit), 12, len(pace or "rate") + 12)
+            fits = [size <= room for size in accumulate(sizes)]
+            amount = "".join(compress(parts, fits))
+            drawn = "" if self.terminal is None else "|{bar}| "
+            bar.bar_format = f"{{desc}} {drawn}{amount}" if total else "{desc} {elapsed}"
+            bar.total = total or None
+            bar.update(done - bar.n)
+            self._print_line(bar)
+            if total and done == total and what != self.kept:
+                self.bars.pop(what).close()
+
+    def _print_line(self, bar: Any) -> None:
+        if self.terminal is None and time.monotonic() - self.last_s >= 60:
             self.last_s = time.monotonic()
             print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
-        if total and done == total and what != self.kept:
-            self.bars.pop(what).close()
+
+    @contextmanager
+    def ticking(self, name: str) -> Iterator[None]:
+        """Shows the name at once in a terminal, and from then on how the time passes."""
+        stopped = threading.Event()
+
+        def tick() -> None:
+            while not stopped.wait(1):
+                with self.lock:
+                    if not self.bars:
+                        self.advance(name, 0, 0, "")
+                    for bar in self.bars.values():
+                        bar.refresh() if self.terminal else self._print_line(bar)
+
+        thread = threading.Thread(target=tick, daemon=True)
+        try:
+            if self.terminal is not None:
+                self.advance(name, 0, 0, "")
+            thread.start()
+            yield
+        finally:
+            stopped.set()
+            thread.join()
+            self.close()
 
     @contextmanager
     def hidden(self) -> Iterator[None]:
         """Takes the bars away while something is printed."""
-        if self.terminal is None or not self.bars:
-            yield
-            return
-        from tqdm import tqdm
+        with self.lock:
+            if self.terminal is None or not self.bars:
+                yield
+                return
+            from tqdm import tqdm
 
-        with tqdm.external_write_mode(file=self.terminal):
-            yield
+            with tqdm.external_write_mode(file=self.terminal):
+                yield
 
     def close(self, but: Set[str] = frozenset()) -> None:
         """Takes bars away."""
-        for name in self.bars.keys() - but:
-            self.bars.pop(name).close()
+        with self.lock:
+            for name in self.bars.keys() - but:
+                self.bars.pop(name).close()
 
 
 class Line:
@@ -243,8 +277,6 @@ class Line:
 
 def _import_transformers() -> None:
     """Imports transformers while no garbage is collected: that would walk all objects each time."""
-    if "transformers.modeling_utils" in sys.modules:
-        return
     gc.disable()
     try:
         for name in ("generation.utils", "modeling_utils", "integrations.moe"):
@@ -262,14 +294,12 @@ class TerminalUI(UI):
 
     @contextmanager
     def running(self, name: str) -> Iterator[Self]:
-        """Shows the command at once in a terminal, and then what the library reports."""
+        """Shows that the command runs, and what the library reports."""
         on_progress.append(self.bars.advance)
         try:
-            if self.bars.terminal is not None:
-                self.bars.advance(f"expertcut {name}", 0, 0, "")
-            yield self
+            with self.bars.ticking(f"expertcut {name}"):
+                yield self
         finally:
-            self.bars.close()
             on_progress.remove(self.bars.advance)
 
     def quiet(self) -> None:
@@ -277,7 +307,10 @@ class TerminalUI(UI):
         # Read when datasets is imported, which takes seconds and is done only for its own quizzes.
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
-        _import_transformers()
+        if "transformers.modeling_utils" not in sys.modules:
+            self.bars.advance("importing transformers", 0, 0, "")
+            _import_transformers()
+            self.bars.close()
         import transformers
         from huggingface_hub.utils import logging as hub_logging
 

@@ -20,7 +20,7 @@ from expertcut.data.questions import (
 )
 from expertcut.data.readers import json_lines, read_csv, read_records
 from expertcut.errors import QuizError, SettingsError, SplitError
-from expertcut.files import open_file
+from expertcut.files import advance, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -164,8 +164,9 @@ class _DataSet:
             name = "validation" if split == "val" and "validation" in splits else split
             if name not in splits:
                 return []
+            place, default = f"{self.id} {config}/{name}", self.id.rsplit("/", 1)[-1]
+            advance(f"reading {place}", 0, 0)  # `datasets` tells nobody its bytes
             rows: Any = load_dataset(self.id, config, split=name, revision=self.revision)
-        place, default = f"{self.id} {config}/{name}", self.id.rsplit("/", 1)[-1]
         records = ((f"{place} row {number}", row) for number, row in enumerate(rows))
         return read_records(records, place, subject or default, is_only=subject is not None)
 
@@ -219,6 +220,7 @@ def _find_in(folder: Path) -> _Files | _DataSet:
 
 def _config_names(quiz: str, revision: str | None) -> list[str]:
     with _one_line(quiz, revision):
+        advance(f"reading {quiz}", 0, 0)
         from datasets import config, get_dataset_config_names
         from huggingface_hub import DatasetCard, hf_hub_download
 

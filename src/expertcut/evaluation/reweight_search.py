@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import count, repeat
 from pathlib import Path
 from typing import get_args
 
@@ -215,7 +216,16 @@ def decide(
             numbers=numbers,
         )
     else:
-        settled = procedure.settle(records, procedure.pick(records), ask)
+        picks = procedure.pick(records)
+        most = procedure.most_steps(picks)
+        steps = map(report_scored, count(), repeat(most))
+
+        def ask_and_report(shifts: tuple[RouterEdit, ...]) -> Array:
+            next(steps)
+            return ask(shifts)
+
+        settled = procedure.settle(records, picks, ask_and_report)
+        report_scored(most, most)
     return TuningResult(
         tuning=tuning,
         settled=settled,

@@ -152,10 +152,26 @@ def find_source(model: str, revision: str | None = None) -> Source:
 def _download(model: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
-    advance(f"downloading {model}", 0, 0)
+    class Reported(tqdm):
+        """Draws nothing; the bar of the bytes written is reported."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.is_of_bytes = kwargs.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **kwargs | {"disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self.is_of_bytes:
+                advance(f"fetching {model}", self.n, self.total or 0, "B")
+
+    advance(f"fetching {model}", 0, 0)
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_FILES)))
+        found = snapshot_download(
+            model, revision=revision, allow_patterns=list(_FILES), tqdm_class=Reported
+        )
+        return Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
