@@ -409,7 +409,7 @@ def test_the_nearest_path_is_named_for_one_that_is_not_there(
     prune = ("prune", "--keep", 4, "--profile")
     for line, nearest in {
         ("profile", "models/cit"): "models/cut",
-        ("eval", model, "model/cut"): "models/cut",  # the folder above is misspelt
+        ("heal", "model/cut"): "models/cut",  # the folder above is misspelt
         (*prune, "profiles/bird"): "profiles/birds",
         ("prune", "--keep", 4, "--profile=profiles/bird"): "profiles/birds",
         ("profile", model, "--quiz", "my/quizz"): "my/quiz",
