@@ -122,6 +122,7 @@ def test_where_nothing_gains_there_is_no_checkpoint_but_the_proof(
     out = run(*asked, "--prove", "--out", "proof")
     assert "No tilt that was tried beats the unedited model" in out
     assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
+    assert {path.name for path in Path().iterdir()} == {"proof"}  # nothing to go on from
     assert load_cross_fit(Path("proof")).verdict == "no evidence"
     assert "cross-fitted" in run("show", "proof")
     assert "cross-fitted" in run("show", "proof/proof.json")
@@ -134,7 +135,9 @@ def test_what_is_not_shown_to_help_is_written_only_if_forced(profile: Profile, r
     assert [f.name for f in Path("proof").iterdir()] == ["proof.json"]
     words = " ".join(lines[-3:])
     assert "no checkpoint, for this is not shown to help: --force --force-write writes it" in words
-    assert words.endswith("the proof is in proof next      expertcut show proof")
+    assert "from what stays in .proof.tuning; the proof is in proof" in " ".join(words.split())
+    assert len([*Path(".proof.tuning").iterdir()]) > 1
+    assert words.endswith("next      expertcut show proof")
     run(*asked, "--out", "forced", "--force-write", "--plan-only")
     assert Path("forced/proof.json").read_bytes() == Path("proof/proof.json").read_bytes()
     before = Path("forced/plan.json").read_bytes()

@@ -1,13 +1,16 @@
 """`publish` against a Hub on loopback: what goes up, what is refused, and what loads back."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from expertcut import files
 from expertcut.edits.plan import load_plan, plan_text
+from expertcut.models.load import find_source
 from tests.support.fake_hub import Fault, LocalHub
 from tests.support.published import REPO, Publish, copied, in_two_files, refused, said
 
@@ -87,6 +90,21 @@ def test_publishing_again_changes_nothing_and_a_new_result_only_what_tells_of_it
     assert hub.uploads.bytes_put == put > 0
 
 
+def test_the_bytes_of_a_model_that_is_fetched_are_reported(
+    made: Path, hub: LocalHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[object, ...]] = []
+    monkeypatch.setattr(files, "on_progress", [lambda *step: seen.append(step)])
+    hub.add("models", "birds/stock", made / "stock")
+    folder = find_source("birds/stock").path
+    n_bytes = sum(len((folder / file.name).read_bytes()) for file in folder.iterdir())
+    first, *steps = seen
+    assert first == ("fetching birds/stock", 0, 0, "")
+    assert {(what, unit) for what, _, _, unit in steps} == {("fetching birds/stock", "B")}
+    assert max(steps, key=lambda step: step[1])[1:3] == (n_bytes, n_bytes)  # type: ignore[arg-type, return-value]
+    assert len({done for _, done, _, _ in steps}) > 3
+
+
 def test_a_dry_run_asks_the_hub_nothing_and_says_what_would_go(
     made: Path, hub: LocalHub, publish: Publish, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,7 +120,14 @@ def test_a_dry_run_asks_the_hub_nothing_and_says_what_would_go(
     assert "model.safetensors" in done.out and "plan.json" in done.out
     assert "left out logs/, notes.pdf " in said(done)
     assert ".env" not in done.out
-    assert f"uploaded nothing; without --dry-run it would go to {hub.url}/{REPO}" in said(done)
+    would = re.search(r"nothing; without --dry-run (\d) files of [\d.]+ MB would go to", said(done))
+    assert would and f"would go to {hub.url}/{REPO}" in said(done)
+    assert said(done).endswith(f"expertcut publish {folder} {REPO}")
+    unnamed = publish(folder, "--dry-run")  # of no repository yet
+    assert f"{would[0]} {hub.url}/OWNER/NAME" in said(unnamed)
+    assert said(unnamed).endswith(f"expertcut publish {folder} OWNER/NAME")
+    assert "name the repository, as OWNER/NAME" in publish(folder).err
+    assert hub.asked == []
 
 
 def test_another_models_repository_is_refused_and_replaced_only_by_force(

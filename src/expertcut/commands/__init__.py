@@ -2,15 +2,15 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.data import Quiz, Selection, load_quiz, without
 from expertcut.edits.edit_settings import HeldOut
-from expertcut.errors import SettingsError
+from expertcut.errors import QuizError, SettingsError
 from expertcut.reporting.tables import Table, labelled, next_lines
 from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
 
@@ -315,11 +315,26 @@ class CheckpointSettings(ModelFirstSettings):
             before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
             lines = outcome_lines(built, before, after, self.margin / 100)
             base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-            words = [str(base), str(folder), *(["--quiz", quiz.id] if quiz.id != "mmlu" else [])]
-            words += ["--shots", str(quiz.shots)] if quiz.shots != 5 else []
-            commands.insert(0, ["eval", *words])
+            commands.insert(0, eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision))
         ui.say([], [*lines, *(labelled("", note) for note in notes)])
         ui.end([], folder, *commands)
+
+
+def eval_words(
+    base: str, folder: Path, quiz: str, shots: int, revision: str | None = None
+) -> list[str]:
+    """`eval` on the split that had no part in a checkpoint, or on NEW.jsonl if each had."""
+    from expertcut.edits.plan import load_hashes, load_plan
+
+    used, where = load_hashes(folder, load_plan(folder)), ["--quiz", "NEW.jsonl"]
+    for split in ("test", "val"):
+        with suppress(QuizError):
+            asked = load_quiz(Selection(quiz, split, 0, revision=revision))
+            if len(without(asked, used)) >= 0.95 * len(asked):
+                where = ["--quiz", quiz] if quiz != "mmlu" else []
+                where += ["--split", split] if split != "test" else []
+                break
+    return ["eval", base, str(folder), *where, *(["--shots", str(shots)] if shots != 5 else [])]
 
 
 def no_profile(model: str, otherwise: str = "") -> SettingsError:

@@ -64,6 +64,6 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     facts = [("quiz", table.note), *result_facts(results, margin)]
     following = [["report", str(settings.out)]]
     edited = [source for source in sources if (source.path / "plan.json").is_file()]
-    following += [["publish", str(s.path), "OWNER/NAME", "--dry-run"] for s in edited[-1:]]
+    following += [["publish", str(s.path), "--dry-run"] for s in edited[-1:]]
     ui.end(facts, written, *following)
     return results

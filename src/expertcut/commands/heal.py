@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, JudgedSettings, ModelSettings, argument, output_option
+from expertcut import commands
+from expertcut.commands import SILENT, UI, argument, output_option
 from expertcut.errors import SettingsError
 from expertcut.healing import heal_settings
 from expertcut.settings import FilePath, option
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 _data_option = partial(option, panel=heal_settings.DATA, in_recipe=False)
 
 
-class HealSettings(JudgedSettings, ModelSettings, heal_settings.HealSettings):
+class HealSettings(commands.JudgedSettings, commands.ModelSettings, heal_settings.HealSettings):
     """Train an edited checkpoint briefly to recover accuracy."""
 
     examples: ClassVar = (
@@ -66,7 +67,9 @@ def run(
         settings.say(ui, healing_tables(healed) if settings.wide else [])
         facts = healing_facts(healed, before, settings.checkpoint, settings.margin / 100)
         names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes), "mmlu"]
-        quiz, shots = next(filter(None, names)), str(settings.n_shots)
-        words = ["eval", settings.checkpoint, str(out), "--quiz", quiz, "--shots", shots]
-        ui.end(facts, out, *([] if settings.adapter else [words]), ["show", str(out)])
+        quiz, following = next(filter(None, names)), [["show", str(out)]]
+        if not settings.adapter:
+            words = commands.eval_words(settings.checkpoint, out, quiz, settings.n_shots)
+            following.insert(0, words)
+        ui.end(facts, out, *following)
     return healed

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, model_validator
 
 from expertcut.commands import SILENT, UI, argument
 from expertcut.reporting.tables import Cell, Column, Table, one_line
-from expertcut.settings import FilePath, Settings, as_list, like, option
+from expertcut.settings import FilePath, Settings, as_list, like, option, refuse
 
 if TYPE_CHECKING:
     from expertcut.hub.upload import Published
@@ -20,15 +20,16 @@ class PublishSettings(Settings):
     """Write a checkpoint's model card and upload both to the Hub."""
 
     examples: ClassVar = (
-        "expertcut publish models/half OWNER/NAME --dry-run",
+        "expertcut publish models/half --dry-run",
         "expertcut publish models/half OWNER/NAME --private --results results.json",
         "expertcut publish models/half OWNER/NAME --revision v2",
     )
 
     checkpoint: FilePath = argument(..., "Checkpoint that prune, merge, reweight or heal wrote.")
-    repo: Annotated[str, _REPO] = option(
-        ..., "Repository on the Hub.", is_argument=True, metavar="OWNER/NAME"
-    )
+    repo: Annotated[str, _REPO] | None = option(
+        None, "Repository on the Hub; a dry run needs none.",
+        is_argument=True, metavar="OWNER/NAME",
+    )  # fmt: skip
     results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(
         [],
         "Results file of `eval`; repeatable.  "
@@ -41,6 +42,12 @@ class PublishSettings(Settings):
     force: bool = option(False, "Replace everything in the repository, even another model.")
     dry_run: bool = option(False, "Write only the card, and list the files to upload.")
 
+    @model_validator(mode="after")
+    def _names_a_repository(self) -> Self:
+        if self.repo is None and not self.dry_run:
+            refuse("name the repository, as OWNER/NAME, or write only the card with --dry-run")
+        return self
+
 
 def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     """Writes the card and uploads the folder."""
@@ -49,7 +56,7 @@ def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
 
     done = publish(
         settings.checkpoint,
-        settings.repo,
+        settings.repo or "OWNER/NAME",
         results=settings.results,
         revision=settings.revision,
         is_private=settings.private,
@@ -60,7 +67,7 @@ def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     rows: list[list[Cell]] = [[name, size / 1e6] for name, size in sizes.items()]
     table = Table(f"What goes to {done.repo}", (Column("file"), Column("MB", ",.3f")), rows)
     ui.say([table] if done.commit is None else [], [])
-    again = ["publish", str(settings.checkpoint), settings.repo]
+    again = ["publish", str(settings.checkpoint), done.repo]
     ui.end(list(_facts(done)), _card(done), *([again] if done.commit is None else []))
     return done
 
@@ -71,7 +78,9 @@ def _facts(done: "Published") -> Iterator[tuple[str, str]]:
     if done.gone:
         yield "removed", f"from the repository: {one_line(', '.join(done.gone))}"
     if done.commit is None:
-        yield "uploaded", f"nothing; without --dry-run it would go to {done.url}"
+        mb = sum(done.files.values()) / 1e6
+        what = f"{len(done.files)} files of {mb:,.1f} MB"
+        yield "uploaded", f"nothing; without --dry-run {what} would go to {done.url}"
     elif done.is_changed:
         yield "uploaded", f"to {done.url} (commit {done.commit[:8]})"
     else:

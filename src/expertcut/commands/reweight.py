@@ -57,7 +57,9 @@ def run(settings: ReweightSettings, ui: UI = SILENT, beside: Files = None) -> "B
     settings = settings.completed(**profiled_first(settings, ui))
     choice = choose(settings, ui)
     made = write(choice, settings, ui, beside)
-    if settings.is_deciding and is_shown(choice, settings):  # else --force-write starts from there
+    if choice.reweighting.draft is None or is_shown(
+        choice, settings
+    ):  # else --force-write needs it
         shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
     return made
 
@@ -117,7 +119,8 @@ def write(
         why = "no checkpoint, for no expert was chosen"
         if edit.draft is not None:
             force = "--force --force-write" if options.beside else "--force-write"
-            why = f"no checkpoint, for this is not shown to help: {force} writes it"
+            why = f"no checkpoint, for this is not shown to help: {force} writes it, from what "
+            why += f"stays in {folder.with_name(working_folder(folder).name)}"
         if edit.draft is not None and (folder / PLAN_FILE).is_file():
             ui.end(facts, f"{why}; {folder} stays as it was")  # --force replaces by a whole one
             return None
