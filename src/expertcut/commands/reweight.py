@@ -57,9 +57,8 @@ def run(settings: ReweightSettings, ui: UI = SILENT, beside: Files = None) -> "B
     settings = settings.completed(**profiled_first(settings, ui))
     choice = choose(settings, ui)
     made = write(choice, settings, ui, beside)
-    if choice.reweighting.draft is None or is_shown(
-        choice, settings
-    ):  # else --force-write needs it
+    is_final = choice.reweighting.draft is None or is_shown(choice, settings)
+    if settings.is_deciding and is_final:  # else --force-write starts from there
         shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
     return made
 
