@@ -47,16 +47,30 @@ def test_the_demo_runs_what_it_prints_in_a_copy_and_goes_on_there(
     expertcut: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[Path, Settings]] = []
+
+    def run(given: Settings, ui: UI) -> None:
+        ran.append((Path.cwd(), given))
+        Path("profiles/it").mkdir(parents=True, exist_ok=True)
+        Path("profiles/it/profile.json").touch()
+
     for command in (profile, prune, eval):
-        monkeypatch.setattr(command, "run", lambda given, ui: ran.append((Path.cwd(), given)))
+        monkeypatch.setattr(command, "run", run)
     printed = expertcut("demo --out a/tour").splitlines()
     folder = Path("a/tour").resolve()
     files = [file for file in folder.rglob("*") if file.is_file()]
-    assert {file.relative_to(folder).as_posix() for file in files} == bundled()
+    copied = {file.relative_to(folder).as_posix() for file in files}
+    assert copied == bundled() | {"profiles/it/profile.json"}
     typed = [line.split()[2:] for line in printed if line.startswith("$ expertcut ")]
     assert ran == [(folder, parsed(name, OWN[name], *words)) for name, *words in typed]
     assert [name for name, *_ in typed] == ["profile", "prune", "eval"]
-    assert "next      cd a/tour" in printed
+    assert printed[-6:] == [
+        "next      cd a/tour",
+        "          expertcut show profiles/it",
+        "          expertcut show checkpoints/quickstart-keep-16-reap",
+        "          expertcut show results.json",
+        "          expertcut run recipes/quickstart.yaml",
+        "          expertcut profile MODEL --quiz FILE.jsonl",
+    ]
     # Again: nothing is copied, and the checkpoint is not written twice.
     (folder / demo.HALF).mkdir()
     (folder / demo.HALF / "plan.json").touch()

@@ -394,7 +394,8 @@ def test_results_have_the_documented_keys(
         raise AssertionError(f"{constant} is no JSON")
 
     shown = json.loads(text, parse_constant=never)
-    extras = {"format", "revision", "limit", "content_hashes"}
+    extras = {"format", "revision", "limit", "content_hashes", "chance"}
+    assert shown["chance"] == pytest.approx(np.mean([1 / len(q.choices) for q in how.quiz]))
     assert set(shown) == {"quiz", "split", "shots", "models", "comparisons"} | extras
     assert (shown["split"], shown["shots"], shown["limit"]) == ("test", 1, 4)
     assert shown["content_hashes"] == {s: how.quiz.content_hash(s) for s in SUBJECTS}

@@ -46,7 +46,7 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     from expertcut.profiling import measure
     from expertcut.profiling.findings import KINDS
     from expertcut.profiling.storage import load_profile
-    from expertcut.reporting.edit_tables import percent
+    from expertcut.reporting.edit_tables import accuracy_text
     from expertcut.reporting.profile_tables import cut_text
     from expertcut.stats import wilson_interval
 
@@ -72,11 +72,11 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
             ui.watch(steps, f"again with {kind}", total, folder)
     profile = load_profile(folder)
     if ui.is_first:
-        n, accuracy = len(profile.answers.answer_N), profile.answers.accuracy
+        answers, n = profile.answers, len(profile.answers.answer_N)
         text = f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        low, high = map(percent, wilson_interval(accuracy, n))
-        facts = [("quiz", f"{text}{cut_text(profile.answers.n_cut)}")]
-        facts += [("accuracy", f"{percent(accuracy)} ({low} … {high})")]
+        ends = wilson_interval(answers.accuracy, n)
+        facts = [("quiz", f"{text}{cut_text(answers.n_cut)}")]
+        facts += [("accuracy", accuracy_text(answers.accuracy, ends, answers.chance))]
         by = () if profile.info.settings.stats == "answer" else ("--by", "reap")
         prune = ["prune", "--sparsity", "0.5", *by, "--profile", str(folder)]
         ui.end(facts, folder, ["show", str(folder)], prune)

@@ -82,6 +82,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> schema.Results:
     return schema.Results(
         quiz=info.id,
         **info.model_dump(include={"revision", "split", "shots", "limit"}),
+        chance=base.answers.chance,
         content_hashes={name: s.content_hash for name, s in info.subjects.items()},
         models=[_model_result(s, subjects) for s in scored],
         comparisons=comparisons,

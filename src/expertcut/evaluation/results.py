@@ -86,7 +86,10 @@ class ComparisonResult(Comparison, _ModelPair):  # in JSON the indices come firs
 
 
 class Results(Record):
-    """`results.json`; the first model is the base of every comparison."""
+    """`results.json`; the first model is the base of every comparison.
+
+    `chance` is the share of right answers by guessing; older files lack it.
+    """
 
     format: Format1 = 1
     quiz: str
@@ -94,6 +97,7 @@ class Results(Record):
     split: str
     shots: Count
     limit: Count | None
+    chance: Share | None = None
     content_hashes: dict[str, str]
     models: list[ModelResult] = Field(min_length=1)
     comparisons: list[ComparisonResult]

@@ -41,6 +41,11 @@ class Answers:
         """Share of right answers."""
         return float(self.is_correct_N.mean())
 
+    @property
+    def chance(self) -> float:
+        """Share of right answers by guessing."""
+        return float((1 / np.isfinite(self.logprob_NC).sum(axis=1)).mean())
+
 
 @dataclass(frozen=True)
 class LayerStatistics:

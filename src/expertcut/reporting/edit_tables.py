@@ -159,6 +159,14 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def accuracy_text(share: float, ends: tuple[float, float], chance: float | None) -> str:
+    """An accuracy with its interval, and a clause if that does not lie above guessing."""
+    text = f"{percent(share)} ({' … '.join(map(percent, ends))})"
+    if chance is not None and ends[0] <= chance:
+        text += f", no better than guessing ({100 * chance:.3g} %)"
+    return text
+
+
 def points(change: float) -> str:
     """A change of accuracy as `−0.8`, in points."""
     return f"{100 * change:+.1f}".replace("-", "−")

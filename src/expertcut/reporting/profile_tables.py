@@ -15,7 +15,13 @@ from expertcut.profiling.findings import THRESHOLDS, Findings
 from expertcut.profiling.significance import subjects_json
 from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
+from expertcut.reporting.edit_tables import (
+    accuracy_text,
+    interval_text,
+    known_ids,
+    percent,
+    rows_tables,
+)
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
 from expertcut.stats import LEVEL, wilson_interval
 
@@ -43,7 +49,7 @@ def headline(findings: Findings) -> list[str]:
     lines = {
         "profile": f"{path}: {n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
         + cut_text(answers.n_cut),
-        "accuracy": f"{percent(answers.accuracy)} ({' … '.join(map(percent, ends))})",
+        "accuracy": accuracy_text(answers.accuracy, ends, answers.chance),
         "experts": f"{counts}, in {len(layers)} layers of {profile.info.model.label}",
         **_useful(findings, known_ids(profile)),
         "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
