@@ -297,27 +297,6 @@ def at(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.mark.usefixtures("first")
-def test_a_file_gets_a_plain_line_a_minute_and_none_in_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")  # what build servers set
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-    now = at(monkeypatch)
-    bars = Bars()
-    for minute in range(3):
-        for done in range(0, 101, 10):
-            bars.advance(f"cell {minute}", done, 100, "questions")
-            now[0] += 5
-            if not minute:
-                assert sys.stderr.getvalue() == ""  # type: ignore[attr-defined]
-    lines = sys.stderr.getvalue().splitlines()  # type: ignore[attr-defined]
-    assert lines == [
-        "cell 1 10/100 questions, 00:45 left, 2.00 questions/s",
-        "cell 2 20/100 questions, 00:40 left, 2.00 questions/s",
-    ]
-
-
-@pytest.mark.usefixtures("first")
 def test_the_bar_of_a_part_has_amount_pace_and_time_left_and_goes_when_it_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -339,13 +318,14 @@ def test_the_bar_of_a_part_has_amount_pace_and_time_left_and_goes_when_it_ends(
 
 @pytest.mark.usefixtures("first")
 @pytest.mark.parametrize("screen", [Screen(), None], ids=["terminal", "file"])
-def test_time_passes_where_nothing_is_reported(
+def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_minute(
     screen: Screen | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Soon(threading.Event):
         def wait(self, timeout: float | None = None) -> bool:
             return super().wait(timeout and timeout / 1000)
 
+    monkeypatch.setenv("FORCE_COLOR", "1")  # what build servers set
     monkeypatch.setattr(threading, "Event", Soon)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     now, bars = at(monkeypatch), Bars(screen)
@@ -363,10 +343,15 @@ def test_time_passes_where_nothing_is_reported(
             assert shown(out) == ["expertcut eval"]  # at once
             now[0] += 7
             waits_for("expertcut eval 00:07")
-        bars.advance("loading olmoe", 1e8, 1e9, "B")
-        now[0] += 60
-        waits_for("loading olmoe |" if screen else "loading olmoe 100M/1.00GB")
-        bars.advance("loading olmoe", 1e9, 1e9, "B")
+        for done in range(0, 101, 10):
+            bars.advance("cell 1", done, 101, "questions")
+            now[0] += 5
+        assert screen or out.getvalue() == ""  # none in the first minute
+        now[0] += 5
+        waits_for(
+            "cell 1 |" if screen else "cell 1 100/101 questions, 00:00 left, 1.67 questions/s\n"
+        )
+        bars.advance("cell 1", 101, 101, "questions")
         while not bars.bars:  # nothing is reported: the command's own line again
             time.sleep(0.001)
         now[0] += 61

@@ -308,8 +308,9 @@ def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
     monkeypatch.chdir(ROOT)
     for command in commands(README + read("docs/recipes.md")):
         if command.startswith("run "):
-            words = [*shlex.split(command), "--dry-run", "--out", str(tmp_path / "run")]
-            monkeypatch.setattr(sys, "argv", ["expertcut", *words])
+            words = shlex.split(command.partition(" --out ")[0])
+            out = ["--dry-run", "--out", str(tmp_path / "run")]
+            monkeypatch.setattr(sys, "argv", ["expertcut", *words, *out])
             with pytest.raises(SystemExit) as ending:
                 main()
             printed = capsys.readouterr().out

@@ -125,15 +125,13 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _nearest_path(text: str) -> Path | None:
     """The existing path nearest to a missing one that was typed and that the text names."""
-    for word in (word for arg in sys.argv[1:] for word in (arg, arg.partition("=")[2])):
-        with suppress(OSError, ValueError):  # also names too long, or with a NUL
-            path = Path(word)
-            if word not in text or path.exists():
-                continue
-            first = next(p for p in (*reversed(path.parents), path) if not p.exists())
-            names = [entry.name for entry in first.parent.iterdir()]
-            for name in get_close_matches(first.name, names, n=1):
-                nearest = first.parent / name / path.relative_to(first)
+    words = (word for arg in sys.argv[1:] for word in (arg, arg.partition("=")[2]))
+    for path in (Path(word) for word in words if word in text):
+        with suppress(OSError, ValueError, StopIteration):  # it exists, or no name can be like it
+            gone = next(p for p in (*reversed(path.parents), path) if not p.exists())
+            names = [entry.name for entry in gone.parent.iterdir()]
+            for name in get_close_matches(gone.name, names, n=1):
+                nearest = gone.parent / name / path.relative_to(gone)
                 return nearest if nearest.exists() else None
     return None
 

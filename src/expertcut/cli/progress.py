@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 from io import StringIO
 from itertools import accumulate, compress
@@ -139,10 +139,7 @@ def terminable() -> Iterator[None]:
 
 
 class Bars:
-    """Progress on stderr by the first process: bars in a terminal, elsewhere a line a minute.
-
-    `ticking` shows that time passes where nothing is reported.
-    """
+    """Progress on stderr by the first process: bars in a terminal, elsewhere a line a minute."""
 
     def __init__(self, terminal: Any = None) -> None:
         self.terminal, self.lock = terminal, threading.RLock()
@@ -186,17 +183,12 @@ class Bars:
             fits = [size <= room for size in accumulate(sizes)]
             amount = "".join(compress(parts, fits))
             drawn = "" if self.terminal is None else "|{bar}| "
-            bar.bar_format = f"{{desc}} {drawn}{amount}" if total else "{desc} {elapsed}"
+            elapsed = "{n_fmt}{unit} {elapsed}" if done else "{elapsed}"
+            bar.bar_format = f"{{desc}} {f'{drawn}{amount}' if total else elapsed}"
             bar.total = total or None
             bar.update(done - bar.n)
-            self._print_line(bar)
             if total and done == total and what != self.kept:
                 self.bars.pop(what).close()
-
-    def _print_line(self, bar: Any) -> None:
-        if self.terminal is None and time.monotonic() - self.last_s >= 60:
-            self.last_s = time.monotonic()
-            print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
 
     @contextmanager
     def ticking(self, name: str) -> Iterator[None]:
@@ -209,7 +201,11 @@ class Bars:
                     if not self.bars:
                         self.advance(name, 0, 0, "")
                     for bar in self.bars.values():
-                        bar.refresh() if self.terminal else self._print_line(bar)
+                        if self.terminal is not None:
+                            bar.refresh()
+                        elif time.monotonic() - self.last_s >= 60:
+                            self.last_s = time.monotonic()
+                            print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
 
         thread = threading.Thread(target=tick, daemon=True)
         try:
@@ -226,12 +222,9 @@ class Bars:
     def hidden(self) -> Iterator[None]:
         """Takes the bars away while something is printed."""
         with self.lock:
-            if self.terminal is None or not self.bars:
-                yield
-                return
             from tqdm import tqdm
 
-            with tqdm.external_write_mode(file=self.terminal):
+            with tqdm.external_write_mode(file=self.terminal) if self.terminal else nullcontext():
                 yield
 
     def close(self, but: Set[str] = frozenset()) -> None:
@@ -275,17 +268,6 @@ class Line:
         self.bars.advance(self.what, self.done, self.total, "questions", pace)
 
 
-def _import_transformers() -> None:
-    """Imports transformers while no garbage is collected: that would walk all objects each time."""
-    gc.disable()
-    try:
-        for name in ("generation.utils", "modeling_utils", "integrations.moe"):
-            import_module(f"transformers.{name}")
-    finally:
-        gc.enable()
-        gc.freeze()
-
-
 class TerminalUI(UI):
     """Prints to stdout, and shows progress on stderr."""
 
@@ -309,8 +291,14 @@ class TerminalUI(UI):
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
         if "transformers.modeling_utils" not in sys.modules:
             self.bars.advance("importing transformers", 0, 0, "")
-            _import_transformers()
-            self.bars.close()
+            gc.disable()  # collecting garbage would walk all objects each time
+            try:
+                for name in ("generation.utils", "modeling_utils", "integrations.moe"):
+                    import_module(f"transformers.{name}")
+            finally:
+                gc.enable()
+                gc.freeze()
+                self.bars.close()
         import transformers
         from huggingface_hub.utils import logging as hub_logging
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 from expertcut.data import Quiz, Selection, load_quiz, without
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import QuizError, SettingsError
+from expertcut.files import read_file
 from expertcut.reporting.tables import Table, labelled, next_lines
 from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
 
@@ -320,19 +321,17 @@ class CheckpointSettings(ModelFirstSettings):
         ui.end([], folder, *commands)
 
 
-def eval_words(
-    base: str, folder: Path, quiz: str, shots: int, revision: str | None = None
-) -> list[str]:
+def eval_words(base: str, folder: Path, quiz: str, shots: int, revision: str | None) -> list[str]:
     """`eval` on the split that had no part in a checkpoint, or on NEW.jsonl if each had."""
-    from expertcut.edits.plan import load_hashes, load_plan
+    from expertcut.edits.plan import QUESTIONS_FILE
 
-    used, where = load_hashes(folder, load_plan(folder)), ["--quiz", "NEW.jsonl"]
+    used = read_file(folder / QUESTIONS_FILE).decode().splitlines()
+    where = ["--quiz", "NEW.jsonl"]
     for split in ("test", "val"):
         with suppress(QuizError):
             asked = load_quiz(Selection(quiz, split, 0, revision=revision))
             if len(without(asked, used)) >= 0.95 * len(asked):
-                where = ["--quiz", quiz] if quiz != "mmlu" else []
-                where += ["--split", split] if split != "test" else []
+                where = ["--quiz", quiz, *(["--split", split] if split != "test" else [])]
                 break
     return ["eval", base, str(folder), *where, *(["--shots", str(shots)] if shots != 5 else [])]
 

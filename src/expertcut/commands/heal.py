@@ -67,9 +67,7 @@ def run(
         settings.say(ui, healing_tables(healed) if settings.wide else [])
         facts = healing_facts(healed, before, settings.checkpoint, settings.margin / 100)
         names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes), "mmlu"]
-        quiz, following = next(filter(None, names)), [["show", str(out)]]
-        if not settings.adapter:
-            words = commands.eval_words(settings.checkpoint, out, quiz, settings.n_shots)
-            following.insert(0, words)
-        ui.end(facts, out, *following)
+        asked = (settings.checkpoint, out, next(filter(None, names)), settings.n_shots, None)
+        following = [] if settings.adapter else [commands.eval_words(*asked)]
+        ui.end(facts, out, *following, ["show", str(out)])
     return healed

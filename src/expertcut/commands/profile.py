@@ -48,7 +48,6 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     from expertcut.profiling.storage import load_profile
     from expertcut.reporting.edit_tables import accuracy_text
     from expertcut.reporting.profile_tables import cut_text
-    from expertcut.stats import wilson_interval
 
     load_as = settings.load_as()
     options = measure.MeasureOptions(
@@ -74,9 +73,8 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     if ui.is_first:
         answers, n = profile.answers, len(profile.answers.answer_N)
         text = f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        ends = wilson_interval(answers.accuracy, n)
         facts = [("quiz", f"{text}{cut_text(answers.n_cut)}")]
-        facts += [("accuracy", accuracy_text(answers.accuracy, ends, answers.chance))]
+        facts += [("accuracy", accuracy_text(answers.accuracy, n, answers.chance))]
         by = () if profile.info.settings.stats == "answer" else ("--by", "reap")
         prune = ["prune", "--sparsity", "0.5", *by, "--profile", str(folder)]
         ui.end(facts, folder, ["show", str(folder)], prune)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator
 
 from expertcut.commands import SILENT, UI, argument
+from expertcut.errors import SettingsError
 from expertcut.reporting.tables import Cell, Column, Table, one_line
-from expertcut.settings import FilePath, Settings, as_list, like, option, refuse
+from expertcut.settings import FilePath, Settings, as_list, like, option
 
 if TYPE_CHECKING:
     from expertcut.hub.upload import Published
@@ -27,9 +28,8 @@ class PublishSettings(Settings):
 
     checkpoint: FilePath = argument(..., "Checkpoint that prune, merge, reweight or heal wrote.")
     repo: Annotated[str, _REPO] | None = option(
-        None, "Repository on the Hub; a dry run needs none.",
-        is_argument=True, metavar="OWNER/NAME",
-    )  # fmt: skip
+        None, "Repository on the Hub; a dry run needs none.", is_argument=True, metavar="OWNER/NAME"
+    )
     results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(
         [],
         "Results file of `eval`; repeatable.  "
@@ -42,15 +42,11 @@ class PublishSettings(Settings):
     force: bool = option(False, "Replace everything in the repository, even another model.")
     dry_run: bool = option(False, "Write only the card, and list the files to upload.")
 
-    @model_validator(mode="after")
-    def _names_a_repository(self) -> Self:
-        if self.repo is None and not self.dry_run:
-            refuse("name the repository, as OWNER/NAME, or write only the card with --dry-run")
-        return self
-
 
 def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     """Writes the card and uploads the folder."""
+    if settings.repo is None and not settings.dry_run:
+        raise SettingsError("name the repository, as OWNER/NAME, or write only the card: --dry-run")
     ui.quiet()
     from expertcut.hub.upload import publish
 
@@ -78,8 +74,7 @@ def _facts(done: "Published") -> Iterator[tuple[str, str]]:
     if done.gone:
         yield "removed", f"from the repository: {one_line(', '.join(done.gone))}"
     if done.commit is None:
-        mb = sum(done.files.values()) / 1e6
-        what = f"{len(done.files)} files of {mb:,.1f} MB"
+        what = f"{len(done.files)} files of {sum(done.files.values()) / 1e6:,.1f} MB"
         yield "uploaded", f"nothing; without --dry-run {what} would go to {done.url}"
     elif done.is_changed:
         yield "uploaded", f"to {done.url} (commit {done.commit[:8]})"

@@ -20,8 +20,6 @@ from expertcut.stats import Array, gained_lost, wilson_interval
 
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
-_STRONGER = (16.0, 32.0, 64.0)
-_FINER = (2**-0.5, 2**0.5)
 
 
 class RouterEdit(NamedTuple):
@@ -81,11 +79,6 @@ class Procedure:
         if self.is_tuned:
             return _Search(records, is_used_N, ask).run(picks, len(self.named))
         return Settled(self.untuned(records.part(is_used_N), picks))
-
-    def most_steps(self, picks: Sequence[SelectedExpert]) -> int:
-        """The most biases that a search scores; it may end before."""
-        n_firsts = len(tuple(firsts(picks, len(self.named))))
-        return n_firsts * len((*STRENGTHS, *_STRONGER)) + len(_FINER)
 
     def untuned(
         self, records: QuestionOutcomes, picks: Sequence[SelectedExpert]
@@ -158,7 +151,7 @@ class _Search:
             before_NC = self.used.logprob_NC
             gaps = [gap(self.used, pick) for pick in few if pick.sign > 0]
             enough = max(STRENGTHS[-1], *gaps, 0)
-            for strength in (*STRENGTHS, *_STRONGER):
+            for strength in (*STRENGTHS, 16.0, 32.0, 64.0):
                 shifts = tuple(RouterEdit(p.layer, p.expert, p.sign * strength) for p in few)
                 logprob_NC = self._try(shifts, strength)
                 gained, lost = gained_lost(self.base_N, right(logprob_NC, self.used.answer_N))
@@ -169,7 +162,7 @@ class _Search:
                 before_NC = logprob_NC
         if best := self.best:
             point = max(self.curve, key=lambda p: p.accuracy)
-            for factor in _FINER:
+            for factor in (2**-0.5, 2**0.5):
                 finer = tuple(s._replace(bias=s.bias * factor) for s in best)
                 self._try(finer, point.strength * factor)
         return Settled(self.best, tuple(self.curve))

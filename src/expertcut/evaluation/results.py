@@ -86,10 +86,7 @@ class ComparisonResult(Comparison, _ModelPair):  # in JSON the indices come firs
 
 
 class Results(Record):
-    """`results.json`; the first model is the base of every comparison.
-
-    `chance` is the share of right answers by guessing; older files lack it.
-    """
+    """`results.json`; the first model is the base of every comparison."""
 
     format: Format1 = 1
     quiz: str
@@ -97,7 +94,7 @@ class Results(Record):
     split: str
     shots: Count
     limit: Count | None
-    chance: Share | None = None
+    chance: Share | None = None  # the accuracy of guessing; older files lack it
     content_hashes: dict[str, str]
     models: list[ModelResult] = Field(min_length=1)
     comparisons: list[ComparisonResult]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import count, repeat
+from itertools import count
 from pathlib import Path
 from typing import get_args
 
@@ -216,16 +216,13 @@ def decide(
             numbers=numbers,
         )
     else:
-        picks = procedure.pick(records)
-        most = procedure.most_steps(picks)
-        steps = map(report_scored, count(), repeat(most))
+        steps = count()
 
         def ask_and_report(shifts: tuple[RouterEdit, ...]) -> Array:
-            next(steps)
+            report_scored(next(steps), 0)  # the search may end at any step
             return ask(shifts)
 
-        settled = procedure.settle(records, picks, ask_and_report)
-        report_scored(most, most)
+        settled = procedure.settle(records, procedure.pick(records), ask_and_report)
     return TuningResult(
         tuning=tuning,
         settled=settled,

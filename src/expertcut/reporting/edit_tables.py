@@ -159,12 +159,12 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
-def accuracy_text(share: float, ends: tuple[float, float], chance: float | None) -> str:
+def accuracy_text(share: float, n: int, chance: float | None) -> str:
     """An accuracy with its interval, and a clause if that does not lie above guessing."""
-    text = f"{percent(share)} ({' … '.join(map(percent, ends))})"
-    if chance is not None and ends[0] <= chance:
-        text += f", no better than guessing ({100 * chance:.3g} %)"
-    return text
+    low, high = stats.wilson_interval(share, n)
+    is_clear = chance is None or low > chance
+    clause = "" if is_clear else f", no better than guessing ({100 * (chance or 0):.3g} %)"
+    return f"{percent(share)} ({percent(low)} … {percent(high)}){clause}"
 
 
 def points(change: float) -> str:

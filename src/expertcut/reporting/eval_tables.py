@@ -94,15 +94,12 @@ def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
 
 
 def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
-    """The accuracy of a model alone or no better than guessing; verdict and change of each other.
-
-    Each stands behind its label.
-    """
+    """Accuracy of a model alone or near guessing, verdict and change of the others, with labels."""
     said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
     facts = []
     for name, m in zip(model_names(results), results.models, strict=True):
         if not results.comparisons or m.ci95[0] <= (results.chance or 0):
-            text = edits.accuracy_text(m.accuracy, m.ci95, results.chance)
+            text = edits.accuracy_text(m.accuracy, m.questions, results.chance)
             facts.append(("accuracy", f"{name}: {text}"))
     return facts + [fact for pair in said for fact in zip(("verdict", "change"), pair, strict=True)]
 

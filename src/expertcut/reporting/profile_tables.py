@@ -15,15 +15,10 @@ from expertcut.profiling.findings import THRESHOLDS, Findings
 from expertcut.profiling.significance import subjects_json
 from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.edit_tables import (
-    accuracy_text,
-    interval_text,
-    known_ids,
-    percent,
-    rows_tables,
-)
+from expertcut.reporting import edit_tables as edits
+from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
-from expertcut.stats import LEVEL, wilson_interval
+from expertcut.stats import LEVEL
 
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
 _FROM_0 = "Layers are MoE layers, counted from 0."
@@ -40,7 +35,7 @@ def headline(findings: Findings) -> list[str]:
     """What a profile says of a model, in a few lines, and what to do next."""
     profile, layers = findings.profile, findings.layers
     quiz, answers, path = profile.info.quiz, profile.answers, str(profile.path)
-    n, ends = len(answers.answer_N), wilson_interval(answers.accuracy, len(answers.answer_N))
+    n = len(answers.answer_N)
     counts = f"{sum(x.n_activated for x in layers):,} of {len(findings.places):,} ever answer"
     if (tokens_LE := profile.token_sum("tokens")) is not None:
         counts += f", {int((tokens_LE > 0).sum()):,} are chosen by any token"
@@ -49,7 +44,7 @@ def headline(findings: Findings) -> list[str]:
     lines = {
         "profile": f"{path}: {n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
         + cut_text(answers.n_cut),
-        "accuracy": accuracy_text(answers.accuracy, ends, answers.chance),
+        "accuracy": edits.accuracy_text(answers.accuracy, n, answers.chance),
         "experts": f"{counts}, in {len(layers)} layers of {profile.info.model.label}",
         **_useful(findings, known_ids(profile)),
         "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
