@@ -130,9 +130,9 @@ def _nearest_path(text: str) -> Path | None:
         with suppress(OSError, ValueError, StopIteration):  # it exists, or no name can be like it
             gone = next(p for p in (*reversed(path.parents), path) if not p.exists())
             names = [entry.name for entry in gone.parent.iterdir()]
-            for name in get_close_matches(gone.name, names, n=1):
-                nearest = gone.parent / name / path.relative_to(gone)
-                return nearest if nearest.exists() else None
+            (name,) = get_close_matches(gone.name, names, n=1)
+            if (nearest := gone.parent / name / path.relative_to(gone)).exists():
+                return nearest
     return None
 
 

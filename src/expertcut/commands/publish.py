@@ -14,7 +14,8 @@ from expertcut.settings import FilePath, Settings, as_list, like, option
 if TYPE_CHECKING:
     from expertcut.hub.upload import Published
 
-_REPO = like(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", "is not a repository: write OWNER/NAME of the Hub")
+_LIKE = like(r"\w[\w.-]{0,95}/\w[\w.-]{0,95}", "is not a repository: write OWNER/NAME of the Hub")
+Repo = Annotated[str, _LIKE]
 
 
 class PublishSettings(Settings):
@@ -27,7 +28,7 @@ class PublishSettings(Settings):
     )
 
     checkpoint: FilePath = argument(..., "Checkpoint that prune, merge, reweight or heal wrote.")
-    repo: Annotated[str, _REPO] | None = option(
+    repo: Repo | None = option(
         None, "Repository on the Hub; a dry run needs none.", is_argument=True, metavar="OWNER/NAME"
     )
     results: Annotated[list[FilePath], BeforeValidator(as_list)] = option(

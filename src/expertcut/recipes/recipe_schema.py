@@ -18,7 +18,7 @@ from expertcut.commands.heal import HealSettings
 from expertcut.commands.merge import MergeSettings
 from expertcut.commands.profile import ProfileSettings
 from expertcut.commands.prune import PruneSettings
-from expertcut.commands.publish import PublishSettings
+from expertcut.commands.publish import PublishSettings, Repo
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.commands.show import ShowSettings
 from expertcut.errors import RecipeError
@@ -85,6 +85,7 @@ class PublishSection(PublishSettings):
 
     variant: Name
     checkpoint: FilePath = option(Path(), "The variant's.", in_recipe=False)
+    repo: Repo = option(..., "Repository on the Hub.")
 
     def recipe_values(self) -> dict[str, Any]:
         """The recorded fields, `variant` first, as in the hashes of older runs."""
