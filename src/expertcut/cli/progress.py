@@ -290,7 +290,7 @@ class TerminalUI(UI):
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("DATASETS_VERBOSITY", "critical")  # errors reach us as exceptions
         if "transformers.modeling_utils" not in sys.modules:
-            self.bars.advance("importing transformers", 0, 0, "")
+            self.bars.advance("importing libraries", 0, 0, "")
             gc.disable()  # collecting garbage would walk all objects each time
             try:
                 for name in ("generation.utils", "modeling_utils", "integrations.moe"):
