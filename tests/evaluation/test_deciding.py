@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from expertcut.cli import main
+from expertcut.cli.progress import Bars
 from expertcut.commands import reweight
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.data import Quiz, Selection, load_quiz
@@ -73,10 +74,15 @@ def test_the_best_by_a_score_is_boosted_by_its_strength(profile: Profile, run: R
     assert "is boosted by +0.5000 on its logit (given)" in out
 
 
-def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(profile: Profile, run: Run) -> None:
-    asked = ("--boost-best", 1, "--suppress-worst", 1, "--tune")
+def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(
+    profile: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, seen = ("--boost-best", 1, "--suppress-worst", 1, "--tune"), []
+    monkeypatch.setattr(Bars, "advance", lambda _, *step: seen.append(step))
     out = run("reweight", "--profile", profile.path, *asked, "--out", "tuned")
     plan = load_plan(Path("tuned"))
+    steps = [step for step in seen if step[0] == "tuning"]
+    assert steps == [("tuning", i, 0, "steps") for i in range(len(plan.tuning) - 1)]
     best = max(plan.tuning, key=lambda point: point.accuracy)
     assert plan.tuning[0].strength == 0 and best.accuracy > plan.tuning[0].accuracy
     named = {(b[0], b[1]): b[2] for b in best.biases}

@@ -350,6 +350,7 @@ def test_a_quiz_of_one_set_is_chosen_on_four_fifths_and_judged_on_the_last(
         plan = load_plan(Path(name))
         assert plan.chosen_on.questions == 41 - n_held
         assert "eld-out questions (val)" in said
+        assert f" {name} --quiz NEW.jsonl" in said  # `eval` of its own would flatter it
         if name in ("reap", "merge"):  # `show` says what the command said
             shown = expertcut("show", name)
             ending = shown[shown.index("size  ") :]

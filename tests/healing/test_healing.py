@@ -202,7 +202,7 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     assert evaluated.splitlines()[-3:] == [
         "written   results.json",
         "next      expertcut report results.json",
-        "          expertcut publish checkpoints/cut-healed OWNER/NAME --dry-run",
+        "          expertcut publish checkpoints/cut-healed --dry-run",
     ]
     again = expertcut("heal", stock, "--quiz", quiz_folder, *short, status=2)
     assert "checkpoints/cut-healed is not empty" in again

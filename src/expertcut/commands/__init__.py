@@ -322,12 +322,12 @@ class CheckpointSettings(ModelFirstSettings):
 
 
 def eval_words(base: str, folder: Path, quiz: str, shots: int, revision: str | None) -> list[str]:
-    """`eval` on the split that had no part in a checkpoint, or on NEW.jsonl if each had."""
+    """`eval` on the split of a quiz (if any) that had no part in a checkpoint, or on NEW.jsonl."""
     from expertcut.edits.plan import QUESTIONS_FILE
 
     used = read_file(folder / QUESTIONS_FILE).decode().splitlines()
-    where = ["--quiz", "NEW.jsonl"]
-    for split in ("test", "val"):
+    where = ["--quiz", "NEW.jsonl"] if quiz else []
+    for split in ("test", "val") if quiz else ():
         with suppress(QuizError):
             asked = load_quiz(Selection(quiz, split, 0, revision=revision))
             if len(without(asked, used)) >= 0.95 * len(asked):

@@ -66,8 +66,8 @@ def run(
     if healed is not None:
         settings.say(ui, healing_tables(healed) if settings.wide else [])
         facts = healing_facts(healed, before, settings.checkpoint, settings.margin / 100)
-        names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes), "mmlu"]
-        asked = (settings.checkpoint, out, next(filter(None, names)), settings.n_shots, None)
+        names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes)]
+        asked = (settings.checkpoint, out, next(filter(None, names), ""), settings.n_shots, None)
         following = [] if settings.adapter else [commands.eval_words(*asked)]
         ui.end(facts, out, *following, ["show", str(out)])
     return healed
