@@ -166,10 +166,10 @@ def test_results_are_shown_with_the_sentences_of_eval(tmp_path: Path) -> None:
     # One whose interval does not lie above guessing is named, and one alone has its interval.
     chance = {"chance": 0.45}
     both = result_facts(found.model_copy(update=chance))
-    text = "50.0 % (40.0 % … 60.0 %), no better than guessing (45 %)"
+    text = "50.0 % (40.4 % … 59.6 %), no better than guessing (45 %)"
     assert both == [("accuracy", f"base: {text}"), *result_facts(found)]
     (alone,) = result_facts(found.model_copy(update={"comparisons": [], "models": [model()]}))
-    assert alone == ("accuracy", "base: 50.0 % (40.0 % … 60.0 %)")
+    assert alone == ("accuracy", "base: 50.0 % (40.4 % … 59.6 %)")
 
 
 @pytest.fixture
