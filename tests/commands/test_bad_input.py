@@ -402,6 +402,8 @@ def test_results_that_cannot_be_written_are_refused_before_a_model_runs(
 
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:
     assert "nothing to show in nowhere" in refused("show", "nowhere")
+    (model / "report.html").touch()
+    assert "report.html is a page of report: open it in" in refused("show", model / "report.html")
     assert "nothing to show in " in refused("show", model)
 
 
