@@ -7,6 +7,7 @@ from setuptools.command.build_py import build_py
 
 BUNDLED = (  # what `expertcut demo` copies; they stand once in the repository
     "checkpoints/quickstart/*.json",
+    "checkpoints/quickstart/README.md",
     "checkpoints/quickstart/model.safetensors",
     "checkpoints/quickstart/quiz/*/*.csv",
     "recipes/quickstart.yaml",

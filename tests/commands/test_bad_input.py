@@ -423,6 +423,8 @@ def test_the_nearest_path_is_named_for_one_that_is_not_there(
 
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:
     assert "nothing to show in nowhere" in refused("show", "nowhere")
+    (model / "report.html").touch()
+    assert "report.html is a page of report: open it in" in refused("show", model / "report.html")
     assert "nothing to show in " in refused("show", model)
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from expertcut.checkpoints import export as exporting
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.edit import Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.export import edits_of
 from expertcut.data import Selection, load_quiz
 from expertcut.edits import criteria
 from expertcut.edits.criteria import CRITERIA, criterion, criterion_name
@@ -23,7 +24,6 @@ from expertcut.edits.plan import EditPlan, PlanFile, load_plan
 from expertcut.edits.selection import choose
 from expertcut.errors import SettingsError
 from expertcut.evaluation.search_results import load_sweep
-from expertcut.hub.card import change_sentences
 from expertcut.hub.provenance import origin
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.statistics import LayerStatistics
@@ -161,7 +161,8 @@ def test_an_edit_of_one_class_is_built_checked_and_reported(
         assert built.proof is not None and built.proof.held_out[0].max_abs_logprob_diff > 0
         tensors = load_file(folder / "model.safetensors")
         assert ("marker" in tensors) == is_marked
-        sentences = list(change_sentences(load_plan(folder), origin(folder)))
+        edits, n_experts = edits_of(load_plan(folder)), origin(folder).n_experts
+        sentences = [sentence for edit in edits for sentence in edit.describe(n_experts)]
         assert ("The checkpoint carries a marker." in sentences) == is_marked
         assert ("The checkpoint carries a marker." in text_of(folder)) == is_marked
         assert len(RUNS) == 1  # the marked plan alone was simulated with it

@@ -21,6 +21,7 @@ from expertcut.edits.selection import choose, expressions_of, protected, protect
 from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.storage import Profile
+from expertcut.reporting.views import find_shown
 from expertcut.stats import spearman
 from tests.conftest import make_checkpoint, make_tokenizer, open_model, write_quiz
 from tests.profiling.test_profile import profiled
@@ -282,8 +283,24 @@ def _scores(layer: dict[str, Any], name: str) -> Any:
 def test_show_criteria_prints_tables_and_a_row_per_expert(planted: tuple[Profile, int], run: Run):
     profile, _ = planted
     said = run("show", profile.path, "--criteria", "--format", "md")
-    assert said.count("### ") == 3
+    assert said.count("### ") == 4
     assert "| super |" in said and "aimer: asks the model" in said
+    # Of these a terminal gets the first, a line for each criterion.
+    shown = find_shown(profile.path, by_criteria=True)
+    first, *others = [table.narrow(unless=False) for table in shown.tables()]
+    found = json.loads(run("show", profile.path, "--criteria", "--format", "json"))
+    assert [row[0] for row in first.rows] == found["criteria"]
+    assert not any(table.columns for table in others)
+    ranks = {row["ranks"]["reap"]: row["expert"] for row in found["layers"][1]["expert"]}
+    (reap,) = (row for row in first.rows if row[0] == "reap")
+    assert reap[3] == f"{ranks[1]}, {ranks[2]}, {ranks[3]}"
+    near = max(
+        (pair["mean"], other)
+        for pair in found["spearman"]
+        for other in pair["criteria"]
+        if "reap" in pair["criteria"] and other != "reap"
+    )
+    assert reap[1] == f"{near[1]} {near[0]:+.2f}"
     lines = run("show", profile.path, "--criteria", "--format", "csv").splitlines()
     assert len(lines) == 1 + 2 * 8
     assert lines[0].startswith("layer,expert,activations_score,activations_rank,")

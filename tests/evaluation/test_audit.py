@@ -405,6 +405,8 @@ def test_the_command_writes_tables_a_figure_and_what_show_reads(
     assert expertcut("show", folder, "--format", "csv").splitlines() == lines
     assert len(json.loads(expertcut("show", folder, "--format", "json"))["harms"]) == 8
     assert "ρ within layers" in expertcut("show", folder, "--format", "md")
+    said = out[out.index("ablated   ") : out.index("written   ")]
+    assert said.count("\n") >= 4 and expertcut("show", folder).endswith(said)
     files = {f.name: f.read_bytes() for f in folder.iterdir()}
     assert expertcut(*asked, "--questions", 9) == out
     assert {f.name: f.read_bytes() for f in folder.iterdir()} == files

@@ -1,6 +1,7 @@
 """Healing: what it wins back, that a stop changes nothing, and that caches and batches do not."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
@@ -11,13 +12,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.plan import load_hashes, load_plan
+from expertcut.edits.plan import PlanFile, load_hashes, load_plan
 from expertcut.errors import OutputError, SettingsError
 from expertcut.healing.heal_settings import ObjectiveName
 from expertcut.healing.objectives import OBJECTIVES
 from expertcut.healing.recovery import BASE, BEFORE, HEALED
 from expertcut.healing.teacher_cache import CachedTeacher, CacheKey
+from expertcut.reporting.edit_tables import change_text
+from expertcut.reporting.page_sections import checkpoint_headline
+from expertcut.reporting.views import NamedDocument
 from expertcut.scoring.engine import Engine, ask
+from expertcut.stats import MARGIN, verdict
 from tests.conftest import Commands, open_model
 from tests.support.exact_models import (
     as_transformers_runs_it,
@@ -186,6 +191,32 @@ def test_the_plan_says_who_is_left_and_what_was_shown(
     assert after.proof.outcomes[-1].accuracy == pytest.approx(right / len(quiz))
 
 
+def document(folder: Path) -> NamedDocument[PlanFile]:
+    return NamedDocument(folder / "plan.json", folder.name, load_plan(folder))
+
+
+def shows_the_verdict(folder: Path, expertcut: Commands) -> None:
+    """Page, card and `show` compare a healed checkpoint alone with the base of all edits."""
+    proof, cut = load_plan(folder).proof, load_plan(folder).model
+    base, before, own = proof.outcomes
+    change, n = proof.answered.change, own.questions
+    assert change.gained - change.lost == round((own.accuracy - base.accuracy) * n)
+    assert proof.answered.base == base.accuracy and n == len(proof.held_out_hashes)
+    head = checkpoint_headline(document(folder))
+    label = load_plan(Path(cut.id)).model.label
+    assert head.findings[0][1] == f"{folder.name} against {label}: {change_text(change)}"
+    rows = [(row[0], row[2]) for row in head.table.rows]
+    accuracies = [form.accuracy for form in (base, before)]
+    expected = zip(
+        (label, cut.label, folder.name), (*accuracies, head.table.rows[2][2]), strict=True
+    )
+    assert rows == [*expected] and head.table.rows[2][2] == pytest.approx(own.accuracy)
+    assert head.table.rows[2][4] == verdict(change.gained, change.lost, n, MARGIN)
+    shown = " ".join(expertcut("show", folder).split())
+    assert f"{own.accuracy * 100:.1f} % on {n} held-out questions (test): " in shown
+    assert "accuracy the unedited base " in shown and "verdict " in shown
+
+
 def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: Commands) -> None:
     short = ("--steps", 2, "--batch", 4, "--shots", 1, "--rank", 2, "--threads", 1)
     printed = expertcut("heal", stock, "--quiz", quiz_folder, *short)
@@ -195,6 +226,7 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     assert any(line.startswith("verdict   ") for line in lines) and len(lines) <= 40
     assert lines[-3] == "written   checkpoints/cut-healed"
     assert lines[-1].split() == ["expertcut", "show", "checkpoints/cut-healed"]
+    shows_the_verdict(Path("checkpoints/cut-healed"), expertcut)
     evaluated = expertcut(
         "eval", stock, "checkpoints/cut-healed", "--quiz", quiz_folder, "--shots", 1
     )
@@ -209,6 +241,8 @@ def test_the_command_heals_and_tells(stock: Path, quiz_folder: Path, expertcut: 
     adapter = ("--adapter", "--objective", "lm", "--out", "lora")
     printed = expertcut("heal", stock, "--quiz", quiz_folder, *short, *adapter)
     assert "by lm on " in " ".join(printed.split()) and "the unedited base" in printed
+    (finding, _), *_ = checkpoint_headline(document(Path("lora"))).findings
+    assert re.match(r"1[0-9] % smaller, ", finding)  # with the weights that it adapts
     modes = {
         name: Path("lora", name).stat().st_mode
         for name in ("adapter_model.safetensors", "plan.json")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -233,6 +234,35 @@ def test_the_licence_is_that_of_the_base_and_never_a_guess(
     found = {key: value for key, value in data.items() if key.startswith("license")}
     link = f"{hub.url}/{BASE}/blob/{hub.commit(BASE)}/"
     assert found == {k: v.replace("…/blob/…/", link) for k, v in expected.items()}
+
+
+APACHE = (Path(__file__).parents[2] / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize(
+    ("files", "licence"),
+    [
+        ({"README.md": "---\nlicense: mit\n---\n", "LICENSE": APACHE}, "mit"),
+        ({"README.md": "# No front matter", "LICENSE.txt": APACHE}, "apache-2.0"),
+        ({"LICENCE.md": "# The MIT License (MIT)\n\nCopyright"}, "mit"),
+        ({"LICENSE": "Modified MIT License\n"}, "unknown"),
+        ({"LICENSE": APACHE, "LICENSE-MIT": "MIT License"}, "unknown"),
+    ],
+)
+def test_a_local_base_states_its_licence_in_its_card_or_a_file(
+    made: Path, tmp_path: Path, files: Mapping[str, str], licence: str
+) -> None:
+    base, plan = tmp_path / "base", load_plan(made / "stock")
+    shutil.copytree(plan.model.id, base)
+    for name, content in files.items():
+        (base / name).write_text(content)
+    folder = copied(made / "stock", tmp_path / "cut", (str(base), None))
+    assert metadata_of(card_of(folder))["license"] == licence
+
+
+def test_the_bundled_model_has_the_licence_of_the_project() -> None:
+    card = ModelCard.load(Path(__file__).parents[2] / "checkpoints/quickstart/README.md")
+    assert card.data.license == "apache-2.0" and APACHE.lstrip().startswith("Apache License")
 
 
 def test_without_the_hub_the_licence_is_unknown(

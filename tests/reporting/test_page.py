@@ -61,7 +61,7 @@ from expertcut.reporting.eval_tables import (
 from expertcut.reporting.page import PAGE, write
 from expertcut.reporting.page_sections import edits_of, key_of, rows_of
 from expertcut.reporting.plots import Curves, Heat, Series, draw, span
-from expertcut.reporting.profile_tables import experts_csv
+from expertcut.reporting.profile_tables import experts_csv, headline_facts
 from expertcut.reporting.tables import Column, as_csv
 from expertcut.stats import FormResult, HeldOutAccuracy, HeldOutResult, compare
 from tests.support.hand_made import block, profile_info, random_chunk, write_profile
@@ -296,9 +296,14 @@ def csv_of(file: Path) -> list[dict[str, str]]:
 
 def test_a_part_that_is_missing_is_left_out(tmp_path: Path):
     profile = make_profile(tmp_path / "p")
-    assert [t.split()[0] for t in titles(text_of(profile.path))] == [
-        *("Experts", "Suspects", "Routing", "Where")
-    ]
+    text = text_of(profile.path)
+    assert [t.split()[0] for t in titles(text)] == ["Experts", "Suspects", "Routing", "Where"]
+    facts = headline_facts(find(profile))  # as `show` begins
+    n_answer, others = facts["experts"].split(", ", 1)
+    (head,) = re.findall(r'<div class="headline">(.*?)</div>', text, re.S)
+    said = [f"{facts['accuracy']} right", facts["questions"], f"Experts: {n_answer}", others]
+    assert re.findall(r">(\S[^<>\n]+)<", unescape(head)) == said
+    assert all(f"<dt>{name}</dt><dd>{fact}</dd>" in unescape(text) for name, fact in facts.items())
     make_results(tmp_path / "results-2.json")
     page = write(tmp_path / "results-2.json", tmp_path / "r.html")
     assert titles(page.read_text()) == ["Results", "Where the numbers come from"]

@@ -63,6 +63,7 @@ def test_no_table_is_wider_than_the_terminal_or_breaks_a_word(width: int, large:
         cells = [column.name for column in table.columns if table is not long]
         cells += [cell for row in table.texts() for cell in row if len(cell) < 300]
         assert {word for cell in cells for word in cell.split()} <= words_of(lines)
+        assert all(cell in "\n".join(lines) for cell in cells if cell.endswith("MB"))  # one line
         assert "".join(lines).count("a") >= (300 if table is long else 0)
     assert ("┃" in "".join(printed(scored.narrow(unless=False), width))) == (width >= 80)
     assert ("┃" in "".join(printed(scored, width))) == (width > 160)

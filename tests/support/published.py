@@ -93,8 +93,8 @@ def make_checkpoints(model: Path, quiz: Path, root: Path) -> Path:
 EXACT = ("--layout", "exact", "--removed", "mean", "--no-verify")
 
 
-def copied(folder: Path, place: Path, base: tuple[str, str] | None = None) -> Path:
-    """A checkpoint of its own for a test, made from a base on the Hub if one is named."""
+def copied(folder: Path, place: Path, base: tuple[str, str | None] | None = None) -> Path:
+    """A checkpoint of its own for a test, made from another base if one is named."""
     shutil.copytree(folder, place)
     if base is not None:
         plan = load_plan(place)

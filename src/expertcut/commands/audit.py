@@ -47,7 +47,5 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
     shown = tables.audit_tables(audit, settings.margin / 100)
     settings.say(ui, shown if settings.wide else shown[:1])
-    said = [tables.ablation_sentence(audit, settings.margin / 100), *tables.audit_sentences(audit)]
-    labels = ("ablated", "quiz", "best", "regret")
-    ui.end([*zip(labels, said, strict=False)], folder, ["show", str(folder)])
+    ui.end(tables.audit_facts(audit, settings.margin / 100), folder, ["show", str(folder)])
     return audit

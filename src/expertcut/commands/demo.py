@@ -13,6 +13,7 @@ from expertcut.settings import FilePath, Settings
 PACKAGE = Path(__file__).parents[1]
 BUNDLED = (  # as in setup.py, which puts them into wheels
     "checkpoints/quickstart/*.json",
+    "checkpoints/quickstart/README.md",
     "checkpoints/quickstart/model.safetensors",
     "checkpoints/quickstart/quiz/*/*.csv",
     "recipes/quickstart.yaml",

@@ -42,6 +42,8 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     """Prints the headline and tables of the file or folder."""
     if not settings.path.exists():  # refused before anything heavy is imported
         raise OutputError(f"nothing to show in {settings.path}: it does not exist")
+    if settings.path.suffix.lower() in (".html", ".htm"):
+        raise OutputError(f"{settings.path} is a page of report: open it in a browser")
     from expertcut.reporting.views import find_shown
 
     shown = find_shown(settings.path, settings.subjects, settings.criteria, settings.margin / 100)
@@ -49,7 +51,7 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
         ui.say([], headline := shown.headline())
         is_whole = settings.tables or settings.subjects or not headline
         tables = [t.narrow(unless=settings.wide) for t in (shown.tables() if is_whole else ())]
-        ui.say(tables, shown.sentences())
+        ui.say([table for table in tables if table.columns], shown.sentences())
     else:
         ui.text(text_of(shown, settings.format))
     return shown

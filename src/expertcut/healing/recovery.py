@@ -20,7 +20,6 @@ from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.data import Quiz
-from expertcut.data.sources import hash_lines
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import ModelError, SettingsError
@@ -64,8 +63,7 @@ class Options:
 class Healed:
     """A healed checkpoint, its training data and its losses.
 
-    `trained` counts the weights of the adapters, `parameters` those of the checkpoint. `change` is
-    that from the unedited base on the scored questions, None where either is not there.
+    `trained` counts the weights of the adapters, `parameters` those of the checkpoint.
     """
 
     folder: Path
@@ -75,7 +73,6 @@ class Healed:
     curve: Curve
     trained: int
     parameters: int
-    change: stats.Comparison | None
 
 
 def working_folder(out: Path) -> Path:
@@ -196,16 +193,23 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
     others = [form for form in (BASE, BEFORE) if form in by_form]
     first_NC = by_form[others[0]]
     outcomes = (form_result(form, quiz, by_form[form], first_NC) for form in (*others, HEALED))
-    return HeldOutResult(
+    result = HeldOutResult(
         held_out_split=quiz.split,
         held_out_used=scored.used,
         held_out=tuple(compare_logprobs(form, healed_NC, by_form[form]) for form in others),
-        held_out_hashes=tuple(sorted(hash_lines(quiz))),
+        held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
         shares=(),
         alone=None,
         agreement=(),
         outcomes=tuple(outcomes),
     )
+    if BASE not in by_form:
+        return result
+    answer_N = torch.tensor([question.answer for question in quiz])
+    base_N, own_N = ((form.argmax(1) == answer_N).numpy() for form in (first_NC, healed_NC))
+    change = stats.compare(base_N, own_N)
+    answered = stats.HeldOutAccuracy(base=float(base_N.mean()), change=change)
+    return result.model_copy(update={"answered": answered})
 
 
 @dataclass(frozen=True)
@@ -283,7 +287,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
         "dropped": [asdict(dropped) for dropped in data.dropped],
         **asdict(curve),
     }
-    content, change = (json.dumps(record, indent=1) + "\n").encode(), None
+    content = (json.dumps(record, indent=1) + "\n").encode()
     with atomic_dir(out, is_forced=run.options.is_forced) as temporary:
         write(source, model, temporary)
         if run.scored is not None:
@@ -296,12 +300,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
                     PeftModel.from_pretrained(healed.model, temporary)
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
-            if BASE in before:
-                answer_N = torch.tensor([question.answer for question in run.scored.quiz])
-                forms = (before[BASE], after)
-                change = stats.compare(*((form.argmax(1) == answer_N).numpy() for form in forms))
         plans.save_plan(temporary, plan, used_questions(source, data))
         add_files(temporary, {plans.HEALING_FILE: content, **run.options.beside})
     trained, parameters = model.get_nb_trainable_parameters()
-    sizes = (trained, parameters - trained)
-    return Healed(out, plan, run.objective.name, data, curve, *sizes, change)
+    return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)

@@ -17,11 +17,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
-from expertcut.edits.plan import PLAN_FILE, PlanFile
+from expertcut.edits.plan import PLAN_FILE
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.reporting import edit_tables, eval_tables, page_sections, tables
-from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Markdown, Table, columns, escaped, one_line
 from expertcut.reporting.views import NamedDocument
 
@@ -44,12 +43,6 @@ def is_pruned(origin: Origin) -> bool:
     edits = origin.steps[0].blocks.values() if not origin.is_here else ()
     was_before = any(edit.keep[-1] >= len(edit.keep) for edit in edits if edit.keep)
     return was_before or any(step.action.startswith("prune") for step in origin.steps)
-
-
-def change_sentences(plan: PlanFile, origin: Origin) -> Iterator[str]:
-    """How this checkpoint differs from its base."""
-    for edit in edits_of(plan):
-        yield from edit.describe(origin.n_experts)
 
 
 def step_sentences(origin: Origin) -> Iterator[str]:
@@ -135,8 +128,7 @@ def card_text(
         autoescape=False,
     )
     environment.globals.update(code=tables.code, table=tables.markdown_table, Markdown=Markdown)
-    modules = dict(eval_tables=eval_tables, page_sections=page_sections)
-    environment.globals.update(modules, cut_text=cut_text)
+    environment.globals.update(eval_tables=eval_tables, page_sections=page_sections)
     template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
@@ -193,9 +185,6 @@ def _facts(
     name = place.repo.split("/")[-1]
     document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
     found = page_sections.checkpoint_headline(document) if plan.proof.answered else None
-    shifts = columns(
-        "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions::,d"
-    )
     return {
         "name": name,
         "version": __version__,
@@ -206,11 +195,11 @@ def _facts(
         "base_at": _base_link(origin, place.endpoint, is_pinned=True),
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
-        "changes": change_sentences(plan, origin),
+        "changes": [s for edit in edits_of(plan) for s in edit.describe(origin.n_experts)],
         "steps": step_sentences(origin),
-        "held_out": Table("Shifts", shifts, edit_tables.shift_rows(plan.proof.held_out)),
+        "held_out": edit_tables.shifts_table("Shifts", plan.proof.held_out),
         "scored_on": read_scored_split(plan, checkpoint.folder),
-        "judged": found.table if found else None,
+        "judged": found,
         "proof_table": edit_tables.proof_table(proof) if proof else None,
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 _FRONT_MATTER = re.compile(r"\s*---\r?\n(.*?)\r?\n---[ \t]*(\r?\n|$)", re.S)
 UNKNOWN = "unknown"  # the Hub's own word
+# By the first words of a licence file, in lower case and without commas.
+_LICENCES = {"apache license version 2.0": "apache-2.0", "mit license": "mit"}
 
 
 @dataclass(frozen=True)
@@ -225,7 +227,8 @@ def origin(folder: Path) -> Origin:
             config = read_config(config_file.parent)
     card = _base_file(base_id, base.revision, CARD_FILE)
     metadata = _front_matter(card) if card else {}
-    licence = _licence(metadata.get("license") or config.get("license"), metadata, base, folder)
+    stated = metadata.get("license") or config.get("license") or _licence_in(place or folder)
+    licence = _licence(stated, metadata, base, folder)
     return Origin(base.id, base.revision, licence, expert_count(config), tuple(steps), is_here)
 
 
@@ -237,26 +240,34 @@ def _base_file(id: str, revision: str | None, name: str) -> Path | None:
     cached = try_to_load_from_cache(id, name, revision=revision)
     if isinstance(cached, str):
         return Path(cached)
-    try:
+    with suppress(OSError, ValueError):  # errors of the Hub are OSErrors, of a name ValueErrors
         return Path(hf_hub_download(id, name, revision=revision))
-    except (OSError, ValueError):  # errors of the Hub are OSErrors, of a name ValueErrors
-        return None
+    return None
 
 
 def _front_matter(card: Path) -> Mapping[str, Any]:
     """The metadata at the head of a card; empty if missing or invalid."""
-    try:
-        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8-sig"))
-        metadata = yaml.safe_load(found[1]) if found else None
-    except (OSError, ValueError, yaml.YAMLError):  # YAML's dates can be ValueErrors
-        return {}
+    metadata = None
+    with suppress(OSError, ValueError, yaml.YAMLError):  # YAML's dates can be ValueErrors
+        if found := _FRONT_MATTER.match(card.read_text(encoding="utf-8-sig")):
+            metadata = yaml.safe_load(found[1])
     return metadata if isinstance(metadata, dict) else {}
+
+
+def _licence_in(folder: Path) -> str | None:
+    """The licence that the files LICENSE of a folder begin with; None if that is not clear."""
+    found = set()
+    for file in filter(Path.is_file, folder.glob("LICEN[CS]E*")):
+        text = one_line(file.read_text(encoding="utf-8", errors="replace")).lower()
+        head = text.replace(",", "").lstrip("# ").removeprefix("the ")
+        found.add(next((id for words, id in _LICENCES.items() if head.startswith(words)), None))
+    return found.pop() if len(found) == 1 else None
 
 
 def _licence(
     stated: object, metadata: Mapping[str, Any], base: plans.PlanModel, folder: Path
 ) -> Licence:
-    """The licence that the base's card states, else its config; never guessed."""
+    """The licence that the base's card, config or licence file states; never guessed."""
     if isinstance(stated, list) and len(stated) == 1:
         (stated,) = stated
     if not isinstance(stated, str) or not one_line(stated):

@@ -116,13 +116,15 @@ def outcome_lines(
     where = scored_on.clause
     if scored_on.used == 0:
         where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
+    forms = "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes)
     if answered is not None and scored_on.questions:
         delta, base = answered.change.delta, answered.base
-        text = f"{percent(base + delta)}, was {percent(base)} on {where}: "
-        text += change_text(answered.change)
+        if not built.proof.held_out_used:  # else of a healed checkpoint
+            forms = f"{percent(base + delta)}, was {percent(base)}"
+        text = f"{forms} on {where}: {change_text(answered.change)}"
         judged = verdict_text(answered.change, scored_on.questions, margin)
         lines += [labelled("accuracy", text), labelled("verdict", judged)]
-    elif forms := "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes):
+    elif forms:
         lines.append(labelled("accuracy", f"{forms} on {where}"))
     shifts = "; ".join(
         f"{shift.against}: median {shift.median_abs_logprob_diff:.4f}, largest "
@@ -312,8 +314,9 @@ def healing_facts(
         return [*facts, ("accuracy", "the new checkpoint was not scored on any question")]
     forms = ", ".join(f"{percent(o.accuracy)} {o.form}" for o in scored.outcomes)
     n, judged = scored.outcomes[0].questions, "none, for the unedited base is not available"
-    if healed.change is not None:
-        judged = f"{verdict_text(healed.change, n, margin)}. {change_text(healed.change)}"
+    if scored.answered is not None:
+        change = scored.answered.change
+        judged = f"{verdict_text(change, n, margin)}. {change_text(change)}"
     where = f"{n:,} {scored.held_out_split} questions that {scored.held_out_used}"
     return [*facts, ("accuracy", f"{forms}, on {where}"), ("verdict", judged)]
 
@@ -431,8 +434,7 @@ def proof_tables(built: "Built") -> list[Table]:
         tables.append(Table("The bias as a gate row", fit_heads, rows, note))
     if built.proof is None or built.scored_on is None:
         return tables
-    heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers; questions"
-    tables.append(Table(built.scored_on.title, columns(heads), shift_rows(built.proof.held_out)))
+    tables.append(shifts_table(built.scored_on.title, built.proof.held_out))
     if built.proof.outcomes:
         title = f"Where the bias acts ({built.proof.held_out_split})"
         note = "Carried out at run time, in the unedited model, but for the last row."
@@ -440,12 +442,14 @@ def proof_tables(built: "Built") -> list[Table]:
     return tables
 
 
-def shift_rows(shifts: Sequence[stats.LogprobShift]) -> list[list[Cell]]:
-    """One row per comparison: against, max and median |Δ log p|, flipped answers, questions."""
-    return [
+def shifts_table(title: str, shifts: Sequence[stats.LogprobShift]) -> Table:
+    """How far answers moved, one row per comparison."""
+    heads = "against; largest |Δ log p|::.4f; median |Δ log p|::.4f; flipped answers::,d; questions"
+    rows: list[list[Cell]] = [
         [d.against, d.max_abs_logprob_diff, d.median_abs_logprob_diff, d.flipped, d.questions]
         for d in shifts
     ]
+    return Table(title, columns(f"{heads}::,d"), rows)
 
 
 def _forms_table(title: str, result: stats.HeldOutResult, flipped: str, note: str) -> Table:

@@ -33,7 +33,7 @@ def plan_table(plan: PlanFile) -> Table:
         joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
-    by = f" by {plan.criterion}" if plan.criterion else ""
+    by = f" by {plan.criterion}".replace("by by hand", "by hand") if plan.criterion else ""
     note = f"Chosen{by} on {chosen_text(plan.chosen_on)}; model {plan.model.label}."
     return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
 
@@ -300,16 +300,19 @@ def audit_csv(audit: Audit) -> Table:
     return Table("audit", (*heads, *map(Column, audit.standings)), rows)
 
 
-def ablation_sentence(audit: Audit, margin: float = MARGIN) -> str:
-    """How many experts were ablated, the verdicts without them, and the worst of them."""
-    n = audit.asked.questions
+def audit_facts(audit: Audit, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """What the ablations did, leakage, and the best criteria, as far as the audit has come."""
+    if not audit.harms:
+        return []
+    n, worst = audit.asked.questions, max(audit.harms, key=lambda harm: harm.logprob)
     words = Counter(verdict(h.gained, h.lost, n, margin) for h in audit.harms).most_common()
-    worst = max(audit.harms, key=lambda harm: harm.logprob)
-    return (
+    ablated = (
         f"{len(audit.harms)} experts, one at a time (layout {audit.asked.layout}); at a margin of "
         f"{edits.margin_text(margin)} {', '.join(f'{k} {word}' for word, k in words)}; most harm "
         f"without {worst.layer}:{worst.expert}, {worst.logprob:.4f} nats of log p"
     )
+    said = [ablated, *(audit_sentences(audit) if audit.verdicts else [])]
+    return [*zip(("ablated", "quiz", "best", "regret"), said, strict=False)]
 
 
 def audit_sentences(audit: Audit) -> list[str]:

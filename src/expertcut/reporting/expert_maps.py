@@ -8,9 +8,10 @@ import numpy as np
 
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.statistics import LayerStatistics
+from expertcut.reporting import page_sections
 from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
-from expertcut.reporting.page_sections import Explorer, Folded, Part, Section, edits_of, key_of
+from expertcut.reporting.page_sections import Explorer, Facts, Folded, Section, edits_of, key_of
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
 from expertcut.reporting.tables import Column, Table, printable
 from expertcut.reporting.views import NamedDocument, Run
@@ -37,16 +38,11 @@ def expert_sections(run: Run) -> list[Section]:
         key = key_of(profile.name, [s.key.removesuffix("-experts") for s in sections])
         of = f": {profile.name}" if len(run.profiles) > 1 else ""
         findings, experts = profile.content, tables.experts_csv(profile.content)
-        quiz, counts = findings.profile.info.quiz, findings.counts
-        n_right, n_questions = int(counts.right_S.sum()), int(counts.questions_S.sum())
-        summary = (
-            f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, "
-            f"{n_right:,} of them ({n_right / n_questions:.2%}) answered right. Layers are MoE "
-            "layers, counted from 0."
-        )
+        facts = Facts([*tables.headline_facts(findings).items()])
+        note = "2:21 is expert 21 of layer 2. Layers are MoE layers, counted from 0."
         explorer = Explorer(key, _maps(findings, key), _data(run, profile, experts), experts)
         sections += [
-            Section(f"{key}-experts", f"Experts{of}", [summary, explorer]),
+            Section(f"{key}-experts", f"Experts{of}", [facts, note, explorer]),
             Section(f"{key}-suspects", f"Suspects{of}", [tables.suspects_table(findings)]),
             Section(f"{key}-routing", f"Routing{of}", _routing(findings, key)),
         ]
@@ -112,7 +108,7 @@ def _marks(run: Run, document: NamedDocument[Findings]) -> list[dict[str, Any]]:
     return marks
 
 
-def _routing(findings: Findings, key: str) -> list[Part]:
+def _routing(findings: Findings, key: str) -> list[page_sections.Part]:
     layers = findings.layers
     paper_tables = tables.profile_tables(findings.profile, layers)
     return [

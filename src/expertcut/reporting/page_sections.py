@@ -22,6 +22,7 @@ from expertcut.profiling.schema import BlockInfo, QuizInfo
 from expertcut.reporting import edit_tables, eval_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
+from expertcut.reporting.profile_tables import headline_facts
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
@@ -92,7 +93,7 @@ class Headline:
 
 
 def headlines(run: Run) -> Iterator[Headline]:
-    """One for each evaluation; without any one for each checkpoint."""
+    """One for each evaluation; without any one for each checkpoint, or else each profile."""
     for document in run.results:
         results = document.content
         (_, questions), *_ = _quiz(results, results.quiz)
@@ -100,9 +101,13 @@ def headlines(run: Run) -> Iterator[Headline]:
         on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
         context = f"{results.models[0].questions:,} questions of {questions}"
         yield results_headline(results, context + (f"; measured on {on}" if on else ""))
-    for plan in run.plans if not run.results else ():
-        if (found := checkpoint_headline(plan)) is not None:
-            yield found
+    checkpoints = [*filter(None, map(checkpoint_headline, () if run.results else run.plans))]
+    yield from checkpoints
+    for profile in () if run.results or checkpoints else run.profiles:
+        facts = headline_facts(profile.content)
+        n_answer, _, others = facts["experts"].partition(", ")
+        right = (f"{facts['accuracy']} right", facts["questions"])
+        yield Headline([right, (f"Experts: {n_answer}", others)])
 
 
 def results_headline(results: Results, context: str = "") -> Headline:
@@ -122,12 +127,15 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     plan, folder = document.content, document.file.parent
     if not (size := _weight_bytes(folder)):
         return None
-    base_size = _weight_bytes(base_folder(plan.model, folder))
+    name, base_at = views.compared_with(plan, folder)
+    base_size, edited_size = map(_weight_bytes, (base_at, base_folder(plan.model, folder)))
+    if (folder / "adapter_config.json").is_file():  # of `heal --adapter`
+        size += edited_size
     scored_on = read_scored_split(plan, folder)
     n = scored_on.questions
-    base: list[Cell] = [plan.model.label, _size_text(base_size) if base_size else None]
+    base: list[Cell] = [name, _size_text(base_size)]
     own: list[Cell] = [document.name, _size_text(size)]
-    words, figures = "not evaluated yet", f"{document.name} against {plan.model.label}"
+    words, figures = "not evaluated yet", f"{document.name} against {name}"
     if answered := plan.proof.answered:
         c = answered.change
         words, figures = _verdict_text(c, n), f"{figures}: {change_text(c)}"
@@ -137,7 +145,11 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
         own.append(accuracy := plan.proof.outcomes[-1].accuracy)
         words = f"{percent(accuracy)} right"
     heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
-    rows = [[*row, *[None] * (len(heads) - len(row))] for row in (base, own)]
+    rows = [base, own]
+    if plan.proof.held_out_used and answered:  # healed
+        before = [form.accuracy for form in plan.proof.outcomes[1:2]]
+        rows.insert(1, [plan.model.label, _size_text(edited_size), *before])
+    rows = [[*row, *[None] * (len(heads) - len(row))] for row in rows]
     finding = f"{_size_text(size, base_size)}, {words}"
     title = scored_on.title if own[2:] else "Evaluate it with expertcut eval"
     context = f"{title}, {n:,} in all" if own[2:] else title
@@ -150,7 +162,7 @@ def _weight_bytes(folder: Path | None) -> int:
 
 def _size_text(size: int, base_size: int = 0) -> str:
     if not base_size:
-        return unit(size, "B")
+        return unit(size, "B") if size else "–"
     change = round(100 * (size / base_size - 1))
     return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
@@ -245,9 +257,8 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
         tries = edit_tables.curve_table(plan.tuning)
         parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
     if plan.proof.held_out:
-        heads = "against; largest |Δ log p|::.4f; median::.4f; flipped answers::,d; questions::,d"
         title = read_scored_split(plan, document.file.parent).title
-        parts.append(Table(title, columns(heads), edit_tables.shift_rows(plan.proof.held_out)))
+        parts.append(edit_tables.shifts_table(f"{title}: answers moved", plan.proof.held_out))
     for proof in run.proofs:
         if proof.file.parent == document.file.parent:
             parts += _proof_parts(proof.content)
@@ -260,8 +271,8 @@ def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
     n_experts = blocks[0].experts if blocks and is_first else None
     described = [s for edit in export.edits_of(plan) for s in edit.describe(n_experts)]
     first = f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}."
-    chosen = plan.chosen_on
-    on = f"Chosen on {chosen.questions:,} {chosen.split} questions of {chosen.quiz}."
+    verb = "Trained" if plan.action.startswith("heal") else "Chosen"
+    on = f"{verb} on {eval_tables.chosen_text(plan.chosen_on)}."
     return " ".join([first, *described, on])
 
 
@@ -413,7 +424,7 @@ def _audit(audit: Audit, key: str) -> list[Part]:
         series=tuple(eval_tables.regret_series(audit)),
         column=Column("regret, nats", ".3f"),
     )
-    return [*eval_tables.audit_sentences(audit), *tables, correlations, regrets]
+    return [*(text for _, text in eval_tables.audit_facts(audit)), *tables, correlations, regrets]
 
 
 def provenance_sections(run: Run) -> list[Section]:

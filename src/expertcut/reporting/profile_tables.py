@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from expertcut.edits.criteria import Compared
-from expertcut.edits.plan import ExpertIds
 from expertcut.edits.selection import super_experts
 from expertcut.profiling import findings as evidence
 from expertcut.profiling.findings import THRESHOLDS, Findings
@@ -31,48 +30,47 @@ def cut_text(*n_cut: int | None) -> str:
     return f", {counts} prompts cut from the left to fit the context" if counts else ""
 
 
-def headline(findings: Findings) -> list[str]:
-    """What a profile says of a model, in a few lines, and what to do next."""
-    profile, layers = findings.profile, findings.layers
-    quiz, answers, path = profile.info.quiz, profile.answers, str(profile.path)
+def headline_facts(findings: Findings) -> dict[str, str]:
+    """What a profile says of a model: accuracy, experts by their part in the output, gate."""
+    profile, layers, tested = findings.profile, findings.layers, findings.significance
+    quiz, answers, blocks = profile.info.quiz, profile.answers, profile.info.model.blocks
     n = len(answers.answer_N)
     counts = f"{sum(x.n_activated for x in layers):,} of {len(findings.places):,} ever answer"
     if (tokens_LE := profile.token_sum("tokens")) is not None:
         counts += f", {int((tokens_LE > 0).sum()):,} are chosen by any token"
-    flat_L = [float(x.entropy_all_N.mean()) / math.log(max(x.n_experts, 2)) for x in layers]
-    sharpest, flattest = int(np.argmin(flat_L)), int(np.argmax(flat_L))
-    lines = {
-        "profile": f"{path}: {n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        + cut_text(answers.n_cut),
-        "accuracy": edits.accuracy_text(answers.accuracy, n, answers.chance),
-        "experts": f"{counts}, in {len(layers)} layers of {profile.info.model.label}",
-        **_useful(findings, known_ids(profile)),
-        "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
-        f"(layer {flattest}) of the entropy of a uniform gate",
-    }
-    by = ("--by", "reap") if layers[0].over_tokens else ()
-    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
-    can_prune = not any(block.is_hashed for block in profile.info.model.blocks)
-    commands = (*((prune,) if can_prune else ()), ("show", path, "--tables"))
-    return [*(labelled(*line) for line in lines.items()), *next_lines(*commands)]
-
-
-def _useful(findings: Findings, numbers: ExpertIds) -> dict[str, str]:
-    """Experts with the largest and the smallest part in their layer's output, and suspects."""
-    blocks, tested = findings.profile.info.model.blocks, findings.significance
+    numbers = known_ids(profile)
     names = [f"{layer}:{numbers.number(blocks[layer].name, e)}" for layer, e in findings.places]
-    sums = [x.over_tokens.weighted_norm_E if x.over_tokens else x.weight_E for x in findings.layers]
+    sums = [x.over_tokens.weighted_norm_E if x.over_tokens else x.weight_E for x in layers]
+    what = "gate weight·‖f(x)‖" if layers[0].over_tokens else "gate weight at the answer"
     share_X = np.concatenate([share(own_E, own_E.sum(), 0.0) for own_E in map(np.asarray, sums)])
     order = [x for x in np.argsort(-share_X, kind="stable") if share_X[x] > 0]
     listed = [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
-    what = "gate weight·‖f(x)‖" if findings.layers[0].over_tokens else "gate weight at the answer"
     harmful = [names[x] for x in tested.suspects if tested.p_family_X[x] < LEVEL]
     worse = f"{', '.join(harmful)} answer worse" if harmful else "none answers worse"
+    flat_L = [float(x.entropy_all_N.mean()) / math.log(max(x.n_experts, 2)) for x in layers]
+    sharpest, flattest = int(np.argmin(flat_L)), int(np.argmax(flat_L))
     return {
+        "questions": f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
+        + cut_text(answers.n_cut),
+        "accuracy": edits.accuracy_text(answers.accuracy, n, answers.chance),
+        "experts": f"{counts}, in {len(layers)} layers of {profile.info.model.label}",
         "most": f"{', '.join(listed[:5])} of the {what} of their layers",
         "least": f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all",
         "suspects": f"{worse} beyond chance, of {tested.n_tests:,} experts that could be tested",
+        "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
+        f"(layer {flattest}) of the entropy of a uniform gate",
     }
+
+
+def headline(findings: Findings) -> list[str]:
+    """The same in a few lines, with the profile's folder and what to do next."""
+    profile, facts, path = findings.profile, headline_facts(findings), str(findings.profile.path)
+    facts = {"profile": f"{path}: {facts.pop('questions')}", **facts}
+    by = ("--by", "reap") if findings.layers[0].over_tokens else ()
+    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
+    can_prune = not any(block.is_hashed for block in profile.info.model.blocks)
+    commands = (*((prune,) if can_prune else ()), ("show", path, "--tables"))
+    return [*(labelled(*fact) for fact in facts.items()), *next_lines(*commands)]
 
 
 def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> list[Table]:
@@ -274,19 +272,27 @@ def _pairs(layer: dict[str, Any]) -> list[tuple[float, float | None]]:
 
 
 def criteria_tables(compared: Compared) -> list[Table]:
-    """How far criteria agree, and the ranks that they give in the first and the last layer."""
-    agreement: list[list[Cell]] = [
-        [name, *[or_none(compared.agreement(name, other)) for other in compared.scores]]
-        for name in compared.scores
-    ]
-    n_layers = len(compared.profile.layers)
+    """What each criterion keeps, how far they agree, and ranks in the first and the last layer."""
+    n_layers, names = len(compared.profile.layers), [*compared.scores]
+    ends = [*dict.fromkeys((0, n_layers - 1))]
+    first: list[list[Cell]] = []
+    agreement: list[list[Cell]] = []
+    for name in names:
+        rhos = {other: or_none(compared.agreement(name, other)) for other in names}
+        others = [(rho, n) for n, rho in rhos.items() if n != name and rho is not None]
+        kept = [", ".join(map(str, np.argsort(compared.ranks[name][i])[:3])) for i in ends]
+        closest = "{1} {0:+.2f}".format(*max(others)) if others else None
+        first.append([name, closest, *kept])
+        agreement.append([name, *rhos.values()])
     note = f"Spearman's correlation of scores within a layer, its mean over {n_layers} layers."
     if left_out := "; ".join(f"{name}: {reason}" for name, reason in compared.left_out.items()):
         note += f" Left out: {left_out}."
-    heads = (Column("criterion"), *[Column(name, ".2f") for name in compared.scores])
+    first_heads = *columns("criterion; closest to"), *(Column(f"first in layer {i}") for i in ends)
+    heads = tuple(Column(n, ".2f", is_wide=True) for n in ("criterion", *names))
     return [
-        Table("How far criteria agree", heads, agreement, note),
-        *[_criteria_ranks(compared, layer) for layer in dict.fromkeys((0, n_layers - 1))],
+        Table("Criteria, and the experts that each keeps longest", first_heads, first, note),
+        Table("How far criteria agree", heads, agreement),
+        *[_criteria_ranks(compared, layer) for layer in ends],
         *rows_tables(compared.profile),
     ]
 
@@ -342,7 +348,7 @@ def _criteria_ranks(compared: Compared, index: int) -> Table:
     for expert in np.argsort(next(iter(compared.ranks.values()))[index]):  # the best first
         ranks = [int(compared.ranks[name][index][expert]) for name in compared.scores]
         rows.append([int(expert), *ranks, "super" if expert in supers else ""])
-    heads = tuple(map(Column, ("expert", *compared.scores, "protected")))
+    heads = tuple(Column(n, is_wide=True) for n in ("expert", *compared.scores, "protected"))
     title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
     return Table(title, heads, rows, _FROM_0)
 

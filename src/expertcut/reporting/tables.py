@@ -26,8 +26,9 @@ _ESCAPES = {char: f"\\{char}" for char in string.punctuation}
 _ESCAPES |= {char: char for char in ",;%'\"/+=()"} | {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
 _AT_WORDS: Any = {"break_long_words": False, "break_on_hyphens": False}
 _LABEL = 10  # columns before a labelled paragraph
-_UNBROKEN = r" (?=[%…])|(?<=…) |(?<= )'[^']*'"  # an interval, a quoted path
-_WORDS = re.compile(r"(?<!…) (?!…)").split  # an interval is one
+_UNIT = r"(?<=\d) (?=(?:[kMG]B?|B)\b)"
+_UNBROKEN = rf" (?=[%…])|(?<=…) |{_UNIT}|(?<= )'[^']*'"  # an interval, a size, a quoted path
+_WORDS = re.compile(rf"(?!{_UNIT})(?<!…) (?!…)").split  # an interval is one, and a size
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import BaseModel
 
+from expertcut.edits import plan as plans
 from expertcut.edits.criteria import compare
 from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.edits.splits import read_scored_split
-from expertcut.errors import ModelError, OutputError, SettingsError
+from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
@@ -92,19 +93,17 @@ def gather(path: Path) -> Run:
 
 def notes_in(file: Path) -> dict[str, Any]:
     """A JSON object, as a profile's `run.json` or a manifest; empty if it cannot be read."""
-    try:
+    notes = None
+    with suppress(OSError, ValueError):
         notes = parse_json(read_file(file))
-    except (OSError, ValueError):
-        return {}
     return notes if isinstance(notes, dict) else {}
 
 
 def recipe_in(folder: Path) -> list[str]:
     """The lines of a run's recipe; empty if there is none."""
-    try:
+    with suppress(OSError, ValueError):
         return read_file(folder / RECIPE_FILE).decode("utf-8").splitlines()
-    except (OSError, ValueError):
-        return []
+    return []
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -210,14 +209,15 @@ def _profile(findings: Findings, by_subject: bool) -> Shown:
         ]
 
     flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
-    shown = Shown(tables, lambda: flat(findings), lambda: findings_json(findings))
-    return replace(shown, headline=lambda: profile_tables.headline(findings))
+    headline, as_json = partial(profile_tables.headline, findings), partial(findings_json, findings)
+    return Shown(tables, partial(flat, findings), as_json, headline=headline)
 
 
 def _shown(
-    found: Document, tables: Callable[[Document], list[Table]], flat: Callable[[Document], Table]
+    found: Document, tables: list[Table], flat: Callable[[Document], Table], *said: str
 ) -> Shown:
-    return Shown(lambda: tables(found), lambda: flat(found), lambda: found.model_dump(mode="json"))
+    as_json = partial(found.model_dump, mode="json")
+    return Shown(lambda: tables, partial(flat, found), as_json, lambda: [*said])
 
 
 def _plan(path: Path, margin: float) -> Shown:
@@ -226,7 +226,7 @@ def _plan(path: Path, margin: float) -> Shown:
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
     if (path / PROOF_FILE).is_file():
         tables.append(edit_tables.proof_table(load_cross_fit(path)))
-    shown = _shown(plan, lambda _: tables, eval_tables.plan_csv)
+    shown = _shown(plan, tables, eval_tables.plan_csv)
     return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
 
@@ -241,18 +241,29 @@ def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
     after = before = None
     with suppress(ModelError, OSError):  # the base may lie elsewhere
         after = stored_size(Source(str(folder), folder))
-        before = stored_size(Source(plan.model.id, Path(plan.model.id)))
+        name, base = compared_with(plan, folder)
+        before = stored_size(Source(name, base)) if base else None
     proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
     built = Built(folder, plan, [], proof, scored_on=scored_on)
     return [] if after is None else edit_tables.outcome_lines(built, before, after, margin)
 
 
+def compared_with(plan: PlanFile, folder: Path) -> tuple[str, Path | None]:
+    """Name and folder of what a checkpoint is compared with: if healed, the base of all edits."""
+    if not (plan.proof.held_out_used and plan.proof.answered):
+        return plan.model.label, plans.base_folder(plan.model, folder)
+    with suppress(PlanError):  # a step in between holds something else
+        *_, (first, base) = plans.lineage(folder)
+        if base or first.model.revision:
+            return first.model.label, base
+    return "the unedited base", None
+
+
 def _results(path: Path, margin: float) -> Shown:
     results = load_results(path)
-    tables = [eval_tables.results_table(results, margin)]
-    shown = _shown(results, lambda _: tables, eval_tables.results_csv)
-    facts = eval_tables.result_facts(results, margin)
-    return replace(shown, sentences=lambda: [labelled(*fact) for fact in facts])
+    said = [labelled(*fact) for fact in eval_tables.result_facts(results, margin)]
+    table = eval_tables.results_table(results, margin)
+    return _shown(results, [table], eval_tables.results_csv, *said)
 
 
 def _run(folder: Path, margin: float) -> Shown:
@@ -297,21 +308,24 @@ def _stage(folder: Path, record: Any) -> list[Cell]:
 
 def _sweep(path: Path, margin: float) -> Shown:
     sweep = searches.load_sweep(path)
-    shown = _shown(sweep, lambda s: [eval_tables.sweep_table(s, margin)], eval_tables.sweep_csv)
-    return replace(shown, sentences=lambda: eval_tables.sweep_sentences(sweep, margin))
+    said, table = eval_tables.sweep_sentences(sweep, margin), eval_tables.sweep_table(sweep, margin)
+    return _shown(sweep, [table], eval_tables.sweep_csv, *said)
+
+
+def _audit(path: Path, margin: float) -> Shown:
+    audit = searches.load_audit(path)
+    said = [labelled(*fact) for fact in eval_tables.audit_facts(audit, margin)]
+    tables = eval_tables.audit_tables(audit, margin)
+    return _shown(audit, tables, eval_tables.audit_csv, *said)
 
 
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
-        load_cross_fit(path), lambda p: [edit_tables.proof_table(p)], edit_tables.proof_csv
+        proof := load_cross_fit(path), [edit_tables.proof_table(proof)], edit_tables.proof_csv
     ),
     SWEEP_FILE: _sweep,
-    AUDIT_FILE: lambda path, margin: _shown(
-        searches.load_audit(path),
-        lambda audit: eval_tables.audit_tables(audit, margin),
-        eval_tables.audit_csv,
-    ),
+    AUDIT_FILE: _audit,
     RESULTS: _results,
     MANIFEST_FILE: _run,
 }
