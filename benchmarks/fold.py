@@ -94,7 +94,7 @@ def rows(kind: str, model: Path, place: Path, options: argparse.Namespace) -> li
         for fold in ("off", "answer", "all"):
             assert fold in get_args(Fold)
             way = CutSettings(positions="all", fold=fold)
-            pruning = choose(profile, way.completed(keep_fraction=fraction))
+            pruning = choose(profile, way.updated(keep_fraction=fraction))
             row[1] = len(next(iter(pruning.draft.edits.values())).keep)
             built = build(profile, pruning.draft, place / "cut", BuildOptions(LoadOptions()))
             assert built.proof is not None

@@ -83,7 +83,7 @@ class Bench:
         return found
 
     def _cell(self, way: CutSettings, fraction: float, swept_s: float) -> Took:
-        chosen = choose(self.profile, way.completed(keep_fraction=fraction))
+        chosen = choose(self.profile, way.updated(keep_fraction=fraction))
         out = self.place / "cut"
         shutil.rmtree(self.place / "scored", ignore_errors=True)
         times = [time.perf_counter()]

@@ -207,7 +207,7 @@ class Plan(_Shown):
         """Writes the checkpoint, and compares it with the base on held-out questions."""
         given = {"out": None if out is None else Path(out), "force": force}
         verify = verify and self.settings.verify
-        built = self._write(self.settings.completed(**given, verify=verify))
+        built = self._write(self.settings.updated(**given, verify=verify))
         if isinstance(built, Path):  # as after a cross-fit that shows no gain
             raise SettingsError(f"no checkpoint is written, see {built}: give force_write=True")
         return Checkpoint(built.folder)

@@ -107,11 +107,13 @@ class Settings(pydantic.BaseModel):
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
         """Accepted keys and their fields: the fields' names, and the names of their flags."""
-        names = [n for n in cls.model_fields if shown(cls, n)["in_recipe"] or not in_recipe]
+        names = [
+            n for n in cls.model_fields if option_details(cls, n)["in_recipe"] or not in_recipe
+        ]
         others = {
             flag.removeprefix("--").replace("-", "_"): name
             for name in names
-            for flag in shown(cls, name)["flags"]
+            for flag in option_details(cls, name)["flags"]
             if "/" not in flag and not flag.startswith("--no-")
         }
         return others | dict(zip(names, names, strict=True))
@@ -132,13 +134,13 @@ class Settings(pydantic.BaseModel):
         """Settings of a recipe's values; pydantic's error names the key whose value is wrong."""
         return cls.model_validate(values, context=IN_RECIPE)
 
-    def completed(self, **values: Any) -> Self:
+    def updated(self, **values: Any) -> Self:
         """A copy with these values, which are not validated."""
         return self.model_copy(update=values)
 
     def recipe_values(self) -> dict[str, Any]:
-        """The recorded fields as JSON values, in the order of their hash."""
-        names = {n for n in type(self).model_fields if shown(type(self), n)["is_recorded"]}
+        """The recorded fields as JSON values, in the order in which a recipe hashes them."""
+        names = {n for n in type(self).model_fields if option_details(type(self), n)["is_recorded"]}
         return self.model_dump(mode="json", include=names)
 
 
@@ -180,18 +182,18 @@ def option(
     return pydantic.Field(default, description=text, json_schema_extra=extra, **limits)
 
 
-_PLAIN = option(None, "").json_schema_extra
+_OPTION_DEFAULTS = option(None, "").json_schema_extra
 
 
-def shown(settings: type[Settings], name: str) -> dict[str, Any]:
+def option_details(settings: type[Settings], name: str) -> dict[str, Any]:
     """The arguments of `option` for a field, or its defaults for a field declared without it."""
     extra = settings.model_fields[name].json_schema_extra
-    return dict(extra) if isinstance(extra, dict) else dict(_PLAIN)
+    return dict(extra) if isinstance(extra, dict) else dict(_OPTION_DEFAULTS)
 
 
 def flag_of(settings: type[Settings], name: str) -> str:
     """The spelling of a field on the command line."""
-    extra = shown(settings, name)
+    extra = option_details(settings, name)
     if extra["is_argument"]:
         return name.upper()
     flags = [flag.partition("/")[0] for flag in extra["flags"]]

@@ -99,7 +99,7 @@ def test_exact_equals_weights_that_are_zeroed_after_top_k(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path, n_keep: int
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, EXACT.completed(keep=n_keep))
+    pruning = choose(profile, EXACT.updated(keep=n_keep))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     base = scored(base_of(profile), held_out)
     wanted = scored(zeroed_after_top_k(base_of(profile), pruning), held_out)
@@ -247,7 +247,7 @@ def test_what_layout_exact_cannot_carry_is_refused_by_name_before_weights_load(
     profile_of: Profiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     profile = profile_of(family)
-    pruning = choose(profile, EXACT.completed(keep=5))
+    pruning = choose(profile, EXACT.updated(keep=5))
     monkeypatch.delattr("expertcut.checkpoints.build.load")
     with pytest.raises(ContractError, match=f"{family} models.*flex_olmo, olmoe, qwen2_moe"):
         build(profile, pruning.draft, tmp_path / "out", AS_IS)
@@ -258,7 +258,7 @@ def test_an_exact_checkpoint_can_be_profiled_and_not_be_cut_again(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
-    pruning = choose(profile, EXACT.completed(keep=5))
+    pruning = choose(profile, EXACT.updated(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)
     moe = open_model(tmp_path / "out")
     list(Measurement(moe, held_out, None, MeasureOptions()).run(tmp_path / "again"))
@@ -269,7 +269,7 @@ def test_an_exact_checkpoint_can_be_profiled_and_not_be_cut_again(
     removed = list(pruning.draft.edits["model.layers.0.mlp"].removed(8))
     assert tokens_LE[0, removed].sum() > 0  # they are chosen still, and give a constant
     with pytest.raises(ContractError, match="layout exact already"):
-        build(again, choose(again, EXACT.completed(keep=5)).draft, tmp_path / "new", AS_IS)
+        build(again, choose(again, EXACT.updated(keep=5)).draft, tmp_path / "new", AS_IS)
 
 
 def test_the_size_of_an_exact_checkpoint_is_what_it_holds(
@@ -278,7 +278,7 @@ def test_the_size_of_an_exact_checkpoint_is_what_it_holds(
     profile = profile_of("olmoe")
     base = size(base_of(profile))
     for n_keep in (5, 1):
-        pruning = choose(profile, EXACT.completed(keep=n_keep))
+        pruning = choose(profile, EXACT.updated(keep=n_keep))
         build(profile, pruning.draft, tmp_path / str(n_keep), AS_IS)
         found = size(open_model(tmp_path / str(n_keep)))
         per_expert, n_gone = 3 * 32 * 16, 2 * (8 - n_keep)

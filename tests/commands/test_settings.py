@@ -21,7 +21,7 @@ from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
 from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
-from expertcut.settings import IN_RECIPE, Settings, option, shown
+from expertcut.settings import IN_RECIPE, Settings, option, option_details
 from tests.conftest import Commands
 
 OWN = {name: settings for _, name, settings, _ in COMMANDS}
@@ -113,7 +113,7 @@ def test_every_hidden_spelling_is_one_of_those() -> None:
         (name, flag)
         for name, settings in OWN.items()
         for field in settings.model_fields
-        for flag in shown(settings, field)["aliases"]
+        for flag in option_details(settings, field)["aliases"]
     }
     assert hidden == {
         (name, word)
@@ -129,8 +129,8 @@ def test_help_fits_80_columns_and_explains_every_option(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 80
     assert text.split("Examples:\n")[1].count(f"  expertcut {name} ") == 3
     for field in OWN[name].model_fields:
-        flags = shown(OWN[name], field)["flags"] or (f"--{field.replace('_', '-')}",)
-        if not shown(OWN[name], field)["is_argument"]:
+        flags = option_details(OWN[name], field)["flags"] or (f"--{field.replace('_', '-')}",)
+        if not option_details(OWN[name], field)["is_argument"]:
             is_hidden = field in getattr(OWN[name], "hidden", ())
             assert (flags[0].partition("/")[0] in text.split()) is not is_hidden
         assert OWN[name].model_fields[field].description

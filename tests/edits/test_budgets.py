@@ -148,7 +148,7 @@ def test_budgets_honour_total_and_floors(profile_of: Profiles, by: str) -> None:
 
 def test_a_global_budget_gives_layers_what_they_need(tmp_path: Path) -> None:
     profile = hand_made(tmp_path / "p")
-    pruning = choose(profile, GLOBAL.completed(keep=4, budget="global"))
+    pruning = choose(profile, GLOBAL.updated(keep=4, budget="global"))
     assert sum(n_kept(pruning)) == 12 and len(set(n_kept(pruning))) > 1
     for name, edit in pruning.draft.edits.items():
         layer = int(name.split(".")[2])
@@ -171,7 +171,7 @@ def test_budgets_that_do_not_go_together_are_refused(
     tmp_path: Path, keep: CutSettings, layout: str, told: str
 ) -> None:
     with pytest.raises(SettingsError, match=told):
-        choose(hand_made(tmp_path / "p"), keep.completed(layout=layout))
+        choose(hand_made(tmp_path / "p"), keep.updated(layout=layout))
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_budgets_that_do_not_go_together_are_refused(
 )
 def test_totals_that_do_not_fit_are_refused(tmp_path: Path, keep: CutSettings, told: str) -> None:
     with pytest.raises(PlanError, match=told):
-        choose(hand_made(tmp_path / "p"), keep.completed(layout="exact"))
+        choose(hand_made(tmp_path / "p"), keep.updated(layout="exact"))
 
 
 # Groups
@@ -205,12 +205,12 @@ def test_groups_keep_equally_many(profile_of: Profiles, fraction: float) -> None
 def test_what_a_search_may_keep_is_what_may_be_asked_for(tmp_path: Path) -> None:
     grouped = hand_made(tmp_path / "g", groups=2)
     some = CutSettings(max_bytes="1")
-    exact = some.completed(layout="exact")
+    exact = some.updated(layout="exact")
     assert list(counts(some, grouped.info.model.blocks)) == [4, 6, 8]
     plain = hand_made(tmp_path / "p", top_k=3).info.model.blocks
     assert list(counts(some, plain)) == [3, 4, 5, 6, 7, 8]
     assert list(counts(exact, plain)) == list(range(1, 9))
-    assert list(counts(exact.completed(budget="global"), plain)) == list(range(9, 25))
+    assert list(counts(exact.updated(budget="global"), plain)) == list(range(9, 25))
 
 
 # Bytes
@@ -237,7 +237,7 @@ def test_the_size_of_a_cut_is_known_before_it_is_written(
 ) -> None:
     profile = profile_of(family)
     way = CutSettings(by="random", layout=layout)  # type: ignore[arg-type]
-    pruning = choose(profile, way.completed(keep=6))
+    pruning = choose(profile, way.updated(keep=6))
     size_of = size_of_cuts(find_source(profile.info.model.id), way.layout, 8)
     folder = written(profile, pruning, tmp_path / "cut")
     assert size_of(pruning.draft) == (folder / "model.safetensors").stat().st_size
@@ -266,10 +266,10 @@ def test_the_cut_that_fits_is_the_largest_that_does(
     sizes = [size_of(cut(ranking, n).draft) for n in allowed]
     assert len(sizes) > 2 and sizes == sorted(sizes) and len(set(sizes)) == len(sizes)
     for limit in (*sizes, *(s - 1 for s in sizes[1:]), sizes[-1] + 10**9):
-        within = replace(ranking, settings=settings.completed(max_bytes=str(limit)))
+        within = replace(ranking, settings=settings.updated(max_bytes=str(limit)))
         fitting = [n for n, s in zip(allowed, sizes, strict=True) if s <= limit]
         found = largest(within, size_of)
         assert found.draft.edits == cut(ranking, fitting[-1]).draft.edits
     with pytest.raises(PlanError, match=f"{sizes[0]:,} bytes"):
-        small = settings.completed(max_bytes=str(sizes[0] - 1))
+        small = settings.updated(max_bytes=str(sizes[0] - 1))
         largest(replace(ranking, settings=small), size_of)

@@ -164,7 +164,7 @@ def test_what_cannot_be_protected_is_refused(planted: tuple[Profile, int], tmp_p
     assert first.keep == (1, 2, 3)
     # Named ones go before super experts.
     way = CutSettings(protect=["super", *three])
-    first = next(iter(choose(profile, way.completed(keep=3)).draft.edits.values()))
+    first = next(iter(choose(profile, way.updated(keep=3)).draft.edits.values()))
     assert first.keep == (1, 2, 3)
     bare = random_chunk(0, 3, [block(0)])
     bare = {name: array for name, array in bare.items() if not name.endswith("_LE")}

@@ -183,7 +183,7 @@ def test_a_planted_vital_expert_comes_first_and_a_dead_one_is_harmless(
     quiz = load_quiz(Selection(str(asked), split="val", shots=0))
     list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(tmp_path / "p"))
     profile = load_profile(tmp_path / "p")
-    asking = options().completed(questions=15, by="all")
+    asking = options().updated(questions=15, by="all")
     _, found = audited(profile, tmp_path / "audit", asking)
     assert len(found.harms) == 16 and found.accuracy == 1
     by_harm = sorted(found.harms, key=lambda harm: -harm.logprob)
@@ -364,7 +364,7 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(
         (options(sample=2, **EXACT), "its layout was stock"),
         (options(sample=2, seed=1), "its seed was 0"),
         (options(sample=2, by=("random",)), "its by was"),
-        (options(sample=2).completed(questions=6), "its questions was 12, now it is 6"),
+        (options(sample=2).updated(questions=6), "its questions was 12, now it is 6"),
     ],
 )
 def test_a_folder_of_another_audit_is_refused(

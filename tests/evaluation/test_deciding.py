@@ -306,7 +306,7 @@ def test_a_cross_fit_that_was_killed_goes_on_to_the_same_bytes(
     ).model_copy(update={"draws": 1})
 
     def made(out: str) -> dict[str, bytes]:
-        reweight.run(asked.completed(out=tmp_path / out))
+        reweight.run(asked.updated(out=tmp_path / out))
         return {f.name: f.read_bytes() for f in (tmp_path / out).iterdir()}
 
     done = scored(10**6)

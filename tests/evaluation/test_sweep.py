@@ -107,7 +107,7 @@ def test_a_cell_equals_eval_of_the_written_checkpoint(
     grid = Grid(("activations",), (0.5,))
     swept(profile, asked, tmp_path / "sweep", way, grid)
     (cell,) = load_sweep(tmp_path / "sweep").cells
-    chosen = choose(profile, way.completed(keep_fraction=0.5))
+    chosen = choose(profile, way.updated(keep_fraction=0.5))
     out, as_loaded = tmp_path / "cut", BuildOptions(LoadOptions(), is_verified=False)
     build(profile, chosen.draft, out, as_loaded)
     scoring = Scoring(asked, None, LoadOptions(), MeasureOptions("none"))
@@ -272,7 +272,7 @@ def test_what_a_profile_is_too_small_for_is_said_before_anything_is_written(
     list(Measurement(moe, asked, 3, MeasureOptions(stats="answer")).run(tmp_path / "small"))
     small, way = load_profile(tmp_path / "small"), CutSettings(positions="all")
     grid = Grid(("random", "activations"), (0.5,))
-    sweeping = SweepRun(small, grid, way.completed(positions=None), asking(asked))
+    sweeping = SweepRun(small, grid, way.updated(positions=None), asking(asked))
     assert next(sweeping.steps(tmp_path / "can"))
     sweeping = SweepRun(small, Grid(("activations",), (0.5,)), way, asking(asked))
     with pytest.raises(ProfileError, match="--stats all"):

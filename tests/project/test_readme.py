@@ -21,7 +21,7 @@ from expertcut.recipes.recipe_schema import (
     PublishSection,
     Recipe,
 )
-from expertcut.settings import shown
+from expertcut.settings import option_details
 from tests.project.test_architecture import ORDER
 
 ROOT = Path(__file__).parents[2]
@@ -322,7 +322,9 @@ def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
     text = read("docs/recipes.md")
     edits = (PruneSettings, MergeSettings, ReweightSettings, HealSection)
     parts = (ProfileSection, *edits, ProveSection, PublishSection)
-    own = {key for part in parts for key in part.model_fields if shown(part, key)["in_recipe"]}
+    own = {
+        key for part in parts for key in part.model_fields if option_details(part, key)["in_recipe"]
+    }
     keys = {*Recipe.model_fields, *own}
     assert len(keys) > 30
     assert [key for key in sorted(keys) if f"`{key}`" not in text and f"`{key}:" not in text] == []

@@ -42,9 +42,9 @@ from expertcut.profiling import findings, schema
 from expertcut.profiling.findings import find, profile_json
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.edit_tables import (
+    held_out_sentences,
+    held_out_tables,
     proof_csv,
-    proof_sentences,
-    proof_tables,
     pruning_sentences,
     scale_sentences,
     tilt_sentences,
@@ -587,7 +587,7 @@ def built(alone: BitExactCheck | None = None) -> Built:
 
 
 def test_what_an_edit_did_to_held_out_questions_is_a_table():
-    fit_table, table = proof_tables(built())
+    fit_table, table = held_out_tables(built())
     assert table.title == "Held-out questions (val)"
     assert table.texts() == [["the unedited base", "1.2346", "0.0123", "7", "256"]]
     assert fit_table.texts() == [["3", "0.9500", "0.9900", "0.980 ± 0.004", "1.000 ± 0.200"]]
@@ -606,13 +606,13 @@ def test_what_an_edit_did_to_held_out_questions_is_a_table():
     ],
 )  # fmt: skip
 def test_layout_exact_says_whether_its_promise_held(alone: BitExactCheck | None, said: list[str]):
-    assert proof_sentences(built(alone)) == said
+    assert held_out_sentences(built(alone)) == said
 
 
 def test_a_checkpoint_that_was_not_asked_says_so():
     unasked = replace(built(), proof=None, scored_on=None, fits=[])
-    assert proof_tables(unasked) == []
-    assert proof_sentences(unasked) == ["The new checkpoint was not scored on any question."]
+    assert held_out_tables(unasked) == []
+    assert held_out_sentences(unasked) == ["The new checkpoint was not scored on any question."]
 
 
 def test_a_tilt_says_what_it_did_and_where_its_strength_came_from():
@@ -656,7 +656,7 @@ def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
         "In layer 3 the checkpoint chooses the very experts of the exact bias at 75.0% of answer "
         "positions (90.0% of the experts) and at 50.0% of all tokens (81.2%)."
     ]
-    fit_table, _, table = proof_tables(made)
+    fit_table, _, table = held_out_tables(made)
     assert "t is 1 at answer positions and 0 elsewhere" in fit_table.note
     assert table.texts() == [
         ["unedited", "50.00%", "-1.2500", "0", "256"],

@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """Options of a build; `beside` are files by name, `adapter` the folder of an adapter to cut."""
+    """Options of a build; `extra_files` are by name, `adapter` is the folder of one to cut too."""
 
     load_as: LoadOptions
     is_verified: bool = True
     is_forced: bool = False
-    beside: Mapping[str, bytes] = field(default_factory=dict)
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
     adapter: Path | None = None
 
 
@@ -98,7 +98,7 @@ def build(
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
-        add_files(temporary, options.beside)
+        add_files(temporary, options.extra_files)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]
     scored_on = scored_split(proof.held_out_hashes, used, proof.held_out_split) if proof else None
     return Built(folder, file, fits, proof, questions.why_unscored, scored_on)
@@ -116,7 +116,7 @@ def write_plan(
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if draft is not None:
             save_plan(temporary, plan, used)
-        add_files(temporary, options.beside)
+        add_files(temporary, options.extra_files)
 
 
 def add_files(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -121,4 +121,4 @@ def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ..
     note = "Super experts are not known without all-token statistics: none is protected."
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)
     is_warned = not (is_known or is_active or settings.protect)
-    return settings.completed(protect=list(stays)), (note,) if is_warned else ()
+    return settings.updated(protect=list(stays)), (note,) if is_warned else ()

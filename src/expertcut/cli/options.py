@@ -15,7 +15,7 @@ from typer.core import TyperCommand, TyperGroup
 from expertcut.commands import JUDGING, MODEL, OUTPUT
 from expertcut.edits.edit_settings import CRITERIA_HERE
 from expertcut.errors import SettingsError
-from expertcut.settings import Settings, flag_of, shown
+from expertcut.settings import Settings, flag_of, option_details
 
 _HIDDEN = "__also_"  # between a field and the number of its hidden spelling
 _METAVARS = {bool: None, int: "N", float: "F", Path: "PATH"}
@@ -106,7 +106,7 @@ def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]
         if value is None or value == []:
             continue
         field = name.partition(_HIDDEN)[0]
-        extra = shown(settings, field)
+        extra = option_details(settings, field)
         if extra["separator"] is not None:
             value = [part.strip() for part in value.split(extra["separator"])]
         elif isinstance(value, tuple):
@@ -123,7 +123,7 @@ def values_of(settings: type[Settings], given: dict[str, Any]) -> dict[str, Any]
 
 def _parameters(settings: type[Settings]) -> Iterator[inspect.Parameter]:
     for name, field in settings.model_fields.items():
-        extra, kind, choices = shown(settings, name), *_kind(field)
+        extra, kind, choices = option_details(settings, name), *_kind(field)
         if extra["separator"] is not None:
             kind = str
         default: Any = inspect.Parameter.empty if field.is_required() else None

@@ -282,12 +282,12 @@ class CheckpointSettings(ModelFirstSettings):
     force: bool = output_option(False, "Replace the output folder once the new one is complete.")
     plan_only: bool = output_option(False, "Write only the plan.")
 
-    def build_options(self, beside: Files, adapter: str | None = None) -> "BuildOptions":
+    def build_options(self, extra_files: Files, adapter: str | None = None) -> "BuildOptions":
         """How to build."""
         from expertcut.checkpoints.build import BuildOptions
 
         folder = None if adapter is None else Path(adapter)
-        return BuildOptions(self.load_as(), self.verify, self.force, beside or {}, folder)
+        return BuildOptions(self.load_as(), self.verify, self.force, extra_files or {}, folder)
 
     def output_folder(self, profile: "Profile", slug: str, ui: UI) -> Path:
         """The folder of the checkpoint or plan; refused early if it is not empty."""

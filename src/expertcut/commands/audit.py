@@ -33,7 +33,7 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     from expertcut.edits.criteria import read_criteria
 
     read_criteria(settings.by)  # refused before the profile is read
-    settings = settings.completed(**profiled_first(settings, ui))
+    settings = settings.updated(**profiled_first(settings, ui))
     profile = settings.choosing_profile(ui)
     from expertcut.evaluation.ablation import AuditRun  # torch, not to refuse options
     from expertcut.reporting import eval_tables as tables

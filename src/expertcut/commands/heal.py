@@ -36,7 +36,7 @@ class HealSettings(commands.JudgedSettings, commands.ModelSettings, heal_setting
 
 
 def run(
-    settings: HealSettings, ui: UI = SILENT, beside: Mapping[str, bytes] | None = None
+    settings: HealSettings, ui: UI = SILENT, extra_files: Mapping[str, bytes] | None = None
 ) -> "Healed | None":
     """Trains and writes the checkpoint; None in all but the first process."""
     ui.quiet()
@@ -60,7 +60,7 @@ def run(
     out = settings.out or default_out(settings.checkpoint, "healed")
     with ui.parts("healing", working_folder(out)) as report:
         options = Options(
-            settings.load_as(), settings.threads, settings.force, report, tell, beside or {}
+            settings.load_as(), settings.threads, settings.force, report, tell, extra_files or {}
         )
         healed = heal(settings.checkpoint, settings, out, options)
     if healed is not None:

@@ -21,16 +21,16 @@ class MergeSettings(CheckpointSettings, edit_settings.MergeSettings):
     )
 
 
-def run(settings: MergeSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Path":
+def run(settings: MergeSettings, ui: UI = SILENT, extra_files: Files = None) -> "Built | Path":
     """Makes the checkpoint, or the plan alone."""
-    settings = settings.completed(**profiled_first(settings, ui))
+    settings = settings.updated(**profiled_first(settings, ui))
     profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.build import choose_groups, merge, write_plan  # with torch
     from expertcut.reporting import edit_tables as tables
 
     folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
-    options, built = settings.build_options(beside), None
+    options, built = settings.build_options(extra_files), None
     plan = choose_groups(profile, settings, folder, options.load_as)
     settings.say_profile(profile, ui)
     if settings.plan_only:
@@ -38,7 +38,7 @@ def run(settings: MergeSettings, ui: UI = SILENT, beside: Files = None) -> "Buil
     else:
         built = merge(profile, settings, plan, folder, options)
     if settings.wide:
-        proof = tables.proof_tables(built) if built else []
+        proof = tables.held_out_tables(built) if built else []
         ui.say([tables.groups_table(profile, plan, built), *proof], [])
     traffic = tables.traffic_line(profile, plan.edits, "experts that joined another")
     ui.say([], [tables.merged_line(profile, plan), traffic])

@@ -35,7 +35,7 @@ def _check_adapter(text: str) -> None:
 
 
 class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
-    """A cut, and the router edits of the experts that stay; the order is that of its hash."""
+    """A cut, and router edits of the experts that stay. A recipe's hash follows this order."""
 
     by: edit_settings.Criteria = option(
         "activations",
@@ -98,14 +98,16 @@ class Choice:
     scalings: "list[RouterEdit]"
 
 
-def run(settings: PruneSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Sweep | Path":
+def run(
+    settings: PruneSettings, ui: UI = SILENT, extra_files: Files = None
+) -> "Built | Sweep | Path":
     """Makes a checkpoint or a plan."""
     settings.check()
     if settings.sweep is not None:
         given = settings.model_dump(include={*SweepSettings.model_fields})
         return sweep.run(SweepSettings(fractions=settings.sweep, **given), ui)
-    settings = settings.completed(**profiled_first(settings, ui))
-    return write(choose(settings, ui), settings, ui, beside)
+    settings = settings.updated(**profiled_first(settings, ui))
+    return write(choose(settings, ui), settings, ui, extra_files)
 
 
 def choose(settings: PruneSettings, ui: UI) -> Choice:
@@ -128,10 +130,12 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
     plan = pruning.draft
     if biased or scaled or settings.apply_at:
         plan = with_tilts(plan, biased, scaled, settings.apply_at)
-    return Choice(profile, pruning, plan, biased, scaled)
+    return Choice(profile, pruning, plan, biases=biased, scalings=scaled)
 
 
-def write(choice: Choice, settings: PruneSettings, ui: UI, beside: Files = None) -> "Built | Path":
+def write(
+    choice: Choice, settings: PruneSettings, ui: UI, extra_files: Files = None
+) -> "Built | Path":
     """Writes the checkpoint or the plan, and reports what was removed."""
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
@@ -148,9 +152,9 @@ def write(choice: Choice, settings: PruneSettings, ui: UI, beside: Files = None)
     touched = tables.touched_sentences(pruning, removed)
     ui.say([], [cut, traffic, *(labelled("", sentence) for sentence in touched)])
     make = write_plan if settings.plan_only else build
-    built = make(profile, plan, folder, settings.build_options(beside, settings.adapter))
+    built = make(profile, plan, folder, settings.build_options(extra_files, settings.adapter))
     if built and settings.wide:
-        ui.say(tables.proof_tables(built), [])
+        ui.say(tables.held_out_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)

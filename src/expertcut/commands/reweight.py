@@ -50,13 +50,15 @@ def working_folder(out: Path) -> Path:
     return place.with_name(f".{place.name}.tuning")
 
 
-def run(settings: ReweightSettings, ui: UI = SILENT, beside: Files = None) -> "Built | Path | None":
+def run(
+    settings: ReweightSettings, ui: UI = SILENT, extra_files: Files = None
+) -> "Built | Path | None":
     """Makes a checkpoint or a plan; None where nothing was chosen and nothing written."""
     settings.check_model()
     settings.check()
-    settings = settings.completed(**profiled_first(settings, ui))
+    settings = settings.updated(**profiled_first(settings, ui))
     choice = choose(settings, ui)
-    made = write(choice, settings, ui, beside)
+    made = write(choice, settings, ui, extra_files)
     is_final = choice.reweighting.draft is None or is_shown(choice, settings)
     if settings.is_deciding and is_final:  # else --force-write starts from there
         shutil.rmtree(working_folder(choice.folder), ignore_errors=True)
@@ -101,7 +103,7 @@ def is_shown(choice: Choice, settings: ReweightSettings) -> bool:
 
 
 def write(
-    choice: Choice, settings: ReweightSettings, ui: UI, beside: Files = None
+    choice: Choice, settings: ReweightSettings, ui: UI, extra_files: Files = None
 ) -> "Built | Path | None":
     """Writes the checkpoint or the plan; if nothing changes, only the files beside them."""
     from expertcut.checkpoints.build import build, write_plan
@@ -109,7 +111,10 @@ def write(
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
-    options, proof = settings.build_options({**edit.beside, **(beside or {})}), choice.proof
+    options, proof = (
+        settings.build_options({**edit.extra_files, **(extra_files or {})}),
+        choice.proof,
+    )
     facts = []
     if proof is not None:
         judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
@@ -117,22 +122,22 @@ def write(
     if edit.draft is None or not is_shown(choice, settings):
         why = "no checkpoint, for no expert was chosen"
         if edit.draft is not None:
-            force = "--force --force-write" if options.beside else "--force-write"
+            force = "--force --force-write" if options.extra_files else "--force-write"
             why = f"no checkpoint, for this is not shown to help: {force} writes it, from what "
             why += f"stays in {folder.with_name(working_folder(folder).name)}"
         if edit.draft is not None and (folder / PLAN_FILE).is_file():
             ui.end(facts, f"{why}; {folder} stays as it was")  # --force replaces by a whole one
             return None
-        if options.beside:
+        if options.extra_files:
             write_plan(profile, None, folder, options)
             why += f"; the proof is in {folder}" if proof else ""
         ui.end(facts, why, *([["show", str(folder)]] if proof else []))
-        return folder if options.beside else None
+        return folder if options.extra_files else None
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
     settings.say_profile(profile, ui)
     if built and settings.wide:
-        ui.say(tables.proof_tables(built), [])
+        ui.say(tables.held_out_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
     sentences += tables.tilt_sentences(edit.tilts, built, edit.draft.numbers)
     sentences += tables.scale_sentences(edit.scalings, built, edit.draft.numbers)

@@ -314,7 +314,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     pruning = _prune(n_keeps, orders, counts, blocks, draft, plan.expert_ids(profile))
     if not settings.protect:
         return pruning
-    plain = keep_active(profile, settings.completed(protect=[]))
+    plain = keep_active(profile, settings.updated(protect=[]))
     return replace(pruning, spared=stay.spared(pruning.draft.edits, plain.draft.edits))
 
 

@@ -242,12 +242,12 @@ def decide(
 
 @dataclass(frozen=True)
 class Reweighting:
-    """The plan and its router edits; no draft without any. `beside` is the proof, if any."""
+    """The plan and its router edits; no draft without any. `extra_files` is the proof, if any."""
 
     draft: EditPlan | None
     tilts: list[RouterEdit] = field(default_factory=list)
     scalings: list[RouterEdit] = field(default_factory=list)
-    beside: Mapping[str, bytes] = field(default_factory=dict)
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
@@ -277,9 +277,9 @@ def chosen(
         settled = Settled(procedure.untuned(records, procedure.pick(records)))
     else:
         settled = tuned.settled
-    beside = {PROOF_FILE: tuned.proof.json_bytes()} if tuned and tuned.proof else {}
+    extra_files = {PROOF_FILE: tuned.proof.json_bytes()} if tuned and tuned.proof else {}
     if not settled.shifts:
-        return Reweighting(None, beside=beside)
+        return Reweighting(None, extra_files=extra_files)
     blocks = profile.info.model.blocks
     biases = [
         shift._replace(block=blocks[shift.layer].name, origin=procedure.origin(shift))
@@ -292,4 +292,4 @@ def chosen(
         tuning=tuned.curve if tuned else (),
         used=procedure.chooser.looked_at(profile),
     )
-    return Reweighting(draft, biases, beside=beside)
+    return Reweighting(draft, biases, extra_files=extra_files)

@@ -130,7 +130,7 @@ class Grid:
 
     def n_keep(self, fraction: float, blocks: Sequence[BlockInfo], settings: CutSettings) -> int:
         """How many experts a fraction keeps."""
-        return wanted_count(settings.completed(keep_fraction=fraction, sparsity=None), blocks)
+        return wanted_count(settings.updated(keep_fraction=fraction, sparsity=None), blocks)
 
 
 class AuditRequest(Record):

@@ -55,7 +55,7 @@ class SweepRun:
         self.waits = scoring.options.waits  # for all answers; only such a process saves cells
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
-        drafts = [empty_draft(settings.completed(by=by), "", "", by) for by in grid.by]
+        drafts = [empty_draft(settings.updated(by=by), "", "", by) for by in grid.by]
         used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, scoring.load_as)
         options = MeasureOptions("none", measured.batch_tokens, measured.threads, self.waits)
@@ -114,7 +114,7 @@ class SweepRun:
         missing = [f for f in self.grid.fractions if self.sweep.cell(by, f) is None]
         if not missing:
             return {}
-        settings = self.settings.completed(by=by)
+        settings = self.settings.updated(by=by)
         ranking = rank(self.profile, settings, self.engine if CRITERIA[by].needs_model else None)
         kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
         return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}

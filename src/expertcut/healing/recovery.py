@@ -47,8 +47,8 @@ HEALED, BEFORE, BASE = "healed", "before healing", "the unedited base"
 class Options:
     """How to load, run and write.
 
-    `report` gets steps done and their number, `tell` sentences. `beside` are files, by name, that
-    are written beside the plan.
+    `report` gets steps done and their number, `tell` sentences. `extra_files`, by
+    name, are written beside the plan.
     """
 
     load_as: LoadOptions
@@ -56,7 +56,7 @@ class Options:
     is_forced: bool = False
     report: Report = lambda done, total: None
     tell: Tell = lambda sentence: None
-    beside: Mapping[str, bytes] = field(default_factory=dict)
+    extra_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -301,6 +301,6 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
         plans.save_plan(temporary, plan, used_questions(source, data))
-        add_files(temporary, {plans.HEALING_FILE: content, **run.options.beside})
+        add_files(temporary, {plans.HEALING_FILE: content, **run.options.extra_files})
     trained, parameters = model.get_nb_trainable_parameters()
     return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)

@@ -200,7 +200,7 @@ def _facts(
         "held_out": edit_tables.shifts_table("Shifts", plan.proof.held_out),
         "scored_on": read_scored_split(plan, checkpoint.folder),
         "judged": found,
-        "proof_table": edit_tables.proof_table(proof) if proof else None,
+        "proof_table": edit_tables.cross_fit_table(proof) if proof else None,
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
         "is_misread": has_constants(config) and "biased_gates" not in config,

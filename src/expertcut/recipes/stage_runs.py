@@ -144,7 +144,7 @@ def _find_stage(name: str, stages: list[Stage]) -> int:
 def _profile(run: RecipeRun, _: Stage) -> None:
     recipe = run.recipe
     own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": run.folder / PROFILE}
-    profile.run(recipe.profile.completed(**run.scored(), **own), run.ui)
+    profile.run(recipe.profile.updated(**run.scored(), **own), run.ui)
 
 
 def _show(run: RecipeRun, _: Stage) -> None:
@@ -152,7 +152,7 @@ def _show(run: RecipeRun, _: Stage) -> None:
     from expertcut.checkpoints.output_dir import atomic_dir
 
     assert run.recipe.show is not None
-    shown = show.run(run.recipe.show.completed(path=run.folder / PROFILE), run.ui)
+    shown = show.run(run.recipe.show.updated(path=run.folder / PROFILE), run.ui)
     with atomic_dir(run.folder / "show", is_forced=True) as folder:
         for name in ("tables.md", "findings.json", "experts.csv"):
             write_atomically(folder / name, show.text_of(shown, name.rpartition(".")[2]).encode())
@@ -172,7 +172,7 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
     if variant.prove:  # `eval` and the page then compare it with the others, helpful or not
         given |= {"prove": True, "force_write": True, **dict(variant.prove)}
     runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight, "heal": heal}
-    settings = section.completed(**given, force=True)
+    settings = section.updated(**given, force=True)
     runs[variant.kind].run(settings, run.ui, {RECIPE_FILE: run.ledger.text})
 
 
@@ -189,7 +189,7 @@ def heal_settings(recipe: Recipe, section: HealSection) -> HealSection:
     }
     if not section.quiz and not section.text:
         given |= {"quiz": (f"{recipe.quiz}=1",), "quiz_revision": recipe.quiz_revision}
-    return section.completed(**given)
+    return section.updated(**given)
 
 
 def _eval(run: RecipeRun, _: Stage) -> None:
@@ -203,7 +203,7 @@ def _eval(run: RecipeRun, _: Stage) -> None:
     measured = load_profile(run.folder / PROFILE).info.settings
     given = {**run.scored(), "batch_tokens": measured.batch_tokens, "threads": measured.threads}
     models = [recipe.model, *map(str, made.values())]
-    eval.run(recipe.eval.completed(**given, models=models, out=run.folder / RESULTS), run.ui)
+    eval.run(recipe.eval.updated(**given, models=models, out=run.folder / RESULTS), run.ui)
 
 
 def _publish(run: RecipeRun, stage: Stage) -> None:
@@ -217,7 +217,7 @@ def _publish(run: RecipeRun, stage: Stage) -> None:
         if recipe.report:
             write_atomically(checkpoint / REPORT, (run.folder / REPORT).read_bytes())
         results = [run.folder / RESULTS] if recipe.eval else []
-        done = publish.run(section.completed(checkpoint=checkpoint, results=results), run.ui)
+        done = publish.run(section.updated(checkpoint=checkpoint, results=results), run.ui)
         outcome |= {"url": done.url, "commit": done.commit}
     (place,) = stage.makes
     write_atomically(run.folder / place, (json.dumps(outcome, indent=1) + "\n").encode())

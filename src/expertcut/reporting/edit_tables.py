@@ -65,8 +65,8 @@ def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
         text = f"{n_keeps[0]} of {blocks[0].experts} experts stay in each of {n_blocks} layers"
     else:
         n_experts = sum(block.experts for block in blocks)
-        span = f"{min(n_keeps)} to {max(n_keeps)} in each"
-        text = f"{sum(n_keeps):,} of {n_experts:,} experts stay in {n_blocks} layers, {span}"
+        text = f"{sum(n_keeps):,} of {n_experts:,} experts stay in {n_blocks} layers, "
+        text += f"{min(n_keeps)} to {max(n_keeps)} in each"
     text += f", by {draft.criterion}"
     if draft.criterion in CRITERIA and CRITERIA[draft.criterion].positions:
         text += " over all tokens" if draft.positions == "all" else " at answer positions"
@@ -109,7 +109,7 @@ def outcome_lines(
         change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
         size += f", was {unit(before[1], 'B')} ({change})"
         parameters += f", were {unit(before[0])}"
-    lines, sentences = [labelled("size", f"{size}; {parameters}")], proof_sentences(built)
+    lines, sentences = [labelled("size", f"{size}; {parameters}")], held_out_sentences(built)
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     answered, scored_on = built.proof.answered, built.scored_on
@@ -281,16 +281,16 @@ def merging_sentences(profile: Profile, plan: EditPlan) -> list[str]:
 
 def healing_tables(healed: "Healed") -> list[Table]:
     """Answers of the base, before and after healing, and how the questions were used."""
-    verdict = healed.plan.proof
-    if not verdict.held_out:
+    scored = healed.plan.proof
+    if not scored.held_out:
         return []
-    first = verdict.held_out[0]
-    title = f"Questions that {verdict.held_out_used} ({verdict.held_out_split})"
+    first = scored.held_out[0]
+    title = f"Questions that {scored.held_out_used} ({scored.held_out_split})"
     note = (
         f"Healed against {first.against}: largest |Δ log p| {first.max_abs_logprob_diff:.4f}, "
         f"median {first.median_abs_logprob_diff:.4f}."
     )
-    return [_forms_table(title, verdict, f"answers unlike {verdict.outcomes[0].form}", note)]
+    return [_forms_table(title, scored, f"answers unlike {scored.outcomes[0].form}", note)]
 
 
 def healing_facts(
@@ -309,7 +309,8 @@ def healing_facts(
         f"was {by_step[curve.best_step]:.4f} on {len(read.held_out)} untrained rows"
     )
     dropped = [("dropped", dropped_sentence(group)) for group in read.dropped]
-    facts, scored = [("cut", f"{checkpoint}{made}"), ("trained", text), *dropped], healed.plan.proof
+    facts = [("cut", f"{checkpoint}{made}"), ("trained", text), *dropped]
+    scored = healed.plan.proof
     if not scored.outcomes:
         return [*facts, ("accuracy", "the new checkpoint was not scored on any question")]
     forms = ", ".join(f"{percent(o.accuracy)} {o.form}" for o in scored.outcomes)
@@ -346,7 +347,7 @@ def curve_table(curve: Sequence[Point]) -> Table:
     return Table("Strength (logits) against accuracy", heads, rows, note)
 
 
-def proof_table(proof: "CrossFitResult") -> Table:
+def cross_fit_table(proof: "CrossFitResult") -> Table:
     """Cross-fitted, same questions and random experts side by side."""
     random = proof.random
     name = f"random experts ({random.draws} draws, {random.distinct} distinct)"
@@ -394,7 +395,7 @@ def interval_text(ends: Sequence[float], places: int = 2) -> str:
 def decision_tables(decision: "TuningResult") -> list[Table]:
     """The curve of the search, and the cross-fit."""
     tables = [curve_table(decision.curve)] if decision.curve else []
-    return [*tables, proof_table(decision.proof)] if decision.proof else tables
+    return [*tables, cross_fit_table(decision.proof)] if decision.proof else tables
 
 
 def decision_sentences(decision: "TuningResult") -> list[str]:
@@ -413,7 +414,7 @@ def decision_sentences(decision: "TuningResult") -> list[str]:
     return [*lines, labelled("proof", decision.proof.sentence)] if decision.proof else lines
 
 
-def proof_tables(built: "Built") -> list[Table]:
+def held_out_tables(built: "Built") -> list[Table]:
     """How well biases are carried, and the held-out check."""
     tables = []
     if built.fits:
@@ -460,7 +461,7 @@ def _forms_table(title: str, result: stats.HeldOutResult, flipped: str, note: st
     return Table(title, columns(heads), rows, note)
 
 
-def proof_sentences(built: "Built") -> list[str]:
+def held_out_sentences(built: "Built") -> list[str]:
     """Whether layout exact keeps untouched questions bit-equal, or why nothing was checked."""
     if built.proof is None:
         why = f": {built.why_unscored}" if built.why_unscored else ""

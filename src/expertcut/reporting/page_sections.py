@@ -217,7 +217,7 @@ def change_sections(run: Run) -> list[Section]:
 
 
 def _proof_parts(proof: CrossFitResult) -> list[Part]:
-    return [proof.sentence, edit_tables.proof_table(proof)]
+    return [proof.sentence, edit_tables.cross_fit_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:

@@ -225,7 +225,7 @@ def _plan(path: Path, margin: float) -> Shown:
     tables = [eval_tables.plan_table(plan)]
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
     if (path / PROOF_FILE).is_file():
-        tables.append(edit_tables.proof_table(load_cross_fit(path)))
+        tables.append(edit_tables.cross_fit_table(load_cross_fit(path)))
     shown = _shown(plan, tables, eval_tables.plan_csv)
     return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
@@ -322,7 +322,7 @@ def _audit(path: Path, margin: float) -> Shown:
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
-        proof := load_cross_fit(path), [edit_tables.proof_table(proof)], edit_tables.proof_csv
+        proof := load_cross_fit(path), [edit_tables.cross_fit_table(proof)], edit_tables.proof_csv
     ),
     SWEEP_FILE: _sweep,
     AUDIT_FILE: _audit,
