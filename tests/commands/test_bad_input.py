@@ -441,7 +441,6 @@ def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refuse
         ("profile --shots few", "--shots"),
         ("profile --stats some", "'some'"),
         ("profile --threads 0", "--threads"),
-        ("prune --keep 3 --force --force --keep 4", "--keep is given twice: give it once"),
         ("profile --batch-tokens 0", "--batch-tokens"),
         ("profile --threads 1000000000", "less than or equal to 4096"),  # torch ends the process
         (f"profile --batch-tokens {10**30}", "less than or equal to 1073741824"),

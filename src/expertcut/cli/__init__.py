@@ -125,8 +125,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _nearest_path(text: str) -> Path | None:
     """The existing path nearest to a missing one that was typed and that the text names."""
-    words = (word for arg in sys.argv[1:] for word in (arg, arg.partition("=")[2]))
-    for path in (Path(word) for word in words if word in text):
+    words = (arg.partition("=")[2] if arg.startswith("-") else arg for arg in sys.argv[1:])
+    for path in (Path(word) for word in words if word and word in text):
         with suppress(OSError, ValueError, StopIteration):  # it exists, or no name can be like it
             gone = next(p for p in (*reversed(path.parents), path) if not p.exists())
             names = [entry.name for entry in gone.parent.iterdir()]

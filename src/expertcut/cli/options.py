@@ -25,14 +25,6 @@ _LAST_PANELS = (JUDGING, MODEL, OUTPUT, "Options")
 class PanelCommand(TyperCommand):
     """A command whose help groups its options in panels, and ends with examples."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Refuses an option of one value that is given twice: the last would count in silence."""
-        given: Any = self.make_parser(ctx).parse_args(args=list(args))[2]
-        for param in given:
-            if given.count(param) > 1 and not (param.multiple or param.is_flag):
-                raise SettingsError(f"{max(param.opts, key=len)} is given twice: give it once")
-        return super().parse_args(ctx, args)
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Arguments, then each panel's options, in the order of the fields."""
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": []}
