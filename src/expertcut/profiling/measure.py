@@ -3,7 +3,7 @@
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.storage import CUT, Arrays, load_profile
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
-from expertcut.scoring.engine import Engine
+from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
 
@@ -68,13 +68,14 @@ class Measurement:
         """Checks the engine, unless an earlier run found all the same right with these prompts."""
         moe, quiz = self.moe, self.quiz
         settings = engine_settings(self.engine, stats, quiz.truncate)
-        few = self.engine.encode(quiz, *_longest(quiz))
+        few = [self.engine.encode(quiz, *questions) for questions in _checked(quiz)]
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
         key = ("checked", moe.source.fingerprint, settings, versions, few)
         # The fingerprint does not cover code that comes with a checkpoint.
         if "auto_map" not in read_config(moe.source.path) and recall(key):
             return
-        self.engine.check(few)
+        for encoded in few:
+            self.engine.check(encoded)
         # Where the check changed the engine it warns, each time.
         if settings == engine_settings(self.engine, stats, quiz.truncate):
             remember(key, "agrees")
@@ -139,18 +140,18 @@ class Measurement:
         return arrays, n_tokens
 
 
-def _longest(quiz: Quiz) -> tuple[str, list[Question]]:
-    """The subject with the longest prompt, and its longest and shortest question.
-
-    Some attention differs only for longer prompts.
-    """
-    ends = {
-        subject: [max(questions, key=n_chars), min(questions, key=n_chars)]
+def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
+    """Questions to compare scoring modes on: four, and two of the longest prompts."""
+    first = next(iter(quiz.questions))
+    yield first, quiz.questions[first][:CHECKED_QUESTIONS]
+    sizes = {
+        subject: len(prompt(max(questions, key=n_chars), quiz.shots_by_subject[subject]))
         for subject, questions in quiz.questions.items()
     }
-    sizes = {name: len(prompt(ends[name][0], quiz.shots_by_subject[name])) for name in ends}
-    subject = max(sizes, key=lambda name: sizes[name])
-    return subject, ends[subject]
+    longest = max(sizes, key=lambda subject: sizes[subject])
+    if sizes[longest] > 2 * sizes[first]:  # some attention differs only for longer prompts
+        by_size = sorted(quiz.questions[longest], key=n_chars)
+        yield longest, [by_size[-1], *by_size[:-1][:1]]
 
 
 def measure(

@@ -41,6 +41,8 @@ from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ign
 
 logger = logging.getLogger(__name__)
 
+CHECKED_QUESTIONS = 4
+
 
 def context_length(config: Any, tokenizer: Any) -> int | None:
     """The context length as lm-evaluation-harness reads it; None if unknown."""
@@ -166,24 +168,25 @@ class Engine:
             logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
     def check(self, encoded: Encoded) -> None:
-        """Checks the gates, and falls back to mode single if batching changes a score.
+        """Checks the gates, and falls back to mode single if a batch scores questions otherwise.
 
-        The shortest prompt is scored alone and in a batch behind the longest: a faulty mask would
-        show it that one's tokens, or pads.
+        In float32 one of them is scored alone, the shortest behind the first: a faulty mask would
+        show it tokens of others, or pads. In half precision each is, for rounding differs.
         """
-        by_length = sorted(range(len(encoded)), key=lambda q: len(encoded.prompts[q]))
-        few = encoded.part(dict.fromkeys([by_length[-1], by_length[0]]))
-        mode = self.mode(few)
+        few = encoded.part(range(min(CHECKED_QUESTIONS, len(encoded))))
+        mode, is_half, places = self.mode(few), self.moe.dtype.itemsize < 4, range(len(few))
+        shortest = min(places[1:] or places, key=lambda q: len(few.prompts[q]))
+        asked = [*places] if is_half and mode != "single" else [shortest]
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
-            alone = self._run(few.part([len(few) - 1]), "single", PassObserver(), may_trim=False)
-            alone_1C = self._score(alone)
+            alone = self._run(few.part(asked), "single", PassObserver(), may_trim=False)
+            alone_NC = self._score(alone)
         if mode == "single":
             return
-        tolerance = 1e-4 if self.moe.dtype.itemsize >= 4 else 5e-2
+        tolerance = 5e-2 if is_half else 1e-4
         while True:
-            last_C = self._score(self._run(few, mode, PassObserver(), may_trim=True))[-1]
-            difference_1C = last_C[: alone_1C.shape[1]] - alone_1C
-            difference = float(difference_1C.nan_to_num(0).abs().max())
+            together_NC = self._score(self._run(few, mode, PassObserver(), may_trim=True))
+            difference_NC = together_NC[asked, : alone_NC.shape[1]] - alone_NC
+            difference = float(difference_NC.nan_to_num(0).abs().max())
             if difference <= tolerance:
                 return
             off = f"off by {difference:.2g} (at most {tolerance:g} allowed)"
