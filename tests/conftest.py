@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from expertcut.cli import main
+from expertcut.cli import main, progress
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from tests.support.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
@@ -130,6 +130,7 @@ DIFFERENT = (*STORAGE_FORMS, *PADDED_FAMILIES, "deepseek_v3", "qwen2_moe")
 def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    progress.FIRST_LINE_S = 60.0  # stderr of a refusal is one line, however busy the machine
     build = typer.main.get_command
     built: dict[object, object] = {}
 

@@ -417,6 +417,10 @@ def test_the_nearest_path_is_named_for_one_that_is_not_there(
     }.items():
         assert refused(*line).endswith(f"; did you mean {nearest}?")
     assert "did you mean" not in refused("show", "nowhere")
+    (tmp_path / "results-reap").mkdir()  # nothing is missing here, though `reap` is near a name
+    (tmp_path / "results-reap/x").touch()
+    words = ("--by", "reap", "--out", "results-reap")
+    assert "did you mean" not in refused("prune", "--profile", profile.path, "--keep", 4, *words)
     assert refused(*prune, profile.path, "--by", "my/quis").count("did you mean") <= 1
     assert "did you mean" not in refused("show", "models/x\0")
 

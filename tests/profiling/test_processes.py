@@ -140,7 +140,7 @@ def test_torchrun_gives_one_profile_of_the_same_bytes_and_one_line(
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"quiz      {N_QUESTIONS} ")
     assert len(re.findall(rf"^written   {re.escape(str(out))}$", done.stdout, re.M)) == 1
-    assert "profiling" not in done.stderr
+    assert done.stderr.count("profiling") <= 1  # how far it is, by the first
     assert load_profile(out).info.settings.threads == 1  # torchrun's choice, recorded
     assert chunk_bytes(out) == chunk_bytes(alone)
     assert is_whole(out)
@@ -328,6 +328,7 @@ def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_mi
     monkeypatch.setenv("FORCE_COLOR", "1")  # what build servers set
     monkeypatch.setattr(threading, "Event", Soon)
     monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr("expertcut.cli.progress.FIRST_LINE_S", 2)
     now, bars = at(monkeypatch), Bars(screen)
     out: Any = screen or sys.stderr
 
@@ -343,10 +344,17 @@ def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_mi
             assert shown(out) == ["expertcut eval"]  # at once
             now[0] += 7
             waits_for("expertcut eval 00:07")
+        else:  # work says soon how far it is, reading does not: it may be refused
+            bars.advance("loading olmoe", 1, 9, "B")
+            now[0] += 3
+            time.sleep(0.05)
+            assert out.getvalue() == ""
+            bars.advance("cell 0", 1, 9, "questions")
+            waits_for("cell 0 1/9 questions")
         for done in range(0, 101, 10):
             bars.advance("cell 1", done, 101, "questions")
             now[0] += 5
-        assert screen or out.getvalue() == ""  # none in the first minute
+        assert screen or out.getvalue().count("\n") == 1  # none in the next minute
         now[0] += 5
         waits_for(
             "cell 1 |" if screen else "cell 1 100/101 questions, 00:00 left, 1.67 questions/s\n"
@@ -356,7 +364,7 @@ def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_mi
             time.sleep(0.001)
         now[0] += 61
         waits_for("expertcut eval 01:01")
-    assert not bars.bars and (screen or out.getvalue().count("\n") == 2)
+    assert not bars.bars and (screen or out.getvalue().count("\n") == 3)
 
 
 def test_only_the_first_process_draws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -42,6 +43,7 @@ _MENDABLE = {  # faults of a disk, its file system or its permissions
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
     errno.ENAMETOOLONG,
 }
+_IS_MISSING = re.compile("no such |no profile in|nothing to show in|is not there|No such file")
 _MAX_LINE = 1000  # characters; a name in a file may have millions
 
 app = typer.Typer(
@@ -125,6 +127,8 @@ def _errors_in_one_line() -> Iterator[None]:
 
 def _nearest_path(text: str) -> Path | None:
     """The existing path nearest to a missing one that was typed and that the text names."""
+    if not _IS_MISSING.search(text):
+        return None
     words = (arg.partition("=")[2] if arg.startswith("-") else arg for arg in sys.argv[1:])
     for path in (Path(word) for word in words if word and word in text):
         with suppress(OSError, ValueError, StopIteration):  # it exists, or no name can be like it

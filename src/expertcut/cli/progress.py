@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from importlib import import_module
 from io import StringIO
 from itertools import accumulate, compress
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _OTHERS = "... - - x * <- -> +- delta alpha rho sum ^2 | inf <= >="
+FIRST_LINE_S = 1.5  # until work without a terminal says how far it is; then once a minute
 _SPELT = dict(zip("…−–×·←→±ΔαρΣ²‖∞≤≥", _OTHERS.split(), strict=True))
 
 
@@ -42,6 +44,12 @@ def _spell(error: Any) -> tuple[str, int]:
 
 
 codecs.register_error("expertcut", _spell)
+
+
+def spelt(text: str, stream: Any) -> str:
+    """The text with others in place of characters that the stream's encoding lacks."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "expertcut").decode(encoding)
 
 
 class LastingStream:
@@ -147,7 +155,6 @@ class Bars:
             # A stream of its own, because `translate_errors` keeps what others write to stderr.
             own = os.dup(sys.stderr.fileno())
             self.terminal = LastingStream(open(own, "w", encoding=sys.stderr.encoding))  # noqa: PTH123, SIM115
-        self.last_s = time.monotonic()
         self.bars: dict[str, Any] = {}
         self.kept: str | None = None
 
@@ -163,15 +170,15 @@ class Bars:
 
                 self.close({self.kept} if self.kept else set())
                 n_most = get_terminal_size().columns // 2 if self.terminal else len(what)
+                more = spelt("…", self.terminal) if self.terminal else ""
                 self.bars[what] = tqdm(
-                    desc=what if len(what) <= n_most else f"{what[: n_most - 1]}…",
+                    desc=what if len(what) <= n_most else what[: n_most - len(more)] + more,
                     initial=int(done),
                     unit="B" if unit == "B" else f" {unit}",
                     unit_scale=unit == "B",
                     bar_format="{desc}",
                     smoothing=0,  # the time left by the mean pace
                     leave=what == self.kept,
-                    dynamic_ncols=self.terminal is not None,
                     file=self.terminal or StringIO(),
                     mininterval=0.1 if self.terminal else 1e9,
                 )
@@ -185,7 +192,7 @@ class Bars:
             drawn = "" if self.terminal is None else "|{bar}| "
             elapsed = "{n_fmt}{unit} {elapsed}" if done else "{elapsed}"
             bar.bar_format = f"{{desc}} {f'{drawn}{amount}' if total else elapsed}"
-            bar.total = total or None
+            bar.total, bar.ncols = total or None, get_terminal_size().columns if drawn else None
             bar.update(done - bar.n)
             if total and done == total and what != self.kept:
                 self.bars.pop(what).close()
@@ -194,17 +201,21 @@ class Bars:
     def ticking(self, name: str) -> Iterator[None]:
         """Shows the name at once in a terminal, and from then on how the time passes."""
         stopped = threading.Event()
+        said_s, first_s = time.monotonic(), FIRST_LINE_S
 
         def tick() -> None:
+            nonlocal said_s, first_s
             while not stopped.wait(1):
                 with self.lock:
                     if not self.bars:
                         self.advance(name, 0, 0, "")
                     for bar in self.bars.values():
+                        # While inputs are read they may yet be refused, in one line.
+                        pause_s = first_s if bar.total and bar.unit != "B" else 60
                         if self.terminal is not None:
                             bar.refresh()
-                        elif time.monotonic() - self.last_s >= 60:
-                            self.last_s = time.monotonic()
+                        elif time.monotonic() - said_s >= pause_s:
+                            said_s, first_s = time.monotonic(), 60
                             print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
 
         thread = threading.Thread(target=tick, daemon=True)
@@ -310,9 +321,7 @@ class TerminalUI(UI):
         """Prints tables, then sentences: within the width of a terminal, but for a word."""
         width = get_terminal_size().columns if sys.stdout.isatty() else None
 
-        def spell(text: str, encoding: str = sys.stdout.encoding or "utf-8") -> str:
-            return text.encode(encoding, "expertcut").decode(encoding)
-
+        spell = partial(spelt, stream=sys.stdout)
         with self.bars.hidden():
             if tables:
                 from rich.console import Console
