@@ -341,7 +341,7 @@ def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_mi
 
     with bars.ticking("expertcut eval"):
         if screen:
-            assert shown(out) == ["expertcut eval"]  # at once
+            assert shown(out)[0] == "expertcut eval"  # at once
             now[0] += 7
             waits_for("expertcut eval 00:07")
         else:  # work says soon how far it is, reading does not: it may be refused
