@@ -139,6 +139,15 @@ def without_secrets(text: str) -> str:
     return _SECRET.sub(HIDDEN, text)
 
 
+def hub_reason(error: BaseException) -> str:
+    """Why the Hub gave nothing: the first line of a library's error, or that it was not reached."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if isinstance(error, ConnectionError | LocalEntryNotFoundError):
+        return "the Hub cannot be reached, and its cache here has no copy"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def write_atomically(path: Path, content: bytes, scratch: Path | None = None) -> None:
     """Writes under a temporary name, beside the file or in `scratch`, syncs and renames.
 

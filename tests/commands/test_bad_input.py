@@ -134,6 +134,8 @@ def test_a_model_that_is_not_there_is_refused(
 ) -> None:
     (tmp_path / "a file").touch()
     assert f"no such model: {name} is " in refused(command, name)
+    (tmp_path / "my.jsonl").touch()
+    assert refused(command, "my.jsonl").endswith("no model: give it as --quiz my.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -152,7 +154,7 @@ def test_a_quiz_that_is_not_there_is_refused(
     ("options", "words"),
     [
         (["--subjects", "red_birds"], "no subject red_birds in split test: it has green_birds"),
-        (["--split", "trian"], "no questions in split trian"),
+        (["--split", "trian"], "no questions in split trian: it has dev, test, val, no trian/"),
         (["--shots", "6"], "6 shots asked but split dev of green_birds has 5"),
         (["--shots", "-1"], "--shots: must be greater than or equal to 0, not -1"),
         (["--limit", "0"], "--limit: must be greater than or equal to 1, not 0"),
@@ -274,6 +276,16 @@ def test_a_cut_that_cannot_be_made_is_refused(
     assert words in refused("prune", "--profile", profile.path, *options)
 
 
+def test_a_number_and_an_output_folder_are_checked_before_the_quiz_is_read(
+    profile_copy: Path, refused: Refused
+) -> None:
+    edit_json(profile_copy / "profile.json", lambda p: p["quiz"].update(id="gone"))
+    command = ("prune", "--profile", profile_copy, "--keep")
+    assert "--keep 9 does not fit" in refused(*command, 9)
+    assert "copy is not empty" in refused(*command, 4, "--out", profile_copy)
+    assert "no such quiz: gone" in refused(*command, 4)
+
+
 @pytest.mark.parametrize("command", CHANGES, ids=lambda command: command[0])
 def test_a_change_without_a_profile_is_refused(
     command: list[str], profile_copy: Path, tmp_path: Path, refused: Refused
@@ -308,6 +320,15 @@ def test_a_quiz_whose_questions_changed_since_it_was_profiled_is_refused(
         file.write(ROW)
     line = refused(*command, "--profile", profile_copy)
     assert "no longer the quiz that" in line
+    edit_json(profile_copy / "profile.json", lambda p: p["quiz"].update(id="changed/gone"))
+    line = refused(*command, "--profile", profile_copy)
+    assert line.startswith(f"expertcut: the quiz that {profile_copy} was made on: no such quiz: ch")
+    assert "run this in" not in line
+    (away := tmp_path / "away").mkdir()
+    changed.rename(away / "mine")
+    edit_json(profile_copy / "profile.json", lambda p: p["quiz"].update(id="mine"))
+    line = refused(*command, "--profile", profile_copy.rename(away / "birds"))
+    assert line.endswith(f": run this in {away}, where it is")
 
 
 def test_a_profile_of_another_model_is_never_gone_on_with(
@@ -427,6 +448,9 @@ def test_the_nearest_path_is_named_for_one_that_is_not_there(
 
 def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refused: Refused) -> None:
     assert "nothing to show in nowhere" in refused("show", "nowhere")
+    (model / "my.jsonl").touch()
+    for command in ("show", "report"):
+        assert "my.jsonl is a file of questions (JSON" in refused(command, model / "my.jsonl")
     (model / "report.html").touch()
     assert "report.html is a page of report: open it in" in refused("show", model / "report.html")
     assert "nothing to show in " in refused("show", model)

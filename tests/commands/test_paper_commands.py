@@ -329,7 +329,7 @@ def test_a_folder_of_that_name_is_mmlu_without_any_hub(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["no/where"], "no such model: no/where is not a folder here and the hub says: "),
+        (["no/where"], "no such model: no/where is not a folder here: "),
         (["{model}", "--quiz", "no/where"], "no such quiz: no/where cannot be read: "),
     ],
 )
@@ -353,5 +353,7 @@ def test_a_hub_that_cannot_be_reached_is_named_in_one_line(tmp_path: Path) -> No
         environment = hub.environment(tmp_path / "hf")
     done = expertcut(["profile"], tmp_path, environment)
     assert done.status == 2, done.stderr
-    assert done.stderr.startswith(f"expertcut: no such model: {MODEL_ID} is not a folder here")
+    assert done.stderr.startswith(
+        f"expertcut: no such model: {MODEL_ID} is not a folder here: the Hub"
+    )
     assert done.stderr.count("\n") == 1

@@ -292,7 +292,11 @@ def test_the_commands_run_from_python_and_say_nothing(
         ("prune owner/name --profile p --quiz q --keep 4", "add --quiz QUIZ, and no --profile"),
         ("prune mine --keep 4", "mine is a profile: name it with --profile mine"),
         ("sweep mine", "mine is a profile: name it with --profile mine"),
-        ("merge --quiz q --keep 4", "need a MODEL to profile: name it or run"),
+        (
+            "merge --quiz q --keep 4",
+            "--quiz needs a MODEL to profile first: name it and --quiz, or",
+        ),
+        ("prune --split val --keep 4", "--split needs a MODEL to profile first"),
         ("prune --profile owner/name --keep 4", "no profile in owner/name: it has no profile.json"),
         ("prune owner/name --sweep 0.5", "MODEL does not go with --sweep"),
     ],

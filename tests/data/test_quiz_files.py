@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats
 from expertcut.errors import ModelError, QuizError, RecipeError
 from expertcut.healing.data import read_texts
 from expertcut.models.checkpoint_dir import read_config
@@ -158,9 +158,9 @@ def test_a_header_may_have_2_or_5_choices_and_a_subject(tmp_path: Path) -> None:
             ":1: a header whose choices are none",
         ),
         (b"question,A,B,answer\nWho?,a,b\n", ":2: 3 fields where the header has 4"),
-        (b"question,A,B,answer\nWho?,a,b,C\n", ":2: answer 'C' must be one of A-B"),
-        (b"question,A,B,answer\n\nWho?,a,b,1\n", ":3: answer '1' must be one of A-B"),
-        (b"prompt,A,B,C,D,key\n", ":1: answer 'key' must be one of A-D; if this is a header, it"),
+        (b"question,A,B,answer\nWho?,a,b,C\n", ":2: answer must be A-B, not 'C'"),
+        (b"question,A,B,answer\n\nWho?,a,b,1\n", ":3: answer must be A-B, not '1'"),
+        (b"prompt,A,B,C,D,key\n", ":1: answer must be A-D, not 'key'; if this is a header, it"),
         (b"id,prompt,A,B,C,D,key\n", "make 6; if this is a header, it must have question, A, B"),
     ],
 )
@@ -234,11 +234,11 @@ def test_files_that_are_not_read_are_named(
         (("birds_test.csv",), "split test must lie in "),
         (
             ("data/final/test/birds.csv", "dev/birds.csv"),
-            "no questions in split test: no test/<sub",
+            "no questions in split test: it has dev, no",
         ),
-        (("dev/birds_dev.csv", "val/birds_val.csv"), "but dev/birds_dev.csv, val/birds_val.csv"),
+        (("dev/birds_dev.csv", "val/birds_val.csv"), "it has dev, val, no test/<subject>_test.csv"),
         (("my_test.jsonl",), "split test must lie in test.jsonl: found my_test.jsonl"),
-        (("dev.jsonl",), "has no questions in split test: no test.jsonl, but dev.jsonl"),
+        (("dev.jsonl",), "has no questions in split test: it has dev.jsonl, no test.jsonl"),
     ],
 )
 def test_a_split_that_is_elsewhere_is_pointed_at(
@@ -282,3 +282,27 @@ def test_answers_by_number_that_seem_to_count_from_1_are_warned_of(
     file = put(tmp_path / "q.jsonl", "\n".join(map(json.dumps, rows)).encode())
     assert len(read(file)) == len(answers)
     assert ("if they count from 1, every answer here is wrong" in caplog.text) == is_warned
+
+
+@pytest.mark.parametrize(
+    ("n_questions", "n_repeats", "n_same", "is_warned"),
+    [(2, 1, 0, True), (2, 0, 1, True), (20, 0, 1, False), (20, 1, 1, True), (2, 0, 0, False)],
+)
+def test_questions_and_choices_that_stand_twice_are_counted_above_a_twentieth(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    n_questions: int,
+    n_repeats: int,
+    n_same: int,
+    is_warned: bool,
+) -> None:
+    rows = [
+        {"question": f"{max(i - n_repeats, 0)}?", "choices": ["a", "b", "c"], "answer": "A"}
+        for i in range(n_questions)
+    ]
+    for row in rows[n_questions - n_same :]:
+        row["choices"] = ["a", "a", "b"]
+    file = put(tmp_path / "q.jsonl", "\n".join(map(json.dumps, rows)).encode())
+    warn_of_repeats(read(file))
+    said = f"of {n_questions} questions of {file}, {n_repeats} repeat another and {n_same} have a"
+    assert (said in caplog.text) == is_warned == bool(caplog.records)

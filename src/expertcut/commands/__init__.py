@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
 
-from expertcut.data import Quiz, Selection, load_quiz, without
+from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats, without
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import QuizError, SettingsError
 from expertcut.files import read_file
@@ -160,7 +160,9 @@ class SplitSettings(BatchSettings, QuizSettings):
 
     def load_quiz(self) -> Quiz:
         """The questions."""
-        return load_quiz(self.selection(self.split, self.limit))
+        quiz = load_quiz(self.selection(self.split, self.limit))
+        warn_of_repeats(quiz)
+        return quiz
 
 
 class ProfiledSettings(ModelSettings):
@@ -226,9 +228,9 @@ class ScoredSettings(Settings):
     limit: Count | None = quiz_option(None, "Only the first N of each subject.", metavar="N")
 
     @property
-    def is_scored_given(self) -> bool:
-        """Whether any of these options is given."""
-        return any(getattr(self, name) is not None for name in ScoredSettings.model_fields)
+    def scored_given(self) -> list[str]:
+        """Those of these options that are given."""
+        return [f"--{n}" for n in ScoredSettings.model_fields if getattr(self, n) is not None]
 
     def scored_quiz(self, profile: "Profile") -> Quiz:
         """The quiz as profiled, but split test, where no option says otherwise.
@@ -238,7 +240,7 @@ class ScoredSettings(Settings):
         from expertcut.edits.splits import profiled_quiz
         from expertcut.profiling.storage import ProfilePart
 
-        if isinstance(profile, ProfilePart) and not self.is_scored_given:
+        if isinstance(profile, ProfilePart) and not self.scored_given:
             return profiled_quiz(profile, is_held_out=True)
         info = profile.info.quiz
         is_same = self.quiz in (None, info.id)
@@ -261,9 +263,9 @@ class ModelFirstSettings(ProfiledQuizSettings):
 
     def check_model(self) -> None:
         """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
-        if self.model is None and self.is_scored_given:
-            how = "--quiz and its options need a MODEL to profile: name it or run `expertcut sweep`"
-            raise SettingsError(how)
+        if self.model is None and (given := self.scored_given):
+            how = "name it and --quiz, or leave this out: a profile has its own questions"
+            raise SettingsError(f"{given[0]} needs a MODEL to profile first: {how}")
         if self.model is not None and (self.quiz is None or self.profile is not None):
             how = ", or add --quiz QUIZ, and no --profile, to profile it first"
             raise no_profile(self.model, how)
@@ -281,6 +283,14 @@ class CheckpointSettings(ModelFirstSettings):
     )
     force: bool = output_option(False, "Replace the output folder once the new one is complete.")
     plan_only: bool = output_option(False, "Write only the plan.")
+
+    def check_model(self) -> None:
+        """Refuses a taken output folder too, before anything is loaded."""
+        super().check_model()
+        if self.out is not None:
+            from expertcut.checkpoints.output_dir import check_writable
+
+            check_writable(self.out, is_forced=self.force)
 
     def build_options(self, extra_files: Files, adapter: str | None = None) -> "BuildOptions":
         """How to build."""

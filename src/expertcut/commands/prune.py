@@ -116,6 +116,10 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
         from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(Path(settings.adapter))
+    blocks = settings.load_profile().info.model.blocks
+    from expertcut.edits.selection import check_wanted
+
+    check_wanted(settings, blocks)  # before the quiz is read
     profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.size import choose_cut, with_protection  # with torch
     from expertcut.edits.router_edits import scalings, tilts, with_tilts

@@ -28,6 +28,8 @@ def run(settings: ReportSettings, ui: UI = SILENT) -> Path:
     """Writes the page and its figures; returns the page."""
     if not settings.run.exists():  # refused before anything heavy is imported
         raise OutputError(f"{settings.run} is not there: name the folder of a run")
+    if settings.run.suffix == ".jsonl":
+        raise OutputError(f"{settings.run} is a file of questions (JSON lines): name a run")
     from expertcut.reporting.page import write
 
     page = write(settings.run, settings.out)

@@ -42,8 +42,10 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     """Prints the headline and tables of the file or folder."""
     if not settings.path.exists():  # refused before anything heavy is imported
         raise OutputError(f"nothing to show in {settings.path}: it does not exist")
-    if settings.path.suffix.lower() in (".html", ".htm"):
-        raise OutputError(f"{settings.path} is a page of report: open it in a browser")
+    others = dict.fromkeys((".html", ".htm"), "a page of report: open it in a browser")
+    others[".jsonl"] = "a file of questions (JSON lines): show prints profiles, plans and results"
+    if kind := others.get(settings.path.suffix.lower()):
+        raise OutputError(f"{settings.path} is {kind}")
     from expertcut.reporting.views import find_shown
 
     shown = find_shown(settings.path, settings.subjects, settings.criteria, settings.margin / 100)

@@ -10,3 +10,4 @@ from expertcut.data.questions import without as without
 from expertcut.data.sources import DEFAULT_QUIZ as DEFAULT_QUIZ
 from expertcut.data.sources import Selection as Selection
 from expertcut.data.sources import load_quiz as load_quiz
+from expertcut.data.sources import warn_of_repeats as warn_of_repeats

@@ -144,7 +144,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except UnicodeDecodeError:
                 raise QuizError(f"{where}: not UTF-8 text: save it as UTF-8") from None
             except ValueError as error:
-                raise QuizError(f"{where}: not JSON: {error}") from None
+                raise QuizError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
             if not isinstance(record, dict):
                 raise QuizError(f"{where}: a {type(record).__name__}, must be a JSON object")
             yield where, record
@@ -191,5 +191,5 @@ def _make_question(
         answer = LETTERS.index(letter)
     elif not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer <= last:
         numbers = "" if isinstance(answer, str) else f" or 0-{last}"
-        raise QuizError(f"{where}: answer {answer!r:.60} must be one of A-{LETTERS[last]}{numbers}")
+        raise QuizError(f"{where}: answer must be A-{LETTERS[last]}{numbers}, not {answer!r:.60}")
     return Question(subject, text, tuple(choices), answer, index)

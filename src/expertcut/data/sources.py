@@ -20,7 +20,7 @@ from expertcut.data.questions import (
 )
 from expertcut.data.readers import json_lines, read_csv, read_records
 from expertcut.errors import QuizError, SettingsError, SplitError
-from expertcut.files import advance, open_file
+from expertcut.files import advance, hub_reason, open_file
 
 logger = logging.getLogger(__name__)
 
@@ -133,13 +133,14 @@ class _Files:
             if path.suffix and not path.is_dir() and not path.name.startswith(".")
         )
         alike = [name for name in names if split.casefold() in name.casefold()]
-        listed = ", ".join((alike or names)[:_MAX_LISTED]) or "no file"
+        places = sorted({Path(name.removeprefix("data/")).parts[0] for name in names})
+        listed = ", ".join((alike or places)[:_MAX_LISTED]) or "no file"
         wanted = f"{split}{self.ending}"
         if self.ending == ".csv":
             wanted = f"{split}/<subject>_{split}.csv, {split}/<subject>.csv or {wanted}"
         if alike:
             return f"{self.id}: split {split} must lie in {wanted}: found {listed}"
-        return f"{self.id} has no questions in split {split}: no {wanted}, but {listed}"
+        return f"{self.id} has no questions in split {split}: it has {listed}, no {wanted}"
 
 
 class _DataSet:
@@ -242,7 +243,9 @@ def _one_line(quiz: str, revision: str | None) -> Iterator[None]:
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, OSError):
             cause = cause.__cause__  # an OSError names the file, others only wrap it
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
+        reason = hub_reason(cause)
+        if (quiz, revision) == (MMLU_HUB_ID, None):  # the default, which nobody may have named
+            reason += ": name a quiz of your own with --quiz FILE.jsonl"
         raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from error
 
 
@@ -270,6 +273,15 @@ class Weighted:
 def hash_lines(quiz: Quiz) -> frozenset[str]:
     """Both hashes of every question, as lines of `chosen_on.txt`."""
     return frozenset(question.hash_line for question in quiz)
+
+
+def warn_of_repeats(quiz: Quiz) -> None:
+    """Logs how many questions repeat another or one of their choices, if above 5 %."""
+    n_repeats = len(quiz) - len({(q.text.strip(), q.choices) for q in quiz})
+    n_same = sum(len(set(q.choices)) < len(q.choices) for q in quiz)
+    if n_repeats + n_same > 0.05 * len(quiz):  # of MMLU's test questions, 0.8 % do
+        text = "of %d questions of %s, %d repeat another and %d have a choice twice: all count"
+        logger.warning(text, len(quiz), quiz.id, n_repeats, n_same)
 
 
 def is_one_set(quiz: Quiz) -> bool:

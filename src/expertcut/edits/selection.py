@@ -175,6 +175,13 @@ def wanted_count(settings: CutSettings, blocks: Sequence[BlockInfo]) -> int:
     return round(fraction * blocks[0].experts / step) * step
 
 
+def check_wanted(settings: CutSettings, blocks: Sequence[BlockInfo]) -> None:
+    """Raises a PlanError for a number, if one is given, that some layer cannot keep."""
+    is_number = not settings.keep_active and settings.max_bytes is None
+    if is_number and settings.budget == "layer":
+        plan.check_count(blocks, wanted_count(settings, blocks), settings.layout)
+
+
 def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
     """What each layer keeps at least under a global budget: top-k, and `min_keep`."""
     for block in blocks:
@@ -250,10 +257,8 @@ def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = No
     settings.check()
     if settings.keep_active:
         return keep_active(profile, settings)
-    blocks = profile.info.model.blocks
-    n_keep = wanted_count(settings, blocks)
-    if settings.budget == "layer":  # before a criterion runs the model
-        plan.check_count(blocks, n_keep, settings.layout)
+    check_wanted(settings, profile.info.model.blocks)  # before a criterion runs the model
+    n_keep = wanted_count(settings, profile.info.model.blocks)
     return cut(rank(profile, settings, engine), n_keep)
 
 

@@ -1,5 +1,6 @@
 """Which questions choose an edit, which are held out, and which were used before."""
 
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -215,7 +216,12 @@ def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
 def _whole_quiz(profile: Profile) -> Quiz:
     info = profile.info.quiz
     which = (info.id, info.split, info.shots, tuple(info.subjects), info.limit, info.revision)
-    quiz = load_quiz(Selection(*which, profile.truncate))
+    try:
+        quiz = load_quiz(Selection(*which, profile.truncate))
+    except QuizError as error:
+        places = (p for p in profile.path.resolve().parents if os.path.exists(p / info.id))  # noqa: PTH110
+        how = f": run this in {place}, where it is" if (place := next(places, None)) else ""
+        raise QuizError(f"the quiz that {profile.path} was made on: {error}{how}") from None
     if quiz_info(quiz, info.limit).subjects != info.subjects:
         raise ProfileError(
             f"{info.id} is no longer the quiz that {profile.path} asked: its questions changed"

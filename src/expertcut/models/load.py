@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging
 
 from expertcut.errors import ContractError, ModelError, SettingsError
-from expertcut.files import advance
+from expertcut.files import advance, hub_reason
 from expertcut.models import checkpoint_dir, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
@@ -132,6 +132,8 @@ def find_source(model: str, revision: str | None = None) -> Source:
     path = Path(model)
     if path.is_dir():
         source = Source(model, path)
+    elif path.is_file() and path.suffix in (".csv", ".jsonl"):
+        raise ModelError(f"{model} is a file of questions, no model: give it as --quiz {model}")
     elif path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ModelError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
     else:
@@ -173,10 +175,8 @@ def _download(model: str, revision: str | None) -> Path:
         )
         return Path(found)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"no such model: {model} is not a folder here and the hub says: {reason}"
-        ) from None
+        reason = hub_reason(error)
+        raise ModelError(f"no such model: {model} is not a folder here: {reason}") from None
 
 
 @dataclass(frozen=True)
