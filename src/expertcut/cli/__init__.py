@@ -104,6 +104,8 @@ def _errors_in_one_line() -> Iterator[None]:
         _stop(f"{text.rstrip('.')}; did you mean {nearest}?" if nearest else text, 2)
     except TyperException as error:
         text = error.format_message().replace("Input should be", "must be")  # pydantic's
+        if text.startswith("Missing argument"):
+            text = f"{text.rstrip('.')}: {vars(error)['param'].help}"
         _stop(" ".join(text.split()), 2)
     except Stopped as stopped:
         _stop(*stopped.args, is_printed=is_first())
