@@ -100,6 +100,11 @@ def compare(base_N: Array, other_N: Array) -> Comparison:
     )
 
 
+def chance(logprob_NC: Array) -> float:
+    """Share of right answers by guessing: the mean of 1 / number of choices."""
+    return float((1 / np.isfinite(logprob_NC).sum(axis=1)).mean())
+
+
 def gained_lost(base_N: Array, other_N: Array) -> tuple[int, int]:
     """Questions that only the other model answers correctly, and those that only the base does."""
     return int((~base_N & other_N).sum()), int((base_N & ~other_N).sum())
@@ -293,6 +298,7 @@ class HeldOutResult(_Measured):
     held_out_used: str = ""  # how healing used the questions
     held_out: tuple[LogprobShift, ...] = ()
     answered: HeldOutAccuracy | None = None
+    chance: Share | None = None  # the accuracy of guessing; older plans lack it
     held_out_hashes: tuple[str, ...] = ()  # hash lines of the questions
     shares: tuple[ExpertShares, ...] = ()
     alone: BitExactCheck | None = None  # where layout exact only removes experts

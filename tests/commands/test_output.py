@@ -240,6 +240,12 @@ def test_a_checkpoint_says_its_size_accuracy_verdict_and_distance() -> None:
         "distance |Δ log p| against the unedited base: median 0.5000, largest 1.2500, "
         "2 answers flipped",
     ]
+    for chance, who in ((0.15, "the checkpoint is"), (0.25, "both are")):
+        proof = cast(HeldOutResult, scored().proof).model_copy(update={"chance": chance})
+        _, accuracy, verdict, _ = outcome_lines(replace(scored(), proof=proof), (1, 1), (1, 1))
+        words = " ".join(accuracy.split())
+        assert words.endswith(f"; {who} no better than guessing ({100 * chance:g} %)"), words
+        assert ("both only guess here" in " ".join(verdict.split())) == (chance == 0.25)
     used = replace(scored(), scored_on=ScoredSplit("val", 8, 3))
     assert "on 8 val questions, 3 of them used to choose" in outcome_lines(used, (1, 1), (1, 1))[1]
     unscored = replace(scored(), proof=None, why_unscored="nothing judges it")

@@ -80,6 +80,7 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
         f"vllm serve {REPO}",
         "convert_hf_to_gguf.py",
         "2502.17187",
+        ", on 33 questions; olmoe-0 is no better than guessing (25 %)**: test questions of ",
     ):
         assert sentence in plain or sentence in card, sentence
     assert str(tmp_path) not in card and str(made) not in card
@@ -87,6 +88,19 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     assert places == sorted(places) and f"[{BASE}](<" in card[: places[0]]
     assert not re.search(r"[0-9a-f]{7,}", card[card.index("# cut") : places[0]])
     assert "| 42.42% | +3.0 (−7.7 … +15.3) | undecided |\n" in plain  # five columns
+    assert "cite it too" not in card  # `activations` is of the paper above
+    # Of questions that chose the experts the metadata has no figure, and the text says it first.
+    results = load_results(made / "results.json")
+    leak = own.model_copy(update={"chosen_on": own.chosen_on.model_copy(update={"overlap": 9})})
+    compared = [c for c in results.comparisons if c.other == 1]
+    changes = {"models": [results.models[0], leak], "comparisons": compared, "chance": 0.9}
+    results.model_copy(update=changes).save(tmp_path / "leak.json")
+    plan = load_plan(folder).model_copy(update={"criterion": "reap"})
+    (folder / "plan.json").write_text(plan.model_dump_json())
+    card = card_of(folder, tmp_path / "leak.json")
+    assert not {"model-index", "metrics"} & set(metadata_of(card))
+    assert "33 questions, 9 of which chose the experts; both are no better than guessing" in card
+    assert "`reap` is that of [arXiv:2510.13999](https://arxiv.org/abs/2510.13999)" in card
 
 
 def test_a_card_without_results_and_of_a_local_base_says_so(made: Path, tmp_path: Path) -> None:
@@ -166,7 +180,10 @@ def test_results_are_looked_for_beside_the_checkpoint_in_the_run_and_here(
     monkeypatch.chdir(tmp_path / "here")
     assert "without an evaluation: no results.json of these weights" in said(publish(*dry))
     card = (stock / "README.md").read_text().replace("\\", "")
-    assert "on 33 questions: test questions that were not used to choose" in card
+    assert (
+        ", on 33 questions; olmoe-0 is no better than guessing (25 %)**: test questions that"
+        in card
+    )
     assert "| +3.0 (−7.7 … +15.3) | undecided |" in card  # of the held-out check
     Path("results.json").write_text("{}")  # another program's
     done = publish(*dry)

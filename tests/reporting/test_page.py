@@ -187,20 +187,35 @@ def test_the_headline_has_size_verdict_models_quiz_and_date(tmp_path: Path):
         (chunks / name / "run.json").write_text(json.dumps({"finished": finished}))
     (head,) = re.findall(r'<div class="headline">(.*?)</div>', text_of(tmp_path), re.S)
     assert re.findall(r">(\S[^<>\n]+)<", head) == [
-        "25 % smaller, undecided at a margin of 1 point: could be 8.0 points worse",
+        "25 % smaller, undecided at a margin of 1 point: could be 8.0 points worse, on 100 "
+        "questions",
         "cut against base: −3.0 points (−8.0 … +2.0)",
-        "100 questions of birds, split test, 5 shots; measured on 2023-11-15",
+        "birds, split test, 5 shots; measured on 2023-11-15",
     ]
     results = make_results(tmp_path / "results.json")
+    own = results.models[1].model_copy(
+        update={"chosen_on": ChosenOnResult(split="test", overlap=80)}
+    )
+    guessed = {"chance": 0.45, "models": [results.models[0], own]}
+    results.model_copy(update=guessed).save(tmp_path / "results.json")
+    end = ", on 100 questions, 80 of which chose the experts; both are no better than guessing "
+    text = text_of(tmp_path)
+    assert f"8.0 points worse{end}(45 %)</strong>" in text
+    assert "right, no better than guessing (45 %): the base" in text
+    assert "questions would decide; both only guess here" in text
+    (figure,) = [f for f in data_of(text)["figures"].values() if f["title"].startswith("Accuracy")]
+    assert [its["name"] for its in figure["series"]] == ["accuracy", "guessing 45 %"]
+    assert figure["series"][1]["values"] == [0.45] * 2 and figure["series"][1]["reference"]
     compared = [c.model_copy(update={"lost": 0, "gained": 0, "delta": 0.0, "ci95": (-0.009, 0.009)})
                 for c in results.comparisons]  # fmt: skip
     models = [m.model_copy(update={"bytes": 1_000}) for m in results.models]
     changes = {"comparisons": compared, "models": models}
     results.model_copy(update=changes).save(tmp_path / "results.json")
-    assert "same size, undecided" in (text := text_of(tmp_path)) and "same answers" in text
+    text = text_of(tmp_path)
+    assert "same size, undecided" in text and "same answers" in text
     alone = {"comparisons": [], "models": results.models[:1]}
     results.model_copy(update=alone).save(tmp_path / "results.json")
-    assert "<strong>16.8 MB, 50.0 % right</strong>" in text_of(tmp_path)
+    assert "<strong>16.8 MB, 50.0 % right, on 100 questions</strong>" in text_of(tmp_path)
 
 
 @pytest.mark.parametrize("known", ["all", "accuracy", "nothing"])
@@ -214,6 +229,7 @@ def test_a_checkpoint_alone_shows_its_size_and_accuracy(tmp_path: Path, known: s
     form = {"form": "this", "questions": 400, "accuracy": 0.75, "right_logprob": 0.0, "flipped": 0}
     proof = {"held_out_split": "val", "held_out_hashes": tuple(f"{i:064x}" for i in range(400))}
     proof |= {"answered": HeldOutAccuracy(base=0.75, change=change)} if known == "all" else {}
+    proof |= {"chance": 0.74}
     proof |= {"outcomes": (FormResult(**form),)} if known == "accuracy" else {}
     if known == "nothing":
         proof = {}
@@ -238,6 +254,9 @@ def test_a_checkpoint_alone_shows_its_size_and_accuracy(tmp_path: Path, known: s
     )
     found = {"all": "undecided", "accuracy": "75.0 % right", "nothing": "not evaluated yet"}[known]
     assert f"<strong>30 % smaller, {found}" in text
+    guess = {"all": "; both are", "accuracy": ", on 400 questions,", "nothing": ""}[known]
+    assert (f"{guess} no better than guessing (74 %)" in text) == (known != "nothing")
+    assert (", on 400 questions" in text) == (known != "nothing")
     assert ("Held-out questions (val)" in text) == (known != "nothing")
     (tmp_path / "cut" / "chosen_on.txt").unlink()  # whether they were used is not known any more
     assert "held-out" not in text_of(tmp_path / "cut").lower()
@@ -453,6 +472,20 @@ def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
     assert found == {"reap": [0.7, 0.5], "random": [0.6, None], "unedited": [0.75, 0.75]}
     assert figures["audit-a-correlations"]["series"][0]["values"] == [0.5, None]
     assert figures["audit-a-regrets"]["series"][0]["values"] == [0.175, 0.175]
+    # Equals are all named, and which is the best of several is partly chance.
+    cells = tuple(c.model_copy(update={"accuracy": 0.7}) for c in sweep.cells if c.fraction == 0.5)
+    few = sweep.model_copy(update={"cells": cells, "chance": 0.69})
+    said = " ".join(sweep_sentences(few))
+    assert "At 0.5 of the experts reap and random keep most, 70.0 %: reap −5.0 points" in said
+    assert "; chance flatters the best of 2 criteria on " in said
+    equal = tuple(v.model_copy(update={"within": audit.verdicts[0].within}) for v in audit.verdicts)
+    said = audit_sentences(audit.model_copy(update={"verdicts": equal}))[1]
+    assert said.endswith("the best of 2 are reap and random (ρ = +0.50 within layers).")
+    lost = [r.model_copy(update={"removed": 2}) for r in equal[0].regrets]
+    rho = Correlation(rho=-0.5, ci95=(-0.75, -0.25))
+    changes = {"regrets": tuple(lost), "within": rho}
+    last = audit.model_copy(update={"verdicts": (equal[0].model_copy(update=changes),)})
+    assert audit_tables(last)[0].texts()[0][:3] == ["reap", "−0.50 (−0.75 … −0.25)", "–"]
 
 
 def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):

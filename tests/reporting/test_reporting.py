@@ -96,7 +96,7 @@ def test_markdown_is_a_github_table_under_a_heading():
         "\n"
         "| name | share | n | x |\n"
         "| --- | --- | --- | --- |\n"
-        "| wren | 12.3% | 1,234,567 | -2 |\n"
+        "| wren | 12.3% | 1,234,567 | −2 |\n"
         "| heron | – | 0 | – |\n"
         "| – | 100.0% | – | +1.23e+04 |\n"
         "\n"
@@ -117,8 +117,8 @@ def test_rich_shows_title_cells_and_note():
     text = printed(TABLE)
     assert text.index("Birds") < text.index("wren") < text.index("Counted at dawn.")
     (row,) = [line for line in text.splitlines() if "wren" in line]
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["wren", "12.3%", "1,234,567", "-2"]
-    assert "│ wren  │" in row and "│   -2 │" not in row
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["wren", "12.3%", "1,234,567", "−2"]
+    assert "│ wren  │" in row and "│   −2 │" not in row
     (idle,) = [line for line in text.splitlines() if "heron" in line]
     assert idle.index("0") > row.index("1,234,567")  # numbers stand at the right
 
@@ -659,8 +659,8 @@ def test_a_bias_says_whether_the_same_experts_are_chosen_and_where_it_acts():
     fit_table, _, table = held_out_tables(made)
     assert "t is 1 at answer positions and 0 elsewhere" in fit_table.note
     assert table.texts() == [
-        ["unedited", "50.00%", "-1.2500", "0", "256"],
-        ["x", "62.50%", "-1.0000", "32", "256"],
+        ["unedited", "50.00%", "−1.2500", "0", "256"],
+        ["x", "62.50%", "−1.0000", "32", "256"],
     ]
 
 

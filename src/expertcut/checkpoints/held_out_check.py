@@ -213,6 +213,7 @@ def score_edited(
         held_out_split=quiz.split,
         held_out=tuple(compare_logprobs(n, a.logprob_NC, b.logprob_NC) for n, a, b in pairs),
         answered=stats.HeldOutAccuracy(base=float(base_N.mean()), change=change),
+        chance=stats.chance(base.logprob_NC.numpy()),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
         shares=tuple(
             stats.ExpertShares(

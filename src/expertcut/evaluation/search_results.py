@@ -16,7 +16,7 @@ from expertcut.edits.selection import counts, wanted_count
 from expertcut.errors import PlanError
 from expertcut.evaluation.results import ChosenOnResult, check_same, load_outcome, load_unfinished
 from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
-from expertcut.stats import LEVEL, Comparison, Count
+from expertcut.stats import LEVEL, Comparison, Count, Share
 
 SWEEP_FILE = "sweep.json"
 AUDIT_FILE = "audit.json"
@@ -85,6 +85,7 @@ class Sweep(Record):
     format: Format1 = 1
     asked: SweepRequest
     chosen_on: ChosenOnResult
+    chance: Share | None = None  # the accuracy of guessing; older files lack it
     base: SweptModel | None = None
     cells: tuple[SweepCell, ...] = ()
 

@@ -91,7 +91,7 @@ class SweepRun:
         if self.waits:
             self.base = load_profile(base).answers
             model = self._model(self.base, size(self.engine.moe))
-            self.sweep = self.sweep.model_copy(update={"base": model})
+            self.sweep = self.sweep.model_copy(update={"base": model, "chance": self.base.chance})
             self.sweep.save(file)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)

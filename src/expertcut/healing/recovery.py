@@ -198,6 +198,7 @@ def compare(scored: ScoredQuiz, by_form: dict[str, Tensor]) -> HeldOutResult:
         held_out_used=scored.used,
         held_out=tuple(compare_logprobs(form, healed_NC, by_form[form]) for form in others),
         held_out_hashes=tuple(sorted(question.hash_line for question in quiz)),
+        chance=stats.chance(healed_NC.numpy()),
         shares=(),
         alone=None,
         agreement=(),

@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
+from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import PLAN_FILE
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
@@ -35,6 +36,8 @@ _EXCLUDED = (
     "not together with quantised experts, LoRA on experts, EPLB, or expert, data or sequence "
     "parallelism"
 )
+_PAPERS = {name: own.paper for name, own in CRITERIA.items() if own.paper != "2502.17187"}
+_PAPERS |= {"m_smoe": "2310.01334", "hc_smoe": "2410.08589"}  # every card cites the one left out
 _SEAL = re.compile(r"\n<!-- expertcut wrote this card: ([0-9a-f]{64}) -->\n")
 
 
@@ -162,6 +165,7 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
             source_url=f"{place.files}/{one.file}",
         )
         for one in evaluated
+        if not (one.model.chosen_on and one.model.chosen_on.overlap)  # else it is flattered
     ]
     return ModelCardData(
         base_model=origin.id if origin.revision else None,
@@ -197,6 +201,7 @@ def _facts(
         "plan": plan,
         "changes": [s for edit in edits_of(plan) for s in edit.describe(origin.n_experts)],
         "steps": step_sentences(origin),
+        "papers": {c: p for c in (s.criterion for s in origin.steps) if (p := _PAPERS.get(c))},
         "held_out": edit_tables.shifts_table("Shifts", plan.proof.held_out),
         "scored_on": read_scored_split(plan, checkpoint.folder),
         "judged": found,

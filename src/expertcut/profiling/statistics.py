@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-from expertcut.stats import Array
+from expertcut.stats import Array, chance
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Answers:
     @property
     def chance(self) -> float:
         """Share of right answers by guessing."""
-        return float((1 / np.isfinite(self.logprob_NC).sum(axis=1)).mean())
+        return chance(self.logprob_NC)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
-from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable
+from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable, signed
 from expertcut.stats import MARGIN, ExpertShares
 
 if TYPE_CHECKING:  # with torch, which `show` does without
@@ -106,23 +106,26 @@ def outcome_lines(
     """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
     size, parameters = unit(after[1], "B"), f"{unit(after[0])} parameters"
     if before is not None:
-        change = f"{after[1] / before[1] - 1:+.0%}".replace("%", " %").replace("-", "−")
+        change = signed(after[1] / before[1] - 1, "+.0%").replace("%", " %")
         size += f", was {unit(before[1], 'B')} ({change})"
         parameters += f", were {unit(before[0])}"
     lines, sentences = [labelled("size", f"{size}; {parameters}")], held_out_sentences(built)
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
-    answered, scored_on = built.proof.answered, built.scored_on
-    where = scored_on.clause
+    answered, scored_on, chance = built.proof.answered, built.scored_on, built.proof.chance
+    where, n = scored_on.clause, scored_on.questions
     if scored_on.used == 0:
-        where = f"{scored_on.questions:,} held-out questions ({scored_on.split})"
-    forms = "; ".join(f"{o.form} {percent(o.accuracy)}" for o in built.proof.outcomes)
-    if answered is not None and scored_on.questions:
-        delta, base = answered.change.delta, answered.base
+        where = f"{n:,} held-out questions ({scored_on.split})"
+    shares = {outcome.form: outcome.accuracy for outcome in built.proof.outcomes}
+    forms = "; ".join(f"{form} {percent(share)}" for form, share in shares.items())
+    if answered is not None and n:
         if not built.proof.held_out_used:  # else of a healed checkpoint
-            forms = f"{percent(base + delta)}, was {percent(base)}"
+            own = answered.base + answered.change.delta
+            shares = {"the base": answered.base, "the checkpoint": own}
+            forms = "{1}, was {0}".format(*map(percent, shares.values()))
         text = f"{forms} on {where}: {change_text(answered.change)}"
-        judged = verdict_text(answered.change, scored_on.questions, margin)
+        text += guessing_text(shares, n, chance)
+        judged = verdict_text(answered.change, n, margin, answered.base, chance)
         lines += [labelled("accuracy", text), labelled("verdict", judged)]
     elif forms:
         lines.append(labelled("accuracy", f"{forms} on {where}"))
@@ -135,20 +138,23 @@ def outcome_lines(
     return lines + [labelled("", sentence) for sentence in sentences]
 
 
-def verdict_text(change: stats.Comparison, n: int, margin: float) -> str:
-    """The verdict on a change over n questions, and how many would decide where these do not."""
-    within = margin_text(margin)
+def verdict_text(
+    change: stats.Comparison, n: int, margin: float, base: float = 1, chance: float | None = None
+) -> str:
+    """The verdict on a change from the accuracy `base`; how many would decide; if both guess."""
+    both = guess_clause(base, n, chance) and guess_clause(base + change.delta, n, chance)
+    within, end = margin_text(margin), "; both only guess here" if both else ""
     word = stats.verdict(change.gained, change.lost, n, margin)
     if word == "undecided":
         needed = stats.questions_to_hold(change.gained, change.lost, n, margin)
         return (
             f"undecided at a margin of {within}: could be {points(-change.ci95[0])[1:]} points "
-            f"worse; about {needed:,} questions would decide"
+            f"worse; about {needed:,} questions would decide{end}"
         )
     if word != "holds":
-        return f"{word} than the base"
-    is_worse = change.ci95[1] < 0
-    return f"holds within {within} of the base{', yet is measurably worse' if is_worse else ''}"
+        return f"{word} than the base{end}"
+    is_worse = ", yet is measurably worse" if change.ci95[1] < 0 else ""
+    return f"holds within {within} of the base{is_worse}{end}"
 
 
 def margin_text(margin: float) -> str:
@@ -164,14 +170,34 @@ def percent(share: float) -> str:
 def accuracy_text(share: float, n: int, chance: float | None) -> str:
     """An accuracy with its interval, and a clause if that does not lie above guessing."""
     low, high = stats.wilson_interval(share, n)
-    is_clear = chance is None or low > chance
-    clause = "" if is_clear else f", no better than guessing ({100 * (chance or 0):.3g} %)"
-    return f"{percent(share)} ({percent(low)} … {percent(high)}){clause}"
+    return f"{percent(share)} ({percent(low)} … {percent(high)}){guess_clause(share, n, chance)}"
+
+
+def guess_clause(share: float, n: int, chance: float | None) -> str:
+    """A clause if the 95 % interval of an accuracy does not lie above guessing, else empty."""
+    if chance is None or stats.wilson_interval(share, n)[0] > chance:
+        return ""
+    return f", no better than guessing ({100 * chance:.3g} %)"
+
+
+def guessing_text(shares: Mapping[str, float], n: int, chance: float | None) -> str:
+    """A clause that names the models that are no better than guessing, by their accuracies."""
+    clauses = {name: guess_clause(share, n, chance) for name, share in shares.items()}
+    if not (names := [name for name, clause in clauses.items() if clause]):
+        return ""
+    who = "both" if len(names) == len(shares) == 2 else listed(names)
+    return f"; {who} {'are' if len(names) > 1 else 'is'}{clauses[names[0]][1:]}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as `a`, `a, b and c` or, of more than three, `a, b and 2 others`."""
+    *first, last = names if len(names) < 4 else [*names[:2], f"{len(names) - 2} others"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def points(change: float) -> str:
     """A change of accuracy as `−0.8`, in points."""
-    return f"{100 * change:+.1f}".replace("-", "−")
+    return signed(100 * change, "+.1f")
 
 
 def span(ends: Sequence[float]) -> str:
@@ -316,9 +342,10 @@ def healing_facts(
     forms = ", ".join(f"{percent(o.accuracy)} {o.form}" for o in scored.outcomes)
     n, judged = scored.outcomes[0].questions, "none, for the unedited base is not available"
     if scored.answered is not None:
-        change = scored.answered.change
-        judged = f"{verdict_text(change, n, margin)}. {change_text(change)}"
+        change, base = scored.answered.change, scored.answered.base
+        judged = f"{verdict_text(change, n, margin, base, scored.chance)}. {change_text(change)}"
     where = f"{n:,} {scored.held_out_split} questions that {scored.held_out_used}"
+    where += guessing_text({o.form: o.accuracy for o in scored.outcomes}, n, scored.chance)
     return [*facts, ("accuracy", f"{forms}, on {where}"), ("verdict", judged)]
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from expertcut.edits.plan import ChosenOn, PlanFile, ids_text
@@ -11,9 +12,10 @@ from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
-from expertcut.reporting.tables import Cell, Column, Table, columns
+from expertcut.reporting.tables import Cell, Column, Table, columns, signed
 from expertcut.stats import MARGIN, Comparison, verdict
 
+_rho = partial(signed, spec="+.2f")
 _SCORED = (
     f"size; accuracy::.2%; {edits.CHANGE}; verdict | 95 % interval; gained; lost; McNemar p::.3g"
 )
@@ -33,9 +35,15 @@ def plan_table(plan: PlanFile) -> Table:
         joined = ["; ".join(groups) or None] if is_merged else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
-    by = f" by {plan.criterion}".replace("by by hand", "by hand") if plan.criterion else ""
-    note = f"Chosen{by} on {chosen_text(plan.chosen_on)}; model {plan.model.label}."
+    note = f"{made_on(plan)}; model {plan.model.label}."
     return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
+
+
+def made_on(plan: PlanFile) -> str:
+    """How a plan was chosen and on which questions, or on which a checkpoint was trained."""
+    by = "" if plan.criterion in ("", "by hand") else "by "
+    verb = "Trained" if plan.action.startswith("heal") else f"Chosen {by}{plan.criterion}".strip()
+    return f"{verb} on {chosen_text(plan.chosen_on)}"
 
 
 def chosen_text(chosen: ChosenOn) -> str:
@@ -81,16 +89,17 @@ def results_csv(results: Results) -> Table:
 
 def result_sentences(results: Results) -> list[str]:
     """A sentence per model: the change, the size, and leakage."""
-    names = model_names(results)
-    first = f"{names[0]} answers {results.models[0].accuracy:.2%} right: the base of the others."
+    names, base = model_names(results), results.models[0]
+    guess = edits.guess_clause(base.accuracy, base.questions, results.chance)
+    first = f"{names[0]} answers {base.accuracy:.2%} right{guess}: the base of the others."
     return [first, *(f"{names[c.other]}: {_facts(results, c)}." for c in results.comparisons)]
 
 
 def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
     """A verdict per model compared, within a margin (a share of questions)."""
-    names, n = model_names(results), results.models[0].questions
-    texts = ((names[c.other], edits.verdict_text(c, n, margin)) for c in results.comparisons)
-    return [f"{name}: {text}" for name, text in texts]
+    names, base = model_names(results), results.models[0]
+    known = (base.questions, margin, base.accuracy, results.chance)
+    return [f"{names[c.other]}: {edits.verdict_text(c, *known)}" for c in results.comparisons]
 
 
 def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
@@ -98,8 +107,9 @@ def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, st
     said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
     facts = []
     for name, m in zip(model_names(results), results.models, strict=True):
-        if not results.comparisons or m.ci95[0] <= (results.chance or 0):
-            text = edits.accuracy_text(m.accuracy, m.questions, results.chance)
+        scored = (m.accuracy, m.questions, results.chance)
+        if not results.comparisons or edits.guess_clause(*scored):
+            text = edits.accuracy_text(*scored)
             facts.append(("accuracy", f"{name}: {text}"))
     return facts + [fact for pair in said for fact in zip(("verdict", "change"), pair, strict=True)]
 
@@ -213,14 +223,22 @@ def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
     cells = [cell for cell in sweep.cells if cell.fraction == fraction]
     if not cells:
         return f"At {fraction:g} no cell is finished."
-    best = max(cells, key=lambda cell: cell.accuracy)
-    held = ", ".join(cell.by for cell in within_margin(cells, margin)) or "none"
-    return (
-        f"At {fraction:g} of the experts {best.by} keeps most, {edits.percent(best.accuracy)}: "
-        f"{edits.change_text(best.change)}, "
-        + edits.verdict_text(best.change, best.questions, margin)
-        + (f"; within the margin: {held}." if len(cells) > 1 else ".")
+    best, n = max(cells, key=lambda cell: cell.accuracy), sweep.n_questions
+    ties = [cell.by for cell in cells if cell.accuracy == best.accuracy]
+    keep, own = ("keep", f"{best.by} ") if len(ties) > 1 else ("keeps", "")
+    text = (
+        f"At {fraction:g} of the experts {edits.listed(ties)} {keep} most, "
+        f"{edits.percent(best.accuracy)}: {own}{edits.change_text(best.change)}, "
+        + edits.verdict_text(best.change, n, margin)
     )
+    if (base := sweep.base) is not None:
+        shares = {"the unedited model": base.accuracy, best.by: best.accuracy}
+        text += edits.guessing_text(shares, n, sweep.chance)
+        is_near = best.ci95[0] <= base.ci95[1] and base.ci95[0] <= best.ci95[1]
+        if len(cells) > 1 and is_near:
+            text += f"; chance flatters the best of {len(cells)} criteria on {n:,} questions"
+    held = ", ".join(cell.by for cell in within_margin(cells, margin)) or "none"
+    return text + (f"; within the margin: {held}." if len(cells) > 1 else ".")
 
 
 def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
@@ -243,9 +261,11 @@ def _criteria_table(audit: Audit) -> Table:
     rows: list[list[Cell]] = []
     for v in ranked(audit):
         others = [*_correlation(v.overall), *_correlation(v.within_accuracy)]
-        within, interval = _correlation(v.within)
-        text = None if within is None else f"{within:+.2f}" + (f" ({interval})" if interval else "")
-        rows.append([v.by, text, *(r.regret for r in v.regrets), *others])
+        (_, interval), within = _correlation(v.within), v.within.rho
+        text = None if within is None else _rho(within) + (f" ({interval})" if interval else "")
+        # Where none or all of the sample go, no criterion chooses.
+        chosen = (r.regret if 0 < r.removed < len(audit.harms) else None for r in v.regrets)
+        rows.append([v.by, text, *chosen, *others])
     heads = "criterion; ρ within layers (95 %)"
     heads += "".join(f"; at {f:g}::.4f" for f in audit.asked.fractions)
     heads += " | ρ over all::+.2f; 95 % interval; ρ with accuracy::+.2f; 95 % interval"
@@ -328,11 +348,14 @@ def audit_sentences(audit: Audit) -> list[str]:
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )
-    first = ranked(audit)[0]
-    if first.within.rho is None:
+    most = ranked(audit)[0].within.rho
+    if most is None:
         return [leak, "No rank correlation is defined: sample more experts."]
     clear = [v.by for v in ranked(audit) if v.within.is_clear]
-    best = f"the best is {first.by} (ρ = {first.within.rho:+.2f} within layers)"
+    ties = [v.by for v in ranked(audit) if (v.within.rho or -2) >= most - 1e-12]
+    of = f" of {len(audit.verdicts)}" if len(audit.verdicts) > 1 else ""
+    best = f"the best{of} {'are' if len(ties) > 1 else 'is'} {edits.listed(ties)}"
+    best += f" (ρ = {_rho(most)} within layers)"
     summary = "No criterion clearly orders these experts by their harm"
     if clear:
         summary = f"These order experts by their harm beyond chance: {', '.join(clear)}"
@@ -349,7 +372,7 @@ def _least_regrets(audit: Audit) -> str:
         if regret.removed in (0, n_sampled):
             parts.append(f"at {fraction:g} {'all' if regret.removed else 'none'} of the sample go")
             continue
-        names = "all alike" if len(best) == len(audit.verdicts) > 1 else " and ".join(best)
+        names = "all alike" if len(best) == len(audit.verdicts) > 1 else edits.listed(best)
         parts.append(
             f"at {fraction:g} {names} ({least:.4f}, at random {regret.random - regret.least:.4f})"
         )
@@ -380,5 +403,4 @@ def ranked(audit: Audit) -> list[searches.CriterionEvaluation]:
 
 
 def _correlation(rank: searches.Correlation) -> list[Cell]:
-    interval = None if rank.ci95 is None else f"{rank.ci95[0]:+.2f} … {rank.ci95[1]:+.2f}"
-    return [rank.rho, interval]
+    return [rank.rho, None if rank.ci95 is None else " … ".join(map(_rho, rank.ci95))]

@@ -96,11 +96,10 @@ def headlines(run: Run) -> Iterator[Headline]:
     """One for each evaluation; without any one for each checkpoint, or else each profile."""
     for document in run.results:
         results = document.content
-        (_, questions), *_ = _quiz(results, results.quiz)
+        (_, context), *_ = _quiz(results, results.quiz)
         chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
         on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
-        context = f"{results.models[0].questions:,} questions of {questions}"
-        yield results_headline(results, context + (f"; measured on {on}" if on else ""))
+        yield results_headline(results, f"{context}{f'; measured on {on}' if on else ''}")
     checkpoints = [*filter(None, map(checkpoint_headline, () if run.results else run.plans))]
     yield from checkpoints
     for profile in () if run.results or checkpoints else run.profiles:
@@ -113,13 +112,27 @@ def headlines(run: Run) -> Iterator[Headline]:
 def results_headline(results: Results, context: str = "") -> Headline:
     """The size and the verdict of the first models compared, or the accuracy of the only one."""
     base, names = results.models[0], eval_tables.model_names(results)
-    findings = []
+    findings, n = [], base.questions
     for c in results.comparisons[:_HEADLINES]:
         size = _size_text(results.models[c.other].bytes, base.bytes)
         figures = f"{names[c.other]} against {names[0]}: {change_text(c)}"
-        findings.append((f"{size}, {_verdict_text(c, base.questions)}", figures))
-    alone = (f"{_size_text(base.bytes)}, {percent(base.accuracy)} right", names[0])
-    return Headline(findings or [alone], context)
+        shares = {names[i]: results.models[i].accuracy for i in (0, c.other)}
+        text = f"{size}, {_verdict_text(c, n)}{_asked_of(results.models[c.other])}"
+        text += edit_tables.guessing_text(shares, n, results.chance)
+        findings.append((text, figures))
+    text = f"{_size_text(base.bytes)}, {percent(base.accuracy)} right{_asked_of(base)}"
+    text += edit_tables.guess_clause(base.accuracy, n, results.chance)
+    return Headline(findings or [(text, names[0])], context)
+
+
+def _asked_of(model: ModelResult) -> str:
+    used = model.chosen_on.overlap if model.chosen_on else 0
+    return _asked(model.questions, used, bool(model.healed_from))
+
+
+def _asked(n: int, used: int | None, is_healed: bool) -> str:
+    how = "had a part in it" if is_healed else "chose the experts"
+    return f", on {n:,} questions{f', {used:,} of which {how}' if used else ''}"
 
 
 def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
@@ -136,14 +149,18 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     base: list[Cell] = [name, _size_text(base_size)]
     own: list[Cell] = [document.name, _size_text(size)]
     words, figures = "not evaluated yet", f"{document.name} against {name}"
+    asked = _asked(n, scored_on.used, bool(plan.proof.held_out_used))
     if answered := plan.proof.answered:
         c = answered.change
-        words, figures = _verdict_text(c, n), f"{figures}: {change_text(c)}"
+        words, figures = _verdict_text(c, n) + asked, f"{figures}: {change_text(c)}"
+        shares = {name: answered.base, document.name: answered.base + c.delta}
+        words += edit_tables.guessing_text(shares, n, plan.proof.chance)
         base.append(answered.base)
         own += [answered.base + c.delta, change_text(c, ""), verdict(c.gained, c.lost, n, MARGIN)]
     elif plan.proof.outcomes:  # of healed checkpoints, and of those of earlier versions
         own.append(accuracy := plan.proof.outcomes[-1].accuracy)
-        words = f"{percent(accuracy)} right"
+        words = f"{percent(accuracy)} right{asked}"
+        words += edit_tables.guess_clause(accuracy, n, plan.proof.chance)
     heads = columns(f"model; size; accuracy::.2%; {edit_tables.CHANGE}; verdict")
     rows = [base, own]
     if plan.proof.held_out_used and answered:  # healed
@@ -152,8 +169,7 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     rows = [[*row, *[None] * (len(heads) - len(row))] for row in rows]
     finding = f"{_size_text(size, base_size)}, {words}"
     title = scored_on.title if own[2:] else "Evaluate it with expertcut eval"
-    context = f"{title}, {n:,} in all" if own[2:] else title
-    return Headline([(finding, figures)], context, Table(title, heads, rows))
+    return Headline([(finding, figures)], title, Table(title, heads, rows))
 
 
 def _weight_bytes(folder: Path | None) -> int:
@@ -270,10 +286,8 @@ def _in_words(plan: PlanFile, profile: NamedDocument[Findings] | None) -> str:
     is_first = not any(edit.rows for edit in plan.blocks.values())  # else of an edited model
     n_experts = blocks[0].experts if blocks and is_first else None
     described = [s for edit in export.edits_of(plan) for s in edit.describe(n_experts)]
-    first = f"{plan.action}: layout {plan.layout}, criterion {plan.criterion}."
-    verb = "Trained" if plan.action.startswith("heal") else "Chosen"
-    on = f"{verb} on {eval_tables.chosen_text(plan.chosen_on)}."
-    return " ".join([first, *described, on])
+    first = f"{plan.action}: layout {plan.layout}."
+    return " ".join([first, *described, f"{eval_tables.made_on(plan)}."])
 
 
 def _traffic(traffic: Sequence[RemovedTraffic], key: str) -> Curves:
@@ -314,19 +328,19 @@ def _change(base: ModelResult, model: ModelResult, subject: str) -> float | None
 
 
 def _results_parts(results: Results, key: str) -> list[Part]:
-    table = eval_tables.results_table(results)
-    figure = Curves(
-        key=f"{key}-accuracy",
-        title="Accuracy of every variant",
-        note="Bars are 95 % intervals (Wilson), the line is the base. The interval of a "
-        "difference, in the table, is narrower: the questions are the same.",
-        across="model",
-        categories=tuple(eval_tables.model_names(results)),
-        series=(accuracies("accuracy", results.models),),
-        column=Column("accuracy", ".1%"),
-        is_flat=True,
-        zero=results.models[0].accuracy,
+    table, models = eval_tables.results_table(results), results.models
+    names, series = eval_tables.model_names(results), [accuracies("accuracy", models)]
+    if (chance := results.chance) is not None and len(models) > 1:  # a line from row to row
+        level = (chance,) * len(models)
+        series.append(Series(f"guessing {100 * chance:.3g} %", level, is_reference=True))
+    note = (
+        "Bars are 95 % intervals (Wilson), the line is the base. The interval of a difference, in "
+        "the table, is narrower: the questions are the same."
     )
+    figure = Curves(
+        f"{key}-accuracy", "Accuracy of every variant", note, "model", tuple(names), tuple(series),
+        Column("accuracy", ".1%"), is_flat=True, zero=models[0].accuracy,
+    )  # fmt: skip
     return [
         Summary(table.narrow(unless=False)),
         *eval_tables.verdict_sentences(results),
@@ -341,20 +355,16 @@ def _results_parts(results: Results, key: str) -> list[Part]:
 def _differences(results: Results, key: str) -> Curves:
     base, subjects = results.models[0], tuple(results.models[0].subjects)
     others = list(zip(eval_tables.model_names(results), results.models, strict=True))[1:]
+    changes = ((name, (_change(base, model, s) for s in subjects)) for name, model in others)
+    series = tuple(Series(name, tuple(values)) for name, values in changes)
+    title, column = (
+        "Difference to the base, subject by subject",
+        Column("Δ accuracy, points", "+.1f"),
+    )
+    note = "On the same questions. Single subjects are not tested: with so few questions each, "
+    note += "chance alone moves them."
     return Curves(
-        key=f"{key}-subjects",
-        title="Difference to the base, subject by subject",
-        note="On the same questions. Single subjects are not tested: with so few questions each, "
-        "chance alone moves them.",
-        across="subject",
-        categories=subjects,
-        series=tuple(
-            Series(name, tuple(_change(base, model, subject) for subject in subjects))
-            for name, model in others
-        ),
-        column=Column("Δ accuracy, points", "+.1f"),
-        is_flat=True,
-        zero=0.0,
+        f"{key}-subjects", title, note, "subject", subjects, series, column, is_flat=True, zero=0.0
     )
 
 

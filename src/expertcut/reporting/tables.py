@@ -142,7 +142,12 @@ def save_table(file: Path, table: Table, figure: Mapping[str, bytes]) -> None:
 def _text(cell: Cell, column: Column) -> str:
     if cell is None:
         return "–"
-    return printable(cell if isinstance(cell, str) else format(cell, column.spec))
+    return printable(cell) if isinstance(cell, str) else signed(cell, column.spec)
+
+
+def signed(number: float, spec: str) -> str:
+    """A formatted number; the sign of a negative one is a minus."""
+    return re.sub("^-", "−", format(number, spec))
 
 
 def labelled(label: str, text: str) -> str:

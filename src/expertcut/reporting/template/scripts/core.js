@@ -30,7 +30,7 @@ function format(spec, value) {
   return withSign(sign, value, text + (kind === "%" ? "%" : ""));
 }
 
-const withSign = (sign, value, text) => (sign && value >= 0 ? `+${text}` : text);
+const withSign = (sign, value, text) => (sign && value >= 0 ? `+${text}` : text.replace(/^-/, "−"));
 
 const tip = document.getElementById("tip");
 
