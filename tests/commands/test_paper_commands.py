@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -163,7 +164,8 @@ def load(folder: Path) -> Any:
 
 def test_the_three_commands_of_the_paper_run_as_they_stand(paper: Paper) -> None:
     assert [d.status for d in paper.done] == [0, 0, 0], paper.done
-    assert [d.stderr for d in paper.done] == ["", "", ""]
+    for done in paper.done:  # at most how far it is
+        assert re.fullmatch(r"((profiling|running) \S+ \d+/\d+ questions, .*\n)?", done.stderr)
     profiled, pruned, reweighted = (d.stdout for d in paper.done)
     assert profiled.startswith("quiz      24 test questions of ")
     assert "\nwritten   profiles/OLMoE-1B-7B-0125-Instruct-mmlu-test-5shot-" in profiled
@@ -278,7 +280,7 @@ def test_they_give_the_same_bytes_offline_from_the_cache(paper: Paper, tmp_path:
     n_asked = len(paper.hub.asked)
     environment = paper.hub.environment(paper.hf_home, is_offline=True)
     done = [expertcut(command, folder, environment) for command in PAPER[:2]]
-    assert [(d.status, d.stderr) for d in done] == [(0, ""), (0, "")]
+    assert [d.status for d in done] == [0, 0]
     assert len(paper.hub.asked) == n_asked
     assert [d.stdout for d in done] == [d.stdout for d in paper.done[:2]]
     written = [p for p in folder.rglob("*") if p.is_file() and p.name != "run.json"]

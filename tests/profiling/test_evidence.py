@@ -466,7 +466,7 @@ def test_suspects_are_the_worst_ten_with_their_numbers(found: Findings):
     table = suspects_table(found)
     for row, cells in zip(shown[:10], table.texts(), strict=True):
         low, high = row["accuracy_ci95"]
-        assert cells == [
+        assert [cell.replace("−", "-") for cell in cells] == [
             *(str(row["layer"]), str(row["expert"])),
             *(f"{row['appearances']:.1%}", f"{row['accuracy']:.1%}", f"{low:.1%} … {high:.1%}"),
             *(f"{100 * row['difference']:+.1f}", f"{100 * row['difference_se']:.1f}"),

@@ -350,6 +350,7 @@ def test_time_passes_where_nothing_is_reported_and_a_file_gets_a_plain_line_a_mi
             time.sleep(0.05)
             assert out.getvalue() == ""
             bars.advance("cell 0", 1, 9, "questions")
+            now[0] += 3
             waits_for("cell 0 1/9 questions")
         for done in range(0, 101, 10):
             bars.advance("cell 1", done, 101, "questions")

@@ -8,6 +8,7 @@ environment; no process group is set up, and no process waits for another's mess
 import codecs
 import errno
 import gc
+import math
 import os
 import signal
 import sys
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _OTHERS = "... - - x * <- -> +- delta alpha rho sum ^2 | inf <= >="
-FIRST_LINE_S = 1.5  # until work without a terminal says how far it is; then once a minute
+FIRST_LINE_S = 1.5  # of work, until a line without a terminal; then once a minute
 _SPELT = dict(zip("…−–×·←→±ΔαρΣ²‖∞≤≥", _OTHERS.split(), strict=True))
 
 
@@ -211,11 +212,12 @@ class Bars:
                         self.advance(name, 0, 0, "")
                     for bar in self.bars.values():
                         # While inputs are read they may yet be refused, in one line.
-                        pause_s = first_s if bar.total and bar.unit != "B" else 60
+                        is_work = bool(bar.total) and bar.unit != "B"
+                        has_begun = is_work and bar.format_dict["elapsed"] >= first_s
                         if self.terminal is not None:
                             bar.refresh()
-                        elif time.monotonic() - said_s >= pause_s:
-                            said_s, first_s = time.monotonic(), 60
+                        elif has_begun or time.monotonic() - said_s >= 60:
+                            said_s, first_s = time.monotonic(), math.inf
                             print(" ".join(str(bar).split()), file=sys.stderr, flush=True)
 
         thread = threading.Thread(target=tick, daemon=True)
