@@ -478,9 +478,11 @@ def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
     said = " ".join(sweep_sentences(few))
     assert "At 0.5 of the experts reap and random keep most, 70.0 %: reap −5.0 points" in said
     assert "; chance flatters the best of 2 criteria on " in said
-    equal = tuple(v.model_copy(update={"within": audit.verdicts[0].within}) for v in audit.verdicts)
-    said = audit_sentences(audit.model_copy(update={"verdicts": equal}))[1]
-    assert said.endswith("the best of 2 are reap and random (ρ = +0.50 within layers).")
+    for rho, text in ((0.0, "+0.00"), (0.5, "+0.50")):
+        both = Correlation(rho=rho, ci95=(-0.75, 0.75))
+        equal = tuple(v.model_copy(update={"within": both}) for v in audit.verdicts)
+        said = audit_sentences(audit.model_copy(update={"verdicts": equal}))[1]
+        assert said.endswith(f"the best of 2 are reap and random (ρ = {text} within layers).")
     lost = [r.model_copy(update={"removed": 2}) for r in equal[0].regrets]
     rho = Correlation(rho=-0.5, ci95=(-0.75, -0.25))
     changes = {"regrets": tuple(lost), "within": rho}

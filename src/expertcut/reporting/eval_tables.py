@@ -352,7 +352,7 @@ def audit_sentences(audit: Audit) -> list[str]:
     if most is None:
         return [leak, "No rank correlation is defined: sample more experts."]
     clear = [v.by for v in ranked(audit) if v.within.is_clear]
-    ties = [v.by for v in ranked(audit) if (v.within.rho or -2) >= most - 1e-12]
+    ties = [v.by for v in ranked(audit) if (-2 if v.within.rho is None else v.within.rho) >= most]
     of = f" of {len(audit.verdicts)}" if len(audit.verdicts) > 1 else ""
     best = f"the best{of} {'are' if len(ties) > 1 else 'is'} {edits.listed(ties)}"
     best += f" (ρ = {_rho(most)} within layers)"
