@@ -294,9 +294,9 @@ def test_the_commands_run_from_python_and_say_nothing(
         ("sweep mine", "mine is a profile: name it with --profile mine"),
         (
             "merge --quiz q --keep 4",
-            "--quiz needs a MODEL to profile first: name it and --quiz, or",
+            "--quiz is for a MODEL that is profiled first: give MODEL and --quiz, or",
         ),
-        ("prune --split val --keep 4", "--split needs a MODEL to profile first"),
+        ("prune --split val --keep 4", "--split is for a MODEL that is profiled first"),
         ("prune --profile owner/name --keep 4", "no profile in owner/name: it has no profile.json"),
         ("prune owner/name --sweep 0.5", "MODEL does not go with --sweep"),
     ],

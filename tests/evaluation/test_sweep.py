@@ -363,7 +363,7 @@ def test_showing_a_sweep_needs_neither_torch_nor_matplotlib(
         (("--sweep", "0.5", "--min-keep", "3"), "needs --budget global"),
         (("--sweep", "0.5", "--split", "nights"), "nights"),
         (("--sweep", "0.5", "--subjects", "dark_rooms"), "dark_rooms"),
-        (("--keep", "4", "--split", "test"), "--split needs a MODEL to profile first"),
+        (("--keep", "4", "--split", "test"), "--split is for a MODEL that is profiled first"),
         (("--keep", "4", "--by", "fame"), "'fame' is not a criterion"),
         (("--keep", "4", "--by", "random,activations"), "names several criteria"),
         (("--max-bytes", "few"), "is not a size"),

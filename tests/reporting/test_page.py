@@ -476,7 +476,7 @@ def test_sweeps_and_audits_stand_there_as_show_prints_them(tmp_path: Path):
     cells = tuple(c.model_copy(update={"accuracy": 0.7}) for c in sweep.cells if c.fraction == 0.5)
     few = sweep.model_copy(update={"cells": cells, "chance": 0.69})
     said = " ".join(sweep_sentences(few))
-    assert "At 0.5 of the experts reap and random keep most, 70.0 %: reap −5.0 points" in said
+    assert "At 0.5 of the experts reap and random keep most, 70.0 %; by reap: −5.0 points" in said
     assert "; chance flatters the best of 2 criteria on " in said
     for rho, text in ((0.0, "+0.00"), (0.5, "+0.50")):
         both = Correlation(rho=rho, ci95=(-0.75, 0.75))

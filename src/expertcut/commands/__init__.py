@@ -197,9 +197,12 @@ class ProfiledSettings(ModelSettings):
             )
         return profile
 
+    def check_profile(self, _profile: "Profile") -> None:
+        """Refuses what the profile's model rules out, before a quiz is read."""
+
     def choosing_profile(self, ui: UI) -> "Profile":
         """The profile without its held-out questions."""
-        profile = self.load_profile()
+        self.check_profile(profile := self.load_profile())
         from expertcut.edits.splits import choosing_profile  # not if there is no profile
 
         profile, note = choosing_profile(profile, self.held_out)
@@ -264,8 +267,8 @@ class ModelFirstSettings(ProfiledQuizSettings):
     def check_model(self) -> None:
         """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
         if self.model is None and (given := self.scored_given):
-            how = "name it and --quiz, or leave this out: a profile has its own questions"
-            raise SettingsError(f"{given[0]} needs a MODEL to profile first: {how}")
+            how = "give MODEL and --quiz, or leave it out: a profile has its own questions"
+            raise SettingsError(f"{given[0]} is for a MODEL that is profiled first: {how}")
         if self.model is not None and (self.quiz is None or self.profile is not None):
             how = ", or add --quiz QUIZ, and no --profile, to profile it first"
             raise no_profile(self.model, how)

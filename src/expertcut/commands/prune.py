@@ -86,6 +86,12 @@ class PruneSettings(CheckpointSettings, _Cut):
                 "--adapter goes into a checkpoint, which --plan-only does not write: leave one out"
             )
 
+    def check_profile(self, profile: "Profile") -> None:
+        """Refuses a number of experts that some layer cannot keep."""
+        from expertcut.edits.selection import check_wanted
+
+        check_wanted(self, profile.info.model.blocks)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -116,10 +122,6 @@ def choose(settings: PruneSettings, ui: UI) -> Choice:
         from expertcut.checkpoints.lora import read_adapter
 
         read_adapter(Path(settings.adapter))
-    blocks = settings.load_profile().info.model.blocks
-    from expertcut.edits.selection import check_wanted
-
-    check_wanted(settings, blocks)  # before the quiz is read
     profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.size import choose_cut, with_protection  # with torch
     from expertcut.edits.router_edits import scalings, tilts, with_tilts

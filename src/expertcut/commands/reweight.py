@@ -111,11 +111,8 @@ def write(
     from expertcut.reporting import edit_tables as tables
 
     profile, edit, folder = choice.profile, choice.reweighting, settings.out or choice.folder
-    options, proof = (
-        settings.build_options({**edit.extra_files, **(extra_files or {})}),
-        choice.proof,
-    )
-    facts = []
+    options = settings.build_options({**edit.extra_files, **(extra_files or {})})
+    facts, proof = [], choice.proof
     if proof is not None:
         judged = tables.verdict_text(proof.cross_fitted, proof.questions, settings.margin / 100)
         facts = [("verdict", f"by cross-fitting: {judged}")]

@@ -32,8 +32,8 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
-_WEIGHTY = 0.01  # share of an answer's gate weights: less may be lost in rounding
-_OFTEN = 0.05  # share of the answers
+_MIN_WEIGHT = 0.01  # of an answer's gate weights: less may be lost in rounding
+_MIN_ANSWERS = 0.05  # of all answers
 
 
 class Step(NamedTuple):
@@ -193,10 +193,7 @@ def simulate(
 
 
 def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
-    """Whether a stock cut surely acts: it removes experts that some answers used.
-
-    Else answers without a changed bit would not show that the edit was never reached.
-    """
+    """Whether a stock cut removes experts that answers used, so that some answer must change."""
     if LAYOUTS[plan.layout].keeps_rows:
         return False
     chosen_NLK = profile.array("chosen_NLK")
@@ -205,5 +202,5 @@ def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
     is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
     for layer, block in enumerate(profile.info.model.blocks):
         is_removed_NK = ~np.isin(chosen_NLK[:, layer], plan.edits[block.name].keep)
-        is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > _WEIGHTY)).any(axis=1)
-    return bool(is_hit_N.mean() >= _OFTEN)
+        is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > _MIN_WEIGHT)).any(axis=1)
+    return bool(is_hit_N.mean() >= _MIN_ANSWERS)

@@ -225,10 +225,10 @@ def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
         return f"At {fraction:g} no cell is finished."
     best, n = max(cells, key=lambda cell: cell.accuracy), sweep.n_questions
     ties = [cell.by for cell in cells if cell.accuracy == best.accuracy]
-    keep, own = ("keep", f"{best.by} ") if len(ties) > 1 else ("keeps", "")
+    keep, by = ("keep", f"; by {best.by}") if len(ties) > 1 else ("keeps", "")
     text = (
         f"At {fraction:g} of the experts {edits.listed(ties)} {keep} most, "
-        f"{edits.percent(best.accuracy)}: {own}{edits.change_text(best.change)}, "
+        f"{edits.percent(best.accuracy)}{by}: {edits.change_text(best.change)}, "
         + edits.verdict_text(best.change, n, margin)
     )
     if (base := sweep.base) is not None:

@@ -357,15 +357,13 @@ def _differences(results: Results, key: str) -> Curves:
     others = list(zip(eval_tables.model_names(results), results.models, strict=True))[1:]
     changes = ((name, (_change(base, model, s) for s in subjects)) for name, model in others)
     series = tuple(Series(name, tuple(values)) for name, values in changes)
-    title, column = (
-        "Difference to the base, subject by subject",
-        Column("Δ accuracy, points", "+.1f"),
-    )
+    title = "Difference to the base, subject by subject"
     note = "On the same questions. Single subjects are not tested: with so few questions each, "
     note += "chance alone moves them."
     return Curves(
-        f"{key}-subjects", title, note, "subject", subjects, series, column, is_flat=True, zero=0.0
-    )
+        f"{key}-subjects", title, note, "subject", subjects, series,
+        Column("Δ accuracy, points", "+.1f"), is_flat=True, zero=0.0,
+    )  # fmt: skip
 
 
 def subjects_table(results: Results) -> Table:
