@@ -124,8 +124,9 @@ def test_a_dry_run_asks_the_hub_nothing_and_says_what_would_go(
     assert would and f"would go to {hub.url}/{REPO}" in said(done)
     assert said(done).endswith(f"expertcut publish {folder} {REPO}")
     unnamed = publish(folder, "--dry-run")  # of no repository yet
-    assert f"{would[0]} {hub.url}/OWNER/NAME" in said(unnamed)
-    assert said(unnamed).endswith(f"expertcut publish {folder} OWNER/NAME")
+    assert f"{would[0]} {hub.url}/OWNER/stock" in said(unnamed)
+    assert said(unnamed).endswith(f"expertcut publish {folder} OWNER/stock")
+    assert "\n# stock\n" in (folder / "README.md").read_text()
     assert "name the repository, as OWNER/NAME" in publish(folder).err
     assert hub.asked == []
 

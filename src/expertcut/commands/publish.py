@@ -1,5 +1,6 @@
 """`expertcut publish`: a checkpoint's model card, and both to the Hugging Face Hub."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -51,9 +52,10 @@ def run(settings: PublishSettings, ui: UI = SILENT) -> "Published":
     ui.quiet()
     from expertcut.hub.upload import publish
 
+    name = re.sub(r"\W+", "-", settings.checkpoint.resolve().name, flags=re.ASCII)
     done = publish(
         settings.checkpoint,
-        settings.repo or "OWNER/NAME",
+        settings.repo or f"OWNER/{name[:80].strip('-') or 'NAME'}",
         results=settings.results,
         revision=settings.revision,
         is_private=settings.private,
