@@ -60,8 +60,10 @@ class UI:
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
 
-    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
-        """All results of a run over `total` questions, which keeps finished chunks in `where`."""
+    def watch(
+        self, run: Watched[T], what: str, total: int, where: Path, unit: str = "questions"
+    ) -> list[T]:
+        """All results of a run over `total` units, which keeps finished chunks in `where`."""
         found = []
         with self.parts(what, where) as report:
             for step in run(lambda step: None):

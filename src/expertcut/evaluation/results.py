@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
 from expertcut.profiling.locks import CLAIMS
-from expertcut.profiling.schema import ProfileInfo, Settings
+from expertcut.profiling.schema import AnyProfileInfo, Settings
 from expertcut.stats import Comparison, Count, Share
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
             raise OutputError(f"{folder} is another {kind}: its {key} {how}: name another --out")
 
 
-def profile_hash(info: ProfileInfo) -> str:
+def profile_hash(info: AnyProfileInfo) -> str:
     """SHA-256 of everything that a profile's bytes depend on."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 

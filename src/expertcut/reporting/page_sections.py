@@ -18,7 +18,7 @@ from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import ModelResult, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import BlockInfo, QuizInfo
+from expertcut.profiling.schema import BlockInfo, QuizInfo, TextInfo
 from expertcut.reporting import edit_tables, eval_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
@@ -492,7 +492,7 @@ def _results(results: Results) -> Rows:
     ]
 
 
-def _quiz(quiz: QuizInfo | Results, name: str) -> Rows:
+def _quiz(quiz: QuizInfo | TextInfo | Results, name: str) -> Rows:
     first = f", the first {quiz.limit} of each subject" if quiz.limit else ""
     questions = f"{name}, split {quiz.split}, {quiz.shots} shots{first}"
     return [("questions", questions), ("revision of the questions", quiz.revision)]

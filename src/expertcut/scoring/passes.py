@@ -20,6 +20,7 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring import packing
 from expertcut.scoring.attention import Prefix, Split, attending, groups
 from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
+from expertcut.scoring.projection import Projection
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
@@ -129,7 +130,10 @@ class PassObserver:
 
 @dataclass
 class Run:
-    """The passes of one chunk; `last_layer` is the decoder layer that runs on answers only."""
+    """The passes of one chunk; `last_layer` is the decoder layer that runs on answers only.
+
+    With a `projection`, a pass gives the hidden states (T, H) of all its tokens instead of logits.
+    """
 
     moe: MoeModel
     encoded: Encoded
@@ -138,6 +142,7 @@ class Run:
     batch_tokens: int
     attention: Attention
     last_layer: int | None
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         is_shared = self.mode == "packed"
@@ -147,7 +152,7 @@ class Run:
         self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
-        """Each pass with questions and its logits (N, V)."""
+        """Each pass with questions and its logits (N, V), or its hidden states (T, H)."""
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
         budget = 0 if self.mode == "single" else self.batch_tokens
         todo = list(cut_packs(lengths, budget, is_padded=self.mode != "packed"))
@@ -202,7 +207,10 @@ class Run:
                     layer.crop(-n_more)
 
     def _forward(self, step: Pass) -> Tensor:
-        """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
+        """Logits (N, V) at the answer positions; only there is the vocabulary projected.
+
+        With a projection hidden states (T, H), of which it makes logits.
+        """
         device, last, keeps_all = self.moe.device, self.last_layer, self.watch.keeps_all
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
@@ -214,10 +222,16 @@ class Run:
             if last is not None:
                 block = self.moe.blocks[-1]
                 stack.enter_context(reading_answers(block, step.answers_N, self.watch))
+            ids, mask = step.input_ids.to(device), step.mask
+            mask = None if mask is None else self._mask(mask.to(device))
+            positions = None if step.positions is None else step.positions.to(device)
+            if self.projection is not None:
+                halves, run = self.projection, self.moe.model
+                return halves.hidden(run, ids, mask, position_ids=positions).flatten(0, 1)
             logits_BCV = self.moe.model(
-                input_ids=step.input_ids.to(device),
-                attention_mask=None if step.mask is None else self._mask(step.mask.to(device)),
-                position_ids=None if step.positions is None else step.positions.to(device),
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=columns.to(device),
