@@ -90,6 +90,30 @@ class NextTokenStatistics:
         return share(self.loss_E, self.predicted_E)
 
 
+@dataclass(frozen=True)
+class TextScore:
+    """Σ −log p of next tokens (nats), how many were scored, and how many predicted."""
+
+    loss: float
+    scored: int
+    right: int
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean −log p in nats; NaN where nothing was scored."""
+        return self.loss / self.scored if self.scored else float("nan")
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss; infinite beyond what a float holds."""
+        return float(np.exp(np.minimum(self.mean_loss, 709.0)))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the scored tokens that were predicted."""
+        return self.right / self.scored if self.scored else float("nan")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TextLayer(LayerSums):
     """One MoE block over the tokens of texts; moments are Σ and Σ² over those tokens.

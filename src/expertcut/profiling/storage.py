@@ -31,6 +31,7 @@ from expertcut.profiling.statistics import (
     NextTokenStatistics,
     OverTokens,
     TextLayer,
+    TextScore,
     layers_of,
 )
 from expertcut.stats import Array
@@ -258,12 +259,25 @@ class TextProfile(Profile):
             )
         return layers
 
+    @cached_property
+    def scores(self) -> dict[str, TextScore]:
+        """What was predicted of each source; empty without losses."""
+        names = self.info.text.sources if self.info.text.has_loss else ()
+        return {name: self._score({name}) for name in names}
+
     @property
-    def loss(self) -> tuple[float, int, int]:
-        """Σ −log p of next tokens, their number, and how many were predicted."""
-        names = ("loss_N", "scored_N", "right_N")
-        loss, scored, right = (float(self.array(name).astype(np.float64).sum()) for name in names)
-        return loss, int(scored), int(right)
+    def score(self) -> TextScore:
+        """What was predicted of all sources."""
+        return self._score({*self.info.text.sources})
+
+    def _score(self, sources: Collection[str]) -> TextScore:
+        parts = zip(self.info.chunks(), self.chunks, strict=True)
+        own = [chunk for (_, source, _), chunk in parts if source in sources]
+        loss, scored, right = (
+            sum(float(chunk[name].sum(dtype=np.float64)) for chunk in own)
+            for name in ("loss_N", "scored_N", "right_N")
+        )
+        return TextScore(loss, int(scored), int(right))
 
 
 def _of_layer(sums: Mapping[str, Array | None], layer: int, n_experts: int) -> dict[str, Any]:
