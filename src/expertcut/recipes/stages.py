@@ -106,8 +106,10 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     """Tunes and scores on splits of the quiz other than the profile's."""
     own = recipe.profile.split
     settings = _recipe_keys(recipe, *_LOADED) | variant.recipe_values()
-    if settings[variant.kind].get("held_out", 0) is None:  # keeps the hashes of older runs
-        del settings[variant.kind]["held_out"]
+    own_keys = settings[variant.kind]
+    for key, usual in (("held_out", None), ("sequential", False)):  # keeps the hashes of older runs
+        if own_keys.get(key, ...) is usual:
+            del own_keys[key]
     return Stage(
         *(variant.name, variant.kind, settings),
         makes=(variant_folder(variant.name),),
