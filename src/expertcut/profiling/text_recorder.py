@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -53,15 +52,9 @@ class TextRecorder:
         """Hooks routers and experts."""
         if self.stats == "none":
             return hooks.registered([])
-        blocks, tokens = self.blocks, self.tokens
+        routers = hooks.observe_routers(self.blocks, self._route)
         return hooks.registered(
-            [
-                hooks.observe_routers(blocks, self._route),
-                hooks.observe_residuals(blocks, tokens.read),
-                hooks.observe_experts(
-                    blocks, lambda call: tokens.expert(call, self.counts_T), tokens.combined
-                ),
-            ]
+            [routers, self.tokens.listening(self.blocks, lambda: self.counts_T)]
         )
 
     def begin(self, step: Pass) -> None:
@@ -85,9 +78,7 @@ class TextRecorder:
         return [*own, self.tokens.sums, self.tokens.largest]
 
     def _route(self, routing: hooks.Routing) -> None:
-        fields: dict[str, Any] = vars(routing)
-        moved = {k: v.to(self.device) for k, v in fields.items() if k != "layer"}
-        routing = replace(routing, **moved)
+        routing = routing.on(self.device)
         block, layer = self.blocks[routing.layer], routing.layer
         alpha_TE = block.alpha(routing.logits_TE)
         alpha_TK = alpha_TE.gather(1, routing.experts_TK)

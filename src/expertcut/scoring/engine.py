@@ -16,7 +16,7 @@ prompt runs again to find the first module with a non-finite output.
 
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -236,11 +236,27 @@ class Engine:
         return Run(self.moe, encoded, watch, mode, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
+    def run(self, encoded: Encoded, on_pass: OnPass = ignore) -> None:
+        """Runs the passes of a chunk for what hooks see of them, and scores nothing."""
+        observer, mode = PassObserver(begin=on_pass), self.mode(encoded)
+        self._check_ids(encoded.prompts)
+        for done, _ in self._run(encoded, mode, observer, may_trim=False).passes():
+            self._report(done)
+
+    def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        n_embeddings = len(self.moe.model.get_input_embeddings().weight)
+        for ids in rows:
+            check_ids(self.moe.source.path, ids, n_embeddings)
+
+    def _report(self, done: Pass) -> None:
+        if self.n_asked:
+            self.n_scored += len(done.questions)
+            advance(f"running {self.moe.source.name}", self.n_scored, self.n_asked, "questions")
+
+    @torch.inference_mode()
     def _score(self, run: Run) -> Tensor:
         encoded = run.encoded
-        n_embeddings = len(self.moe.model.get_input_embeddings().weight)
-        for ids in (*encoded.prompts, *encoded.choice_ids):
-            check_ids(self.moe.source.path, ids, n_embeddings)
+        self._check_ids((*encoded.prompts, *encoded.choice_ids))
         most = max(map(len, encoded.choice_ids))
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in encoded.choice_ids]
         choice_NC = torch.tensor(padded, dtype=torch.long, device=self.moe.device)
@@ -251,10 +267,7 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
-            if self.n_asked:
-                self.n_scored += len(done.questions)
-                name = f"running {self.moe.source.name}"
-                advance(name, self.n_scored, self.n_asked, "questions")
+            self._report(done)
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
             raise self.not_finite(encoded, int(is_bad_N.int().argmax()), run.watch.begin)
@@ -276,8 +289,7 @@ class Engine:
         self, rows: EncodedRows, watch: PassObserver, mode: ScoringMode | None = None
     ) -> Iterator[tuple[Pass, Tensor]]:
         """Each pass over the rows, and its last hidden states (T, H) as `projection` needs them."""
-        for ids in rows.prompts:
-            check_ids(self.moe.source.path, ids, len(self.moe.model.get_input_embeddings().weight))
+        self._check_ids(rows.prompts)
         run = self._run(rows, mode or self.mode(rows), watch, may_trim=False)
         yield from replace(run, projection=self.projection).passes()
 

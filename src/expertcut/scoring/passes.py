@@ -1,6 +1,7 @@
 """Runs the forward passes of a chunk: scoring mode, memory, last-block trick and replay."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -247,6 +248,51 @@ class Run:
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
 
 
+class Decoders:
+    """The decoder layers of a model, which run from stored outputs and end early in a context."""
+
+    def __init__(self, model: Any, blocks: Sequence[MoeBlock]) -> None:
+        self.number_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
+        self.modules: list[nn.Module] = []
+        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
+        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
+        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
+            numbers = [int(match["number"]) for match in found]
+            self.number_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
+            self.modules = list(model.get_submodule(found[0]["list"]).children())
+
+    def storing(self, number: int, outputs: list[Any]) -> Scope:
+        """Appends the input of decoder layer `number`, above 0, in each pass."""
+        hook = self.modules[number - 1].register_forward_hook(
+            lambda _module, _args, output: outputs.append(output)
+        )
+        return registered([hook])
+
+    def starting_at(self, number: int, outputs: Sequence[Any]) -> Scope:
+        """Runs from decoder layer `number` on, from its stored inputs, pass by pass."""
+        n_done = 0
+
+        def stored(*_args: Any, is_last: bool, **_kwargs: Any) -> Any:
+            nonlocal n_done
+            n_done += is_last
+            return outputs[n_done - is_last]  # only the last replaced layer's is used
+
+        return registered(
+            replaced_forward(module, partial(stored, is_last=place == number))
+            for place, module in enumerate(self.modules[:number], start=1)
+        )
+
+    def ending_at(self, number: int) -> Scope:
+        """Runs no decoder layer after `number`, whose output becomes that of the last."""
+        last = deque[Any](maxlen=1)
+        later = self.modules[number + 1 :]
+        hook = self.modules[number].register_forward_hook(
+            lambda _module, _args, output: last.append(output)
+        )
+        given = (replaced_forward(module, lambda *_, **__: last[0]) for module in later)
+        return registered([hook, *given])
+
+
 class Replay:
     """Stores the outputs of decoder layers in a first run; later runs start from them.
 
@@ -257,14 +303,8 @@ class Replay:
     def __init__(
         self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
     ) -> None:
-        self.decoder_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
-        self.decoders: list[nn.Module] = []
-        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
-        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
-        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
-            numbers = [int(match["number"]) for match in found]
-            self.decoder_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
-            self.decoders = list(model.get_submodule(found[0]["list"]).children())
+        self.decoders = Decoders(model, blocks)
+        self.decoder_of = self.decoders.number_of
         self.outputs: dict[int, list[Any]] = {}
         deepest = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
         weight = model.get_input_embeddings().weight
@@ -274,24 +314,9 @@ class Replay:
     def recording(self) -> Scope:
         """Stores the inputs of the layers that later runs may start at."""
         self.outputs = {number: [] for number in self.starts}
-        return registered(
-            self.decoders[number - 1].register_forward_hook(
-                lambda _module, _args, output, kept=kept: kept.append(output)
-            )
-            for number, kept in self.outputs.items()
-        )
+        return registered(self.decoders.storing(*stored) for stored in self.outputs.items())
 
     def starting_at(self, layer: int) -> Scope:
         """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
         number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
-        outputs, n_done = self.outputs.get(number, []), 0
-
-        def stored(*_args: Any, is_last: bool, **_kwargs: Any) -> Any:
-            nonlocal n_done
-            n_done += is_last
-            return outputs[n_done - is_last]  # only the last replaced layer's is used
-
-        return registered(
-            replaced_forward(module, partial(stored, is_last=place == number))
-            for place, module in enumerate(self.decoders[:number], start=1)
-        )
+        return self.decoders.starting_at(number, self.outputs.get(number, []))
