@@ -238,6 +238,7 @@ class ProfiledSettings(ModelSettings):
 
         cut, path = self.truncate, self.profile
         profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        profile.trust_remote_code = self.trust_remote_code
         threads = profile.info.settings.threads
         if self.threads not in (None, threads):
             raise SettingsError(

@@ -98,6 +98,7 @@ class Profile:
     """A profile folder; chunks are read and validated on first use."""
 
     holds_out = True  # some of the tuning questions are held out if no other split can be
+    trust_remote_code = False  # of the profiled checkpoint's tokenizer, where texts are read again
 
     def __init__(self, path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
