@@ -112,7 +112,7 @@ def read_criteria(text: str) -> tuple[str, ...]:
 def activations(layer: LayerStatistics, positions: Positions) -> Array:
     """Number of questions (answer positions) or tokens (all) routed to the expert."""
     if positions == "answer":
-        return np.asarray(layer.is_activated_NE.sum(axis=0))
+        return layer.activations_E
     return all_tokens(layer).tokens_E
 
 

@@ -14,6 +14,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import ChosenOn, EditPlan, PlanFile
 from expertcut.errors import PlanError, ProfileError, QuizError
 from expertcut.models.checkpoint_dir import absolute_id
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
 
@@ -97,9 +98,13 @@ class Questions:
 def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[Profile, str]:
     """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
-    The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
-    split can be held out. Raises QuizError: too few questions to hold any out.
+    The last fifth is held out, of a blend in each of its profiles. With `held_out` 0 all questions
+    choose and fit, and only another split can be held out. Raises QuizError: too few questions to
+    hold any out.
     """
+    if isinstance(profile, Blend):
+        parts, notes = zip(*(choosing_profile(p, held_out) for p in profile.parts), strict=True)
+        return profile.of(parts), "; ".join(dict.fromkeys(filter(None, notes)))
     if held_out == 0:
         whole = Profile(profile.path, profile.info, profile.truncate)
         whole.holds_out = False
@@ -134,8 +139,14 @@ def questions_for(
     questions. Held-out questions are 256 (`n_held_out`), round-robin over subjects: the held-out
     part of the profile, else an unused split, else a fifth of the tuning questions if these are of
     another split than the profile. None is left for a whole profile of the only split. Questions
-    of earlier cuts and `used` ones are avoided if possible. Raises QuizError: too few to hold out.
+    of earlier cuts and `used` ones are avoided if possible. A blend takes those of its heaviest
+    profile, and counts the questions of the others as used. Raises QuizError: too few to hold out.
     """
+    if isinstance(profile, Blend):
+        main, *others = profile.parts
+        read = frozenset[str]().union(*(sources.hash_lines(profiled_quiz(p)) for p in others))
+        used |= read
+        return questions_for(main, is_fitting=is_fitting, used=used, n_held_out=n_held_out)
     profiled, earlier = profiled_quiz(profile), plans.profiled_plan(profile)
     inherited = used | (plans.load_hashes(*earlier) if earlier else frozenset())
 
@@ -191,6 +202,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             fitted_questions=len(fitted) if fitted else 0,
             sha256=plans.hashes_sha256(used_hashes(draft, questions)),
         ),
+        blend=draft.blend,
         tuning=draft.tuning,
         blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
     )

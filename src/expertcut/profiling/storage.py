@@ -90,6 +90,11 @@ class Profile:
         self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
 
     @property
+    def parts(self) -> "tuple[Profile, ...]":
+        """The profiles that it blends, the heaviest first; itself, if it is one profile."""
+        return (self,)
+
+    @property
     def missing(self) -> list[str]:
         """Chunks that are not measured yet."""
         folder = self.path / "chunks"
@@ -151,17 +156,27 @@ class Profile:
         blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
         alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
         weight_NLK = self.array("weight_NLK").astype(np.float64)
-        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-        layers = []
+        over_tokens_L, layers = self.over_tokens(), []
         for i, layer in enumerate(layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N)):
             n = layer.n_experts
             weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
-            over_tokens = None
-            if sums["tokens_E"] is not None:
-                own: dict[str, Any] = {k: None if v is None else v[i, :n] for k, v in sums.items()}
-                over_tokens = OverTokens(**own)
-            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
+            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens_L[i]))
         return layers
+
+    def over_tokens(self) -> list[OverTokens | None]:
+        """The all-token sums of every MoE block; None where the profile holds none."""
+        blocks = self.info.model.blocks
+        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
+        if sums["tokens_E"] is None:
+            return [None] * len(blocks)
+        by_layer: list[dict[str, Any]] = [
+            {
+                name: None if sum_LE is None else sum_LE[i, : b.experts]
+                for name, sum_LE in sums.items()
+            }
+            for i, b in enumerate(blocks)
+        ]
+        return [OverTokens(**own) for own in by_layer]
 
     def near_ties(self) -> list[dict[str, Any]]:
         """Questions with a token, shots included, whose routing depends on a gap below 1e-5."""
@@ -234,6 +249,10 @@ def unfinished_after(profile: Profile) -> list[Profile]:
 
 def largest_values(profile: Profile) -> list[Array] | None:
     """The largest absolute output (E,) of each expert at any token, per MoE block."""
+    if len(profile.parts) > 1:
+        of_each = [found for part in profile.parts if (found := largest_values(part)) is not None]
+        is_known = len(of_each) == len(profile.parts)
+        return [np.max(own, axis=0) for own in zip(*of_each, strict=True)] if is_known else None
     if "question_largest_LE" not in profile.chunks[0]:
         return None
     parts = [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")]
