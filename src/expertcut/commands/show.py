@@ -22,9 +22,8 @@ class ShowSettings(JudgedSettings):
 
     examples: ClassVar = (
         "expertcut show profiles/mine",
-        "expertcut show profiles/mine --tables",
         "expertcut show results.json --format csv",
-        "expertcut show profiles/code profiles/chat --overlap --by reap --sparsity 0.5",
+        "expertcut show profiles/code profiles/chat --overlap --sparsity 0.5",
     )
 
     path: FilePath = argument(
