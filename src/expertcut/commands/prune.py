@@ -168,6 +168,9 @@ def write(
     if built and settings.wide:
         ui.say(tables.held_out_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
+    if plan.blend is not None and built and built.proof:
+        heaviest = plan.blend.profiles[0].name
+        sentences.append(f"Held-out questions are those of {heaviest}: judge the others with eval.")
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     settings.say_result(built, folder, profile, sentences, ui)
