@@ -132,10 +132,10 @@ def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def inputs_of(profile: Profile) -> tuple[Path, ...]:
-    """The profile, and the local files that it was made from: never to be replaced."""
+    """The profiles, and the local files that they were made from: never to be replaced."""
     model = model_folder(profile) or Path(profile.info.model.id)
-    made_from = (model, Path(profile.info.quiz.id))
-    return (profile.path, *(path for path in made_from if path.exists()))
+    made_from = (model, *(Path(part.info.quiz.id) for part in profile.parts))
+    return (*(p.path for p in profile.parts), *(path for path in made_from if path.exists()))
 
 
 def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:

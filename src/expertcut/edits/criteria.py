@@ -120,7 +120,7 @@ def read_criteria(text: str) -> tuple[str, ...]:
 def activations(layer: LayerSums, positions: Positions) -> Array:
     """Number of questions (answer positions) or tokens (all) routed to the expert."""
     if positions == "answer":
-        return np.asarray(answered(layer, "activations").is_activated_NE.sum(axis=0))
+        return answered(layer, "activations").activations_E
     return all_tokens(layer).tokens_E
 
 

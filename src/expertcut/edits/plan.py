@@ -20,6 +20,7 @@ from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
+from expertcut.profiling.blend import BlendRule
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.stats import HeldOutResult
@@ -78,6 +79,25 @@ class ChosenOn(Record):
     text_tokens: int | None = None  # of texts, whose documents are counted as questions
 
 
+class BlendedProfile(Record):
+    """A profile of a blend; `kept` is the share of its saliency that a cut by each rule keeps."""
+
+    name: str
+    profile: str  # its short hash
+    quiz: str
+    split: str
+    questions: int
+    weight: FiniteFloat
+    kept: dict[BlendRule, FiniteFloat]
+
+
+class PlanBlend(Record):
+    """The profiles that a plan was chosen from, if they are several, the heaviest first."""
+
+    rule: BlendRule
+    profiles: tuple[BlendedProfile, ...] = Field(min_length=2)
+
+
 class PlanAdapter(Record):
     """The LoRA adapter that was cut too: its folder, and the SHA-256 of its files."""
 
@@ -111,6 +131,7 @@ class PlanFile(Record):
     fold: Fold | None = None
     apply_at: Positions | None = None
     chosen_on: ChosenOn
+    blend: PlanBlend | None = None
     adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
     proof: HeldOutResult = HeldOutResult()
@@ -173,6 +194,7 @@ class EditPlan:
     is_calibrated: bool = False  # chosen on both
     tuning: tuple[Point, ...] = ()  # the curve of a search
     used: frozenset[str] = frozenset()  # hash lines of other questions that were read
+    blend: PlanBlend | None = None
 
     @property
     def blocks(self) -> Mapping[str, BlockEdit]:

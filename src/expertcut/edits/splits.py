@@ -22,6 +22,7 @@ from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import ChosenOn, EditPlan, PlanFile
 from expertcut.errors import PlanError, ProfileError, QuizError
 from expertcut.models.checkpoint_dir import absolute_id
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import quiz_info
 from expertcut.profiling.storage import (
     IN_CALIBRATION,
@@ -115,9 +116,13 @@ class Questions:
 def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[Profile, str]:
     """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
-    The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
-    split can be held out. Raises QuizError: too few questions to hold any out.
+    The last fifth is held out, of a blend in each of its profiles. With `held_out` 0 all questions
+    choose and fit, and only another split can be held out. Raises QuizError: too few questions to
+    hold any out.
     """
+    if isinstance(profile, Blend):
+        parts, notes = zip(*(choosing_profile(p, held_out) for p in profile.parts), strict=True)
+        return profile.of(parts), "; ".join(dict.fromkeys(filter(None, notes)))
     if held_out == 0:
         whole = profile_of(profile.path, profile.info, profile.truncate)
         whole.trust_remote_code = profile.trust_remote_code
@@ -171,8 +176,14 @@ def questions_for(
     questions. Held-out questions are 256 (`n_held_out`), round-robin over subjects: the held-out
     part of the profile, else an unused split, else a fifth of the tuning questions if these are of
     another split than the profile. None is left for a whole profile of the only split. Questions
-    of earlier cuts and `used` ones are avoided if possible. Raises QuizError: too few to hold out.
+    of earlier cuts and `used` ones are avoided if possible. A blend takes those of its heaviest
+    profile, and counts the questions of the others as used. Raises QuizError: too few to hold out.
     """
+    if isinstance(profile, Blend):
+        main, *others = profile.parts
+        read = frozenset[str]().union(*(hash_lines(profiled_on(p)) for p in others))
+        used |= read
+        return questions_for(main, is_fitting=is_fitting, used=used, n_held_out=n_held_out)
     earlier = plans.profiled_plan(profile)
     inherited = used | (plans.load_hashes(*earlier) if earlier else frozenset())
     if isinstance(profile, TextProfile):
@@ -206,10 +217,9 @@ def questions_for(
 
 def _texts_for(profile: TextProfile, inherited: frozenset[str], n_held_out: int) -> Questions:
     """Documents that choose, and of those held out as many as make 256 rows or 65,536 tokens."""
-    corpus = profiled_corpus(profile)
+    chosen, held_out = profiled_on(profile), profiled_corpus(profile).part(is_held_out=True)
     if not isinstance(profile, TextPart):
-        return Questions(corpus, corpus, corpus.only(()), inherited)
-    chosen, held_out = corpus.part(is_held_out=False), corpus.part(is_held_out=True)
+        return Questions(chosen, chosen, held_out.only(()), inherited)
     unused = held_out.without(hashes_in(inherited))
     judged_on = (unused if len(unused) else held_out).first(n_held_out)
     return Questions(chosen, chosen, judged_on, inherited)
@@ -243,6 +253,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             fitted_questions=len(fitted) if fitted else 0,
             sha256=plans.hashes_sha256(used_hashes(draft, questions)),
         ),
+        blend=draft.blend,
         tuning=draft.tuning,
         blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
@@ -253,6 +264,14 @@ def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
+
+
+def profiled_on(profile: Profile) -> CalibrationSet:
+    """The questions or documents of a profile that choose."""
+    if not isinstance(profile, TextProfile):
+        return profiled_quiz(profile)
+    corpus = profiled_corpus(profile)
+    return corpus.part(is_held_out=False) if isinstance(profile, TextPart) else corpus
 
 
 @once_per_profile
