@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.sequential import Relay, calibration_chunks, rank_sequentially
+from expertcut.checkpoints.sequential import calibration_chunks, rank_sequentially, relay
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.edits.calibrate import rescaling_at_answers, rescaling_over_tokens
 from expertcut.edits.criteria import CRITERIA, after_removals, calibration_inputs
@@ -150,17 +150,17 @@ def test_layers_that_run_alone_give_the_sums_of_the_profile(
 ):
     profile = profiled(checkpoint(family, **deeper(family)), quiz, tmp_path / "p")
     engine = engine_of(profile)
-    relay = Relay(engine, list(calibration_chunks(profile, engine)))
-    assert relay.kept_bytes
+    running = relay(engine, list(calibration_chunks(profile, engine)))
+    assert running.kept_bytes
     for layer in range(LAYERS):
-        for name, sum_E in relay.sums(layer).items():
+        for name, sum_E in running.sums(layer).items():
             wanted_LE = profile.token_sum(name)
             assert wanted_LE is not None and wanted_LE[layer].any()
             if layer < LAYERS - 1:
                 assert np.array_equal(sum_E, wanted_LE[layer]), name
             else:  # the profile adds answers and other tokens in another order there
                 np.testing.assert_allclose(sum_E, wanted_LE[layer], rtol=1e-6, err_msg=name)
-    assert set(NAMES) == {*relay.sums(0)}
+    assert set(NAMES) == {*running.sums(0)}
 
 
 def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
@@ -178,7 +178,7 @@ def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
         with first.register_forward_pre_hook(lambda *_: calls.append(1)):
             return work(engine)
 
-    counted(lambda engine: Relay(engine, chunks))
+    counted(lambda engine: relay(engine, chunks, 1 << 30))
     n_runs, n_checking, scores = [], len(calls), []
     for kept_bytes in (1 << 30, one_chunk, 0):
         calls.clear()
