@@ -195,11 +195,16 @@ class Corpus:
 
 
 def rows_of(document: Document, max_tokens: int) -> Iterator[Row]:
-    """A document as consecutive rows; the last token of each has no next token."""
+    """A document as consecutive rows, without those of which no token counts.
+
+    The last token of each has no next token.
+    """
     counted_T = _counted(document)
     for begin in range(0, len(document), max_tokens):
         at = slice(begin, begin + max_tokens)
         ids, counts_T = document.ids[at], counted_T[at]
+        if not counts_T.any():
+            continue
         next_T = np.append(np.where(counts_T[1:], ids[1:], -1), -1).astype(np.int32)
         yield Row(document, ids, next_T, counts_T)
 
