@@ -11,6 +11,7 @@ from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_i
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable, signed
@@ -98,6 +99,16 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     had = "" if share is None else f"had {percent(share)} of all gate weight and "
     chose = f"were chosen to answer by {n_questions:,} of {len(profile.subjects()):,} questions"
     return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
+
+
+def traffic_lines(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> list[str]:
+    """The same of each profile of a blend, which is named."""
+    if not isinstance(profile, Blend):
+        return [traffic_line(profile, edits, experts)]
+    return [
+        traffic_line(part, edits, f"{experts}, in {name},")
+        for name, part in zip(profile.names, profile.parts, strict=True)
+    ]
 
 
 def outcome_lines(
