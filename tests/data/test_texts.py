@@ -4,6 +4,8 @@ import codecs
 import json
 import logging
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from expertcut.data.corpus import Corpus, TextSelection, load_corpus
 from expertcut.errors import ExpertcutError
 from tests.conftest import make_tokenizer
+from tests.support.fake_hub import LocalHub
 
 Read = Callable[..., Corpus]
 CHAT = (
@@ -283,3 +286,66 @@ def test_with_assistant_only_plain_text_and_slow_tokenizers_are_refused(
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     assert "--assistant-only needs a tokenizer" in refusal(read, file, assistant_only=True)
     assert said(read(file)) == ["abc"]
+
+
+READ = """
+import json, os, sys
+from tests.conftest import make_tokenizer
+os.environ.pop("HF_HUB_OFFLINE"), os.environ.pop("HF_DATASETS_OFFLINE")
+from expertcut.data.corpus import TextSelection, load_corpus
+from expertcut.errors import TextError
+from huggingface_hub import constants
+import datasets.config
+constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = False
+for spec, revision in json.loads(sys.argv[1]):
+    try:
+        selection = TextSelection((spec,), revisions={spec: revision})
+        corpus = load_corpus(selection, make_tokenizer())
+        found = [corpus.sources[0].revision, corpus.sources[0].name, [d.said for d in corpus]]
+    except TextError as error:
+        found = ["refused", str(error), []]
+    print(json.dumps(found))
+"""
+
+
+def test_data_sets_of_the_hub_are_read_by_configuration_split_and_field_at_a_pinned_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [
+        {"config_name": name, "data_files": [{"split": "train", "path": f"{name}.jsonl"},
+                                             {"split": "dev", "path": "dev.jsonl"}]}
+        for name in ("en.2023", "code")
+    ]  # fmt: skip
+    card = f"---\nconfigs: {json.dumps(configs)}\n---\n".encode()
+    write("set/README.md", card)
+    write("set/en.2023.jsonl", lines({"text": "abc", "body": "in the body"}))
+    write("set/code.jsonl", lines({"text": "x = 1", "body": ""}))
+    write("set/dev.jsonl", lines({"text": "of dev", "body": ""}))
+    asked = [
+        ("org/set-1.5:en.2023", None),
+        ("org/set-1.5:code:train", None),
+        ("org/set-1.5:en.2023:train:body", None),
+        ("org/set-1.5:code:dev:text", None),
+        ("org/set-1.5:none:train:text", None),
+        ("org/none", None),
+    ]
+    with LocalHub() as hub:
+        repository = hub.add("datasets", "org/set-1.5", Path("set"))
+        commit = repository.at("main").commit
+
+        def found(asked: list[tuple[str, str | None]]) -> list[list[Any]]:
+            done = subprocess.run(
+                [sys.executable, "-c", READ, json.dumps(asked)],
+                env={**hub.environment(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            return [json.loads(line) for line in done.stdout.splitlines()]
+
+        *right, wrong, none = found(asked)
+    assert not [why for _, why, said in right if not said]
+    assert [said for *_, said in right] == [["abc"], ["x = 1"], ["in the body"], ["of dev"]]
+    assert {(revision, name) for revision, name, _ in right} == {(commit, "set-1")}
+    for (kind, message, _), spec in ((wrong, asked[4][0]), (none, "org/none")):
+        assert kind == "refused" and spec in message and "\n" not in message
