@@ -24,6 +24,7 @@ from expertcut.edits.selection import (
     counts,
     cut,
     expressions_of,
+    for_profile,
     rank,
     wanted_count,
 )
@@ -142,6 +143,7 @@ def choose_cut(
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
     """Settings that protect super experts by default, if the profile knows them; and messages."""
+    settings = for_profile(profile, settings)
     is_known = all(part.info.settings.stats == "all" for part in profile.parts)
     is_active = settings.keep_active
     note = "Super experts are not known without all-token statistics: none is protected."

@@ -460,7 +460,10 @@ class CheckpointSettings(ModelFirstSettings):
             before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
             lines = outcome_lines(built, before, after, self.margin / 100)
             base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-            commands.insert(0, eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision))
+            words = ["eval", str(base), str(folder), "--text", "NEW.jsonl"]
+            if profile.info.text is None:
+                words = eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision)
+            commands.insert(0, words)
         ui.say([], [*lines, *(labelled("", note) for note in notes)])
         ui.end([], folder, *commands)
 

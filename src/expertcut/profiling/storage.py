@@ -269,6 +269,16 @@ class TextProfile(Profile):
             )
         return layers
 
+    def by_source(self) -> dict[str, Profile]:
+        """The profile of each source alone."""
+        parts = list(zip(self.info.chunks(), self.chunks, strict=True))
+        found: dict[str, Profile] = {}
+        for name in self.info.text.sources:
+            found[name] = TextProfile(self.path, self.info, self.truncate)
+            own = [chunk for (_, source, _), chunk in parts if source == name]
+            found[name].__dict__["chunks"] = own  # what the cached property would read
+        return found
+
     @cached_property
     def scores(self) -> dict[str, TextScore]:
         """What was predicted of each source; empty without losses."""
