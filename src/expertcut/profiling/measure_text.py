@@ -72,7 +72,9 @@ class TextMeasurement(ChunkedRun):
     def _check_once(self) -> None:
         """Checks the engine, unless an earlier run found all the same right with these rows."""
         engine, moe = self.engine, self.moe
-        few = encode_rows(list(map(_beginning, next(iter(self.rows.values()))[:CHECKED_QUESTIONS])))
+        rows = [row for own in self.rows.values() for row in own]
+        rows = [row for row in rows if len(row.ids) > 1] or rows  # one token has no next one
+        few = encode_rows([_checked(row) for row in rows[:CHECKED_QUESTIONS]])
         settings = engine_settings(engine, "all", None)
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
         key = ("checked text", moe.source.fingerprint, settings, versions, few.prompts)
@@ -119,9 +121,10 @@ class TextMeasurement(ChunkedRun):
             recorder.add(found)
 
 
-def _beginning(row: Row) -> Row:
-    at = slice(_CHECKED_TOKENS)
-    return Row(row.document, row.ids[at], row.next_T[at], row.counts_T[at])
+def _checked(row: Row) -> Row:
+    """The beginning of a row with all of its next tokens, also those that do not count."""
+    ids = row.ids[:_CHECKED_TOKENS]
+    return Row(row.document, ids, np.append(ids[1:], -1).astype(np.int32), np.ones(len(ids), bool))
 
 
 def text_info(
