@@ -83,6 +83,27 @@ def load_profile(path: PathLike) -> "Profile":
     return Profile(storage.load_profile(Path(path)))
 
 
+def prune(profiles: Mapping[PathLike, float] | Sequence[PathLike], **settings: Any) -> "Plan":
+    """Chooses experts to remove by several profiles of one model, as `expertcut prune`.
+
+    `profiles` maps their folders to weights, or lists folders of equal weight; `blend` is "sum" or
+    "maxmin". Writes nothing.
+    """
+    paths = [os.fspath(path) for path in profiles]
+    if isinstance(profiles, Mapping):
+        paths = [f"{path}={w:.17g}" for path, w in zip(paths, profiles.values(), strict=True)]
+    options = prune_command.PruneSettings.read(profile=paths, **settings)
+    return _pruned(Profile(options.load_profile()), options)
+
+
+def _pruned(profile: "Profile", options: prune_command.PruneSettings) -> "Plan":
+    options.check()
+    if options.sweep is not None:
+        raise SettingsError("a sweep is not a plan: run `expertcut sweep`")
+    choice = prune_command.choose(options, _ProgressUI())
+    return Plan(profile, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
+
+
 class Profile(_Shown):
     """Statistics of every expert in a quiz, from which edits are chosen."""
 
@@ -126,11 +147,7 @@ class Profile(_Shown):
     def prune(self, **settings: Any) -> "Plan":
         """Chooses experts to remove, as `expertcut prune`; writes nothing."""
         options = prune_command.PruneSettings.read(profile=self.path, **settings)
-        options.check()
-        if options.sweep is not None:
-            raise SettingsError("a sweep is not a plan: run `expertcut sweep`")
-        choice = prune_command.choose(options, _ProgressUI())
-        return Plan(self, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
+        return _pruned(self, options)
 
     def merge(self, **settings: Any) -> "Plan":
         """Merges groups of experts, as `expertcut merge`; saving chooses the groups."""

@@ -24,6 +24,7 @@ from expertcut.edits.selection import (
     counts,
     cut,
     expressions_of,
+    for_profile,
     rank,
     wanted_count,
 )
@@ -142,7 +143,9 @@ def choose_cut(
 
 def with_protection(profile: Profile, settings: Cut) -> tuple[Cut, tuple[str, ...]]:
     """Settings that protect super experts by default, if the profile knows them; and messages."""
-    is_known, is_active = profile.info.settings.stats == "all", settings.keep_active
+    settings = for_profile(profile, settings)
+    is_known = all(part.info.settings.stats == "all" for part in profile.parts)
+    is_active = settings.keep_active
     note = "Super experts are not known without all-token statistics: none is protected."
     stays = expressions_of(settings.protect, is_super=is_known and not is_active)
     is_warned = not (is_known or is_active or settings.protect)

@@ -1,19 +1,34 @@
 """One file per command, with its settings and its run; here is what several commands share."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats, without
+from expertcut.data.sources import Weighted
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import QuizError, SettingsError
 from expertcut.files import read_file
 from expertcut.reporting.tables import Table, labelled, next_lines
-from expertcut.settings import Count, FilePath, Folder, Settings, Source, Text, Texts, like, option
+from expertcut.settings import (
+    Count,
+    FilePath,
+    Folder,
+    Settings,
+    Source,
+    Text,
+    Texts,
+    like,
+    option,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
@@ -32,6 +47,15 @@ Watched = Callable[["OnPass"], Iterator[T]]
 
 QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
 _DTYPE = like(r"auto|stored|b?float\d+\w*", "is not a dtype: take auto, stored, float32, bfloat16")
+
+
+def _as_paths(value: Any) -> Any:
+    """One path, or several, as texts."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [str(path) if isinstance(path, Path) else path for path in several]
+
+
+ProfilePaths = Annotated[list[str], BeforeValidator(_as_paths), Field(min_length=1)]
 argument = partial(option, is_argument=True, in_recipe=False)
 quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
@@ -223,8 +247,8 @@ class TextSettings(Settings):
 class ProfiledSettings(ModelSettings):
     """The profile that an edit is chosen from, and how its model is loaded."""
 
-    profile: FilePath | None = profile_option(
-        None, "Profile to use.  [default: newest in profiles/]"
+    profile: ProfilePaths | None = profile_option(
+        None, "Profile to use.  [default: newest in profiles/]", metavar="PATH"
     )
     truncate: Literal["left"] | None = profile_option(
         None,
@@ -237,13 +261,26 @@ class ProfiledSettings(ModelSettings):
         "(0: none).  [default: 0.2]",
         panel=JUDGING,
     )
+    blends: ClassVar[bool] = False
+    """Whether the command takes several profiles."""
+
+    @model_validator(mode="after")
+    def _one_profile_unless_it_blends(self) -> Self:
+        if len(self.profile or ()) > 1 and not self.blends:
+            refuse("this command works from one profile: only prune and sweep blend several")
+        return self
 
     def load_profile(self) -> "Profile":
         """The profile; SettingsError if `threads` differs from its own."""
+        return self.load_one(None if self.profile is None else Path(self.profile[0]))
+
+    def load_one(self, path: Path | None) -> "Profile":
+        """The profile at a path, or the newest."""
         from expertcut.profiling.storage import load_profile, newest_profile
 
-        cut, path = self.truncate, self.profile
+        cut = self.truncate
         profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        profile.trust_remote_code = self.trust_remote_code
         threads = profile.info.settings.threads
         if self.threads not in (None, threads):
             raise SettingsError(
@@ -265,12 +302,56 @@ class ProfiledSettings(ModelSettings):
         return profile
 
     def say_profile(self, profile: "Profile", ui: UI) -> None:
-        """Names the profile, and newer unfinished ones where it was not named."""
+        """Names each profile, and newer unfinished ones where none was named."""
         from expertcut.profiling.storage import unfinished_after
         from expertcut.reporting.edit_tables import profile_line
 
         unfinished = unfinished_after(profile) if self.profile is None else None
-        ui.say([], [profile_line(profile, unfinished)])
+        ui.say([], [profile_line(part, unfinished) for part in profile.parts])
+
+
+class BlendedSettings(ProfiledSettings):
+    """One profile, or several of one model that are blended."""
+
+    profile: ProfilePaths | None = profile_option(
+        None,
+        "Profile to use; repeatable, =W weighs each of several.  [default: newest in profiles/]",
+        metavar="PATH[=W]",
+    )
+    blend: Literal["sum", "maxmin"] | None = profile_option(
+        None,
+        "Blend several profiles: sum adds their weighed statistics, maxmin keeps most for the "
+        "worst of them.  [default: sum]",
+    )
+    blends: ClassVar[bool] = True
+
+    @property
+    def weighted(self) -> "list[Weighted]":
+        """The paths of the profiles with their weights; a path may hold an equals sign."""
+        texts = self.profile or []
+        return [Weighted(t) if os.path.lexists(t) else Weighted.read(t) for t in texts]
+
+    def check_blend(self, criteria: Sequence[str]) -> None:
+        """Refuses --blend with one profile, and criteria that cannot rank a blend."""
+        if len(self.weighted) > 1:
+            from expertcut.edits.selection import check_criteria
+
+            check_criteria(criteria, self.blend or "sum")
+        elif self.blend is not None:
+            raise SettingsError(
+                f"--blend {self.blend} blends several profiles: repeat --profile PATH=W, or leave "
+                "--blend out"
+            )
+
+    def load_profile(self) -> "Profile":
+        """The profile, or the blend of several."""
+        weighted = self.weighted
+        if len(weighted) < 2:
+            return self.load_one(Path(weighted[0].name) if weighted else None)
+        from expertcut.profiling.blend import Blend
+
+        parts = [self.load_one(Path(one.name)) for one in weighted]
+        return Blend(parts, [one.weight for one in weighted], self.blend or "sum")
 
 
 class ScoredSettings(Settings):
@@ -298,6 +379,7 @@ class ScoredSettings(Settings):
         from expertcut.edits.splits import profiled_quiz
         from expertcut.profiling.storage import ProfilePart
 
+        profile = profile.parts[0]  # of a blend the heaviest
         if isinstance(profile, ProfilePart) and not self.scored_given:
             return profiled_quiz(profile, is_held_out=True)
         info = profile.info.quiz

@@ -138,7 +138,7 @@ def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
     return profile
 
 
-def profiled_first(settings: commands.ModelFirstSettings, ui: UI) -> dict[str, Path | None]:
+def profiled_first(settings: commands.ModelFirstSettings, ui: UI) -> dict[str, list[str] | None]:
     """The `profile` of the model, made or resumed, and neither model nor quiz; else nothing."""
     settings.check_model()
     if settings.model is None:
@@ -146,4 +146,4 @@ def profiled_first(settings: commands.ModelFirstSettings, ui: UI) -> dict[str, P
     names = {*ProfileSettings.model_fields} - {"out"}
     given = settings.model_dump(include=names, exclude_none=True)
     unset = dict.fromkeys(("model", *commands.ScoredSettings.model_fields))
-    return unset | {"profile": run(ProfileSettings.read(**given), ui).path}
+    return unset | {"profile": [str(run(ProfileSettings.read(**given), ui).path)]}

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.data import questions
+from expertcut.data.questions import Quiz
 from expertcut.data.sources import HELD_OUT_SHARE, Weighted
 from expertcut.data.texts import (
     Text,
@@ -20,7 +22,7 @@ from expertcut.data.texts import (
     hub_records,
     ordered,
 )
-from expertcut.errors import TextError
+from expertcut.errors import ProfileError, TextError
 from expertcut.stats import Array
 
 logger = logging.getLogger(__name__)
@@ -180,18 +182,47 @@ class Corpus:
         )
 
     def first(self, n_rows: int) -> "Corpus":
-        """Documents in turn of each source, as few as give this many rows."""
+        """Documents in turn of each source, as few as give this many rows or 65,536 tokens."""
         most, turns, begin = self.selection.max_tokens, [], 0
         for source in self.sources:
             turns.append(range(begin, begin + len(source.documents)))
             begin += len(source.documents)
-        documents, kept, n = list(self), [], 0
+        documents, kept, n, n_tokens = list(self), [], 0, 0
         for place in range(max(map(len, turns), default=0)):
-            for own in turns:
-                if place < len(own) and n < n_rows:
+            for own in (turn for turn in turns if place < len(turn)):
+                if n < n_rows and n_tokens < CHUNK_TOKENS:
                     kept.append(own[place])
                     n += -(-len(documents[own[place]]) // most)
+                    n_tokens += len(documents[own[place]])
         return self.only(kept)
+
+
+CalibrationSet = Quiz | Corpus
+"""What edits are chosen, fitted or judged on."""
+
+
+def round_robin(data: CalibrationSet, n: int) -> CalibrationSet:
+    """`n` questions in turn of each subject, or documents of `n` rows in turn of each source."""
+    return data.first(n) if isinstance(data, Corpus) else questions.round_robin(data, n)
+
+
+def without(data: CalibrationSet, lines: Iterable[str]) -> CalibrationSet:
+    """The questions or documents none of whose hashes is given."""
+    if isinstance(data, Corpus):
+        return data.without(questions.hashes_in(lines))
+    return questions.without(data, lines)
+
+
+def as_quiz(data: CalibrationSet) -> Quiz:
+    """The quiz; ProfileError for texts, which have no answers."""
+    if isinstance(data, Quiz):
+        return data
+    raise ProfileError(f"{data.id} is text, which has no answers: profile a quiz for this")
+
+
+def hash_lines(data: CalibrationSet) -> frozenset[str]:
+    """Both hashes of every question or document, as lines of `chosen_on.txt`."""
+    return frozenset(item.hash_line for item in data)
 
 
 def rows_of(document: Document, max_tokens: int) -> Iterator[Row]:

@@ -25,6 +25,7 @@ from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.models.load import LoadOptions
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
@@ -64,6 +65,7 @@ class SweepRun:
         overlap = len(scoring.quiz) - len(without(scoring.quiz, used))
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
+        is_part = any(isinstance(part, ProfilePart) for part in profile.parts)
         request = schema.SweepRequest(
             scored=self.measurement.info.called(profile.info.model.id),
             profile=profile_hash(profile.info),
@@ -73,7 +75,8 @@ class SweepRun:
             removed=drafts[0].removed if "removed" in layout_options else None,
             fold=drafts[0].fold if "fold" in layout_options else None,
             protect=tuple(settings.protect),
-            chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
+            chosen_by=len(profile.subjects()) if is_part else None,
+            blend=profile.key if isinstance(profile, Blend) else None,
         )
         self.sweep = schema.Sweep(asked=request, chosen_on=chosen_on)
 

@@ -158,11 +158,20 @@ class LayerStatistics(LayerSums):
     n_effective_E: Array  # (Σα)²/Σα², the effective number of questions of a weighted accuracy
     contribution_pct_E: Array
     weight_E: Array | None = None  # Σ gate weight over the questions that chose an expert
+    alpha_mass_E: Array | None = None  # Σα over the questions that chose an expert
+    question_weight_N: Array | None = None  # in a blend of profiles; else each question counts once
+
+    @property
+    def activations_E(self) -> Array:
+        """Number of questions that activated each expert, in a blend by their weights."""
+        if self.question_weight_N is None:
+            return np.asarray(self.is_activated_NE.sum(axis=0))
+        return np.asarray(self.question_weight_N @ self.is_activated_NE)
 
     @cached_property
     def appearances_E(self) -> Array:
         """Share of questions that activated each expert."""
-        return np.asarray(self.is_activated_NE.mean(axis=0))
+        return np.asarray(self.activations_E / len(self.is_activated_NE))
 
     @property
     def n_activated(self) -> int:
@@ -201,6 +210,7 @@ def layers_of(
                 n_effective_E=share(mass_E**2, (mass_NE**2).sum(0), 0.0),
                 contribution_pct_E=100 * share(p_NE.sum(0), activated_E),
                 alpha_mean_E=alpha_NE.mean(axis=0),
+                alpha_mass_E=mass_E,
             )
         )
     return layers

@@ -98,12 +98,18 @@ class Profile:
     """A profile folder; chunks are read and validated on first use."""
 
     holds_out = True  # some of the tuning questions are held out if no other split can be
+    trust_remote_code = False  # of the profiled checkpoint's tokenizer, where texts are read again
 
     def __init__(self, path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
         self.info = info
         self.truncate = truncate or info.settings.truncate  # for further prompts
         self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
+
+    @property
+    def parts(self) -> "tuple[Profile, ...]":
+        """The profiles that it blends, the heaviest first; itself, if it is one profile."""
+        return (self,)
 
     @property
     def missing(self) -> list[str]:
@@ -171,16 +177,21 @@ class Profile:
         blocks, is_correct_N = self.info.model.blocks, self.answers.is_correct_N
         alpha_NLE, chosen_NLK = self.array("alpha_NLE"), self.array("chosen_NLK")
         weight_NLK = self.array("weight_NLK").astype(np.float64)
-        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
-        layers = []
+        over_tokens_L, layers = self.over_tokens(), []
         for i, layer in enumerate(layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N)):
             n = layer.n_experts
             weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
-            over_tokens = None
-            if sums["tokens_E"] is not None:
-                over_tokens = OverTokens(**_of_layer(sums, i, n))
-            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
+            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens_L[i]))
         return layers
+
+    def over_tokens(self) -> list[OverTokens | None]:
+        """The all-token sums of every MoE block; None where the profile holds none."""
+        blocks = self.info.model.blocks
+        sums = {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(OverTokens)}
+        if sums["tokens_E"] is None:
+            return [None] * len(blocks)
+        by_layer = [_of_layer(sums, i, block.experts) for i, block in enumerate(blocks)]
+        return [OverTokens(**own) for own in by_layer]
 
     def near_ties(self) -> list[dict[str, Any]]:
         """Questions with a token, shots included, whose routing depends on a gap below 1e-5."""
@@ -232,19 +243,18 @@ class TextProfile(Profile):
     @cached_property
     def layers(self) -> list[TextLayer]:  # type: ignore[override]  # without answers
         """Every MoE block's statistics, in layer order."""
-        sums, following = (
-            {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(kind)}
-            for kind in (OverTokens, NextTokenStatistics)
-        )
+        following = {f.name: self.token_sum(f.name[:-2]) for f in fields(NextTokenStatistics)}
         alpha_LE = self.token_sum("probability")
-        if sums["tokens_E"] is None or alpha_LE is None:
+        if alpha_LE is None:
             raise ProfileError(f"{self.path} keeps losses alone, as `expertcut eval` writes them")
         moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
         layers = []
-        for i, block in enumerate(self.info.model.blocks):
-            own, after = (_of_layer(kinds, i, block.experts) for kinds in (sums, following))
-            over_tokens = OverTokens(**own)
+        for i, (block, over_tokens) in enumerate(
+            zip(self.info.model.blocks, self.over_tokens(), strict=True)
+        ):
+            assert over_tokens is not None, "kept with alpha"
             n_tokens = max(float(over_tokens.tokens_E.sum()) / block.top_k, 1.0)
+            after = _of_layer(following, i, block.experts)
             layers.append(
                 TextLayer(
                     layer=i,
@@ -258,6 +268,16 @@ class TextProfile(Profile):
                 )
             )
         return layers
+
+    def by_source(self) -> dict[str, Profile]:
+        """The profile of each source alone."""
+        parts = list(zip(self.info.chunks(), self.chunks, strict=True))
+        found: dict[str, Profile] = {}
+        for name in self.info.text.sources:
+            found[name] = TextProfile(self.path, self.info, self.truncate)
+            own = [chunk for (_, source, _), chunk in parts if source == name]
+            found[name].__dict__["chunks"] = own  # what the cached property would read
+        return found
 
     @cached_property
     def scores(self) -> dict[str, TextScore]:
@@ -341,6 +361,10 @@ def unfinished_after(profile: Profile) -> list[Profile]:
 
 def largest_values(profile: Profile) -> list[Array] | None:
     """The largest absolute output (E,) of each expert at any token, per MoE block."""
+    if len(profile.parts) > 1:
+        of_each = [found for part in profile.parts if (found := largest_values(part)) is not None]
+        is_known = len(of_each) == len(profile.parts)
+        return [np.max(own, axis=0) for own in zip(*of_each, strict=True)] if is_known else None
     if isinstance(profile, TextProfile):
         parts = [chunk["largest_LE"] for chunk in profile.chunks]
     elif "question_largest_LE" not in profile.chunks[0]:

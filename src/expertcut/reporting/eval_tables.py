@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from expertcut.edits.plan import ChosenOn, PlanFile, ids_text
+from expertcut.edits.plan import ChosenOn, PlanBlend, PlanFile, ids_text
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
@@ -44,12 +44,16 @@ def made_on(plan: PlanFile) -> str:
     """How a plan was chosen and on which questions, or on which a checkpoint was trained."""
     by = "" if plan.criterion in ("", "by hand") else "by "
     verb = "Trained" if plan.action.startswith("heal") else f"Chosen {by}{plan.criterion}".strip()
-    return f"{verb} on {chosen_text(plan.chosen_on)}"
+    return f"{verb} on {chosen_text(plan.chosen_on, plan.blend)}"
 
 
-def chosen_text(chosen: ChosenOn) -> str:
+def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
+    if blend is not None:
+        others = blend.profiles[1:]
+        text += f" and {sum(own.questions for own in others):,} of {len(others)} more profile"
+        text += "s" if len(others) > 1 else ""
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return text

@@ -501,7 +501,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("model", plan.model.label),
         ("revision", plan.model.revision),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", eval_tables.chosen_text(plan.chosen_on)),
+        ("chosen on", eval_tables.chosen_text(plan.chosen_on, plan.blend)),
         ("hash of their list", plan.chosen_on.sha256),
         ("adapter that was cut along", adapter_text),
     ]

@@ -28,8 +28,8 @@ def profile_facts(profile: Profile) -> list[tuple[str, str]]:
     facts = [("text", texts_line(profile.info.text))]
     if profile.info.text.has_loss:
         score = profile.score
-        text = f"{score.perplexity:.3f}, next token right {score.accuracy:.2%}"
-        facts.append(("perplexity", f"{text} of {score.scored:,}"))
+        text = f"perplexity {score.perplexity:.3f}, next token right {score.accuracy:.2%}"
+        facts.append(("predicts", f"{text} of {score.scored:,}"))
     return facts
 
 

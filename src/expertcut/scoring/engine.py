@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, prompt
-from expertcut.data.corpus import Corpus, chunk_rows
+from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows
 from expertcut.errors import ModelError
 from expertcut.files import advance
 from expertcut.models.gate_laws import check_gate, verifying
@@ -159,7 +159,7 @@ class Engine:
             "or with --truncate left, which cuts them as lm-evaluation-harness does"
         )
 
-    def encode_all(self, quiz: Quiz | Corpus) -> Iterator[Encoded]:
+    def encode_all(self, quiz: CalibrationSet) -> Iterator[Encoded]:
         """Chunks of a quiz, subject by subject, or of texts; warns of truncated prompts."""
         if isinstance(quiz, Corpus):
             for rows in quiz.rows.values():
@@ -294,7 +294,7 @@ class Engine:
         yield from replace(run, projection=self.projection).passes()
 
 
-def ask(engine: Engine, quiz: Quiz | Corpus, on_pass: OnPass = ignore) -> Tensor:
+def ask(engine: Engine, quiz: CalibrationSet, on_pass: OnPass = ignore) -> Tensor:
     """Log p of each choice (N, C) for a whole quiz, subject by subject; C is 0 for texts."""
     return stack_scores([engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)])
 
