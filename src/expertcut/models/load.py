@@ -222,13 +222,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
-    for file in (source.path / name for name in _JSON):
-        if file.exists():
-            read_object(file, 500_000_000)  # the largest known has 33 MB
-    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
+    tokenizer = load_tokenizer(source, options)
     # The config was tested without weights before, so an error here may be in any file.
     with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
         model, info = _MODELS.from_pretrained(
@@ -263,6 +257,22 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
                 tensor.data = tensor.data.clone()
     validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
     return MoeModel(source, model, tokenizer, _blocks(source, model))
+
+
+def load_tokenizer(source: Source, options: LoadOptions) -> Any:
+    """Loads the tokenizer alone."""
+    for file in (source.path / name for name in _JSON):
+        if file.exists():
+            read_object(file, 500_000_000)  # the largest known has 33 MB
+    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
+        )
+
+
+def load_config(source: Source, options: LoadOptions) -> Any:
+    """Loads the config alone, checked against the headers of the weights."""
+    return _checked_config(source, options)[0]
 
 
 @contextmanager
