@@ -15,6 +15,7 @@ import torch
 
 from expertcut.errors import ExpertcutError, ModelError, QuizError, SettingsError
 from expertcut.evaluation import generation_run
+from expertcut.evaluation.completions_server import Server
 from expertcut.evaluation.generation import (
     Generated,
     Output,
@@ -51,7 +52,9 @@ def outputs_of(
 ) -> Generated:
     options = {"max_new_tokens": 30, "threads": 1, **options}
     prompts = prompts_for(model, file, options["max_new_tokens"])
-    *_, found = generate(prompts, GenerateOptions(CPU, **options), folder, url)
+    *_, found = generate(
+        prompts, GenerateOptions(CPU, **options), folder, Server(url) if url else None
+    )
     assert isinstance(found, Generated)
     return found
 

@@ -18,10 +18,48 @@ _MOST_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
-class CompletionsServer:
-    """One model behind a URL; `model` is its name there."""
+class Server:
+    """An address; with `is_shared` several models of one run are asked there, each by its name."""
 
-    url: str  # up to and with /v1
+    url: str  # in any of the usual spellings
+    is_shared: bool = False
+
+    @property
+    def api(self) -> str:
+        """The address up to /v1; else a SettingsError."""
+        try:
+            parts = urlsplit(self.url)
+            is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:
+            is_web = False
+        if not is_web or parts.query or parts.fragment:
+            raise SettingsError(
+                f"--base-url {without_secrets(self.url)[:200]!a} is no address of a server: give "
+                "it as http://localhost:8000/v1"
+            )
+        base = self.url.rstrip("/").removesuffix("/completions")
+        return base if base.endswith("/v1") else f"{base}/v1"
+
+    def model_name(self, names: Sequence[str]) -> str:
+        """The served model that has one of the names, else the only one."""
+        models: Any = _ask(f"{self.api}/models").get("data")
+        entries = [m for m in models if isinstance(m, dict)] if isinstance(models, list) else []
+        served: list[str] = [m["id"] for m in entries if isinstance(m.get("id"), str)]
+        if found := next((name for name in names if name in served), None):
+            return found
+        if len(served) == 1 and not self.is_shared:
+            return served[0]
+        raise ModelError(
+            f"{without_secrets(self.api)} serves {', '.join(served)[:200] or 'no model'}, not "
+            f"{names[0]}: give the --base-url of a server of this model"
+        )
+
+
+@dataclass(frozen=True)
+class CompletionsServer:
+    """One model of a server; `model` is its name there."""
+
+    server: Server
     model: str
     max_new_tokens: int
     temperature: float
@@ -30,7 +68,7 @@ class CompletionsServer:
     @property
     def runs_as(self) -> dict[str, str | int | None]:
         """Where the outputs come from; the server says no more."""
-        return {"url": without_secrets(self.url), "model": self.model}
+        return {"url": without_secrets(self.server.api), "model": self.model}
 
     def batches(self, lengths: Sequence[int]) -> list[tuple[int, ...]]:
         """16 prompts a request; sampled ones go alone, or all would share their random numbers."""
@@ -48,7 +86,7 @@ class CompletionsServer:
             "top_p": 1.0,
             **({"seed": seed} if self.temperature else {}),
         }
-        answer = _ask(f"{self.url}/completions", body)
+        answer = _ask(f"{self.server.api}/completions", body)
         try:
             by_index = {c["index"]: (c["text"], c["finish_reason"]) for c in answer["choices"]}
             found = [by_index[i] for i in range(len(prompts))]
@@ -56,46 +94,10 @@ class CompletionsServer:
                 raise TypeError
         except (KeyError, TypeError):
             raise ModelError(
-                f"{self.url} answers without index, text and finish_reason for each of the "
-                f"{len(prompts)} prompts: it must speak OpenAI's /v1/completions"
+                f"{without_secrets(self.server.api)} answers without index, text and finish_reason "
+                f"for each of the {len(prompts)} prompts: it must speak OpenAI's /v1/completions"
             ) from None
         return [Output(tuple(self.encode(text)), text, end != "length") for text, end in found]
-
-
-def open_server(
-    url: str, names: Sequence[str], max_new_tokens: int, temperature: float, encode: Encode
-) -> CompletionsServer:
-    """Asks a server for its models: the only one, or the one that has one of the names."""
-    base = api_url(url)
-    models: Any = _ask(f"{base}/models").get("data")
-    ids = [
-        m.get("id") if isinstance(m, dict) else None
-        for m in (models if isinstance(models, list) else ())
-    ]
-    served = [name for name in ids if isinstance(name, str)]
-    model = served[0] if len(served) == 1 else next((n for n in names if n in served), None)
-    if model is None:
-        raise ModelError(
-            f"{base} serves {', '.join(served)[:200] or 'no model'}, not {names[0]}: give the URL "
-            "of a server of this model"
-        )
-    return CompletionsServer(base, model, max_new_tokens, temperature, encode)
-
-
-def api_url(url: str) -> str:
-    """The address up to /v1, from any of the usual spellings; else a SettingsError."""
-    try:
-        parts = urlsplit(url)
-        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        is_web = False
-    if not is_web or parts.query or parts.fragment:
-        raise SettingsError(
-            f"--base-url {without_secrets(url)[:200]!a} is no address of a server: give it as "
-            "http://localhost:8000/v1"
-        )
-    base = url.rstrip("/").removesuffix("/completions")
-    return base if base.endswith("/v1") else f"{base}/v1"
 
 
 def _ask(url: str, body: dict[str, Any] | None = None) -> dict[str, Any]:

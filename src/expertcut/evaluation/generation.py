@@ -14,7 +14,15 @@ import numpy as np
 from pydantic import Field
 
 from expertcut.documents import Record
-from expertcut.stats import Z95, Array, Comparison, Count, Share, compare, wilson_interval
+from expertcut.stats import (
+    Array,
+    Comparison,
+    Count,
+    Share,
+    bootstrap_ci95,
+    compare,
+    wilson_interval,
+)
 
 LOOP_TOKENS, LOOP_COPIES = 20, 3
 SHORTEST_LOOP = LOOP_TOKENS * LOOP_COPIES
@@ -58,7 +66,7 @@ class ShareResult(Record):
 
 
 class MeanResult(Record):
-    """The mean of a figure over outputs, with the normal interval; None of fewer than two."""
+    """The mean of a figure over outputs, with a bootstrap interval over prompts; None of one."""
 
     mean: Positive
     ci95: tuple[Positive, Positive] | None
@@ -101,6 +109,24 @@ class GenerationInfo(Record):
     temperature: Positive
     seed: int | None  # None is greedy
     outputs: str = Field(pattern=r"^[^/\\\x00]+\.jsonl$")
+
+
+class WrittenOutput(Record):
+    """An output for a reader; `first_divergence` is None of the base, and where none is."""
+
+    model: str
+    text: str
+    tokens: Count
+    is_ended: bool
+    is_loop: bool
+    first_divergence: Count | None
+
+
+class WrittenPrompt(Record):
+    """A line of the file of outputs: a prompt as the base read it, and what each model wrote."""
+
+    prompt: str
+    outputs: list[WrittenOutput]
 
 
 def is_loop(ids: Sequence[int]) -> bool:
@@ -175,6 +201,29 @@ def outputs_path(results: Path) -> Path:
     return results.with_name(f"{name}.jsonl")
 
 
+def outputs_bytes(
+    prompts: Sequence[str], names: Sequence[str], found: Sequence[Generated]
+) -> bytes:
+    """The file of outputs: a line for each prompt, models in the order of the results."""
+    of_base: list[int | None] = [None] * len(prompts)
+    diverge = [of_base, *(divergences(found[0], other) for other in found[1:])]
+    lines = []
+    for n, prompt in enumerate(prompts):
+        outputs = [
+            WrittenOutput(
+                model=name,
+                text=generated.outputs[n].text,
+                tokens=len(generated.outputs[n].ids),
+                is_ended=generated.outputs[n].is_ended,
+                is_loop=is_loop(generated.outputs[n].ids),
+                first_divergence=at_N[n],
+            )
+            for name, generated, at_N in zip(names, found, diverge, strict=True)
+        ]
+        lines.append(WrittenPrompt(prompt=prompt, outputs=outputs).model_dump_json())
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
 def _flags(outputs: Sequence[Output]) -> tuple[Array, Array, Array]:
     """Whether outputs (N,) hit the cap, loop, are empty."""
     capped_N = np.array([not o.is_ended for o in outputs])
@@ -192,8 +241,5 @@ def _share(is_so_N: Array) -> ShareResult:
 
 def _mean(values: Sequence[float]) -> MeanResult:
     values_N = np.asarray(values, dtype=float)
-    mean, n = float(values_N.mean()), len(values_N)
-    if n < 2:
-        return MeanResult(mean=mean, ci95=None)
-    half = Z95 * float(values_N.std(ddof=1)) / n**0.5
-    return MeanResult(mean=mean, ci95=(max(0.0, mean - half), mean + half))
+    ci95 = bootstrap_ci95(values_N, np.ones_like(values_N)) if len(values) > 1 else None
+    return MeanResult(mean=float(values_N.mean()), ci95=ci95)

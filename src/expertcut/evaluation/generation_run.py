@@ -24,9 +24,16 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from expertcut.documents import Format1, Record
 from expertcut.errors import ModelError, OutputError
-from expertcut.evaluation.completions_server import open_server
-from expertcut.evaluation.generation import Generated, Output
+from expertcut.evaluation.completions_server import CompletionsServer, Server
+from expertcut.evaluation.generation import (
+    Generated,
+    GenerationInfo,
+    Output,
+    compare_generated,
+    summarize,
+)
 from expertcut.evaluation.generation_prompts import ModelPrompts
+from expertcut.evaluation.results import Part
 from expertcut.files import advance, parse_json
 from expertcut.models.devices import is_out_of_memory
 from expertcut.models.load import LoadOptions, load
@@ -233,13 +240,13 @@ class _Watch(LogitsProcessor):
 
 
 def generate(
-    prompts: ModelPrompts, options: GenerateOptions, folder: Path, url: str | None = None
+    prompts: ModelPrompts, options: GenerateOptions, folder: Path, server: Server | None = None
 ) -> Iterator[Progress | Generated]:
-    """Progress of the outputs of a model, here or behind a URL, into the folder; then all of them.
+    """Progress of the outputs of a model, here or on a server, into the folder; then all of them.
 
     Another process at the same file is waited for, and its outputs are taken over.
     """
-    writer = _writer(prompts, options, url)
+    writer = _writer(prompts, options, server)
     settings = GenerationSettings(
         fingerprint=prompts.source.fingerprint,
         prompts_sha256=_sha256(list(prompts.ids)),
@@ -269,15 +276,26 @@ def generate(
     del writer
     gc.collect()
     outputs_N = tuple(kept.outputs[n] for n in range(len(order)))
-    vocabulary = prompts.tokenizer_hash if url is None else None
+    vocabulary = prompts.tokenizer_hash if server is None else None
     yield Generated(outputs_N, prompts.encode, vocabulary)
 
 
-def _writer(prompts: ModelPrompts, options: GenerateOptions, url: str | None) -> Writer:
-    if url is None:
+def judge(found: Sequence[Generated], info: GenerationInfo) -> Part:
+    """All models' outputs, and those of the others compared with the first's."""
+    most = info.max_new_tokens
+    models = [summarize(each.outputs, most) for each in found]
+    changes = [compare_generated(found[0], other, most) for other in found[1:]]
+    return Part("generation", models, changes, info)
+
+
+def _writer(prompts: ModelPrompts, options: GenerateOptions, server: Server | None) -> Writer:
+    if server is None:
         return LocalModel(prompts, options)
     names = (prompts.source.id, str(prompts.source.path.resolve()), prompts.source.name)
-    return open_server(url, names, options.max_new_tokens, options.temperature, prompts.encode)
+    name = server.model_name(names)
+    return CompletionsServer(
+        server, name, options.max_new_tokens, options.temperature, prompts.encode
+    )
 
 
 class _OutputFile:

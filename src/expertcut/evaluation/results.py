@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
+from expertcut.evaluation.generation import GenerationChange, GenerationInfo, GenerationResult
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.locks import CLAIMS
 from expertcut.profiling.schema import ProfileInfo, Settings
@@ -91,6 +92,7 @@ class ModelResult(Record):
     chosen_on: ChosenOnResult | None = None
     healed_from: str | None = None
     tasks: dict[str, TaskResult] | None = None
+    generation: GenerationResult | None = None
 
 
 class QuizModelResult(ModelResult):
@@ -133,6 +135,7 @@ class ComparisonResult(Record):
     parameters_delta: int | None = None
     bytes_delta: int | None = None
     tasks: dict[str, TaskComparison] | None = None
+    generation: GenerationChange | None = None
 
 
 # Records are frozen, so a subclass may narrow a field; in JSON the indices come first.
@@ -152,6 +155,7 @@ class Part:
     key: str  # the field of `ModelResult` and `ComparisonResult`
     models: Sequence[object]
     comparisons: Sequence[object]
+    settings: object = None  # of all models, in the field of `Results`, if it has one
 
 
 class Results(Record):
@@ -168,6 +172,7 @@ class Results(Record):
     limit: Count | None = None
     chance: Share | None = None  # the accuracy of guessing; older files lack it
     content_hashes: dict[str, str] | None = None
+    generation: GenerationInfo | None = None
     models: Sequence[ModelResult] = Field(min_length=1)
     comparisons: Sequence[ComparisonResult]
 
@@ -180,13 +185,15 @@ class Results(Record):
     def with_part(self, part: Part) -> Self:
         """A copy with one more part."""
         values = {"models": part.models, "comparisons": part.comparisons}
-        changed = {
+        changed: dict[str, object] = {
             name: [
                 record.model_copy(update={part.key: value})
                 for record, value in zip(getattr(self, name), values[name], strict=True)
             ]
             for name in values
         }
+        if part.settings is not None:
+            changed[part.key] = part.settings
         return self.model_copy(update=changed)
 
 
