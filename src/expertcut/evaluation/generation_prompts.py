@@ -75,6 +75,24 @@ class ModelPrompts:
         return hashlib.sha256(vocabulary.encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Prompts:
+    """A file of prompts, as every model reads it; the first is the base."""
+
+    file: Path
+    sha256: str
+    models: tuple[ModelPrompts, ...]
+
+
+def read_for(
+    file: Path, sources: Sequence[Source], load_as: LoadOptions, max_new_tokens: int
+) -> Prompts:
+    """Reads and encodes prompts for all models before one runs."""
+    prompts = read_prompts(file)
+    models = tuple(encode_prompts(s, prompts, load_as, max_new_tokens) for s in sources)
+    return Prompts(file, _sha256(prompts), models)
+
+
 def read_prompts(file: Path) -> list[Prompt]:
     """Prompts from lines of `{"prompt"}`, `{"text"}` or `{"messages"}`, else a QuizError.
 
@@ -93,7 +111,7 @@ def read_prompts(file: Path) -> list[Prompt]:
     return prompts
 
 
-def prompts_hash(prompts: Sequence[Prompt]) -> str:
+def _sha256(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the content of all prompts."""
     content = [[p.text, p.messages, p.tools] for p in prompts]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

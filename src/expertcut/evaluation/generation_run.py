@@ -30,11 +30,13 @@ from expertcut.evaluation.generation import (
     GenerationInfo,
     Output,
     compare_generated,
+    outputs_bytes,
+    outputs_path,
     summarize,
 )
-from expertcut.evaluation.generation_prompts import ModelPrompts
+from expertcut.evaluation.generation_prompts import ModelPrompts, Prompts
 from expertcut.evaluation.results import Part
-from expertcut.files import advance, parse_json
+from expertcut.files import advance, parse_json, write_atomically
 from expertcut.models.devices import is_out_of_memory
 from expertcut.models.load import LoadOptions, load
 from expertcut.models.validate import check_ids
@@ -240,7 +242,10 @@ class _Watch(LogitsProcessor):
 
 
 def generate(
-    prompts: ModelPrompts, options: GenerateOptions, folder: Path, server: Server | None = None
+    prompts: ModelPrompts,
+    options: GenerateOptions,
+    folder: Path,
+    server: Server | None = None,
 ) -> Iterator[Progress | Generated]:
     """Progress of the outputs of a model, here or on a server, into the folder; then all of them.
 
@@ -278,6 +283,22 @@ def generate(
     outputs_N = tuple(kept.outputs[n] for n in range(len(order)))
     vocabulary = prompts.tokenizer_hash if server is None else None
     yield Generated(outputs_N, prompts.encode, vocabulary)
+
+
+def save_outputs(
+    prompts: Prompts, found: Sequence[Generated], options: GenerateOptions, results: Path
+) -> GenerationInfo:
+    """Writes the outputs of all models beside the results."""
+    file, names = outputs_path(results), [model.source.id for model in prompts.models]
+    write_atomically(file, outputs_bytes(prompts.models[0].texts, names, found))
+    return GenerationInfo(
+        prompts=prompts.file.name,
+        prompts_sha256=prompts.sha256,
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed if options.temperature else None,
+        outputs=file.name,
+    )
 
 
 def judge(found: Sequence[Generated], info: GenerationInfo) -> Part:

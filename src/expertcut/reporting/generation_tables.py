@@ -36,17 +36,17 @@ def generation_tables(results: Results, names: Sequence[str], margin: float) -> 
         row: list[Cell] = [name, own.loops.share if own.loops else None]
         row += [_verdict(loops, own.prompts, margin), own.length_cap.share, own.empty.share]
         row += [change.differs.share if change else None]
-        row += [change.first_divergence_median if change else None]
-        row += [own.distinct_4.mean if own.distinct_4 else None, own.mean_tokens.mean]
+        row += [own.distinct_4.mean if own.distinct_4 else None]
+        row += [change.first_divergence_median if change else None, own.mean_tokens.mean]
         row += [edits.interval_text(own.loops.ci95, 1) if own.loops else None]
         row += [loops.gained, loops.lost, loops.mcnemar_p] if loops else [None] * 3
         for share in (own.length_cap, own.empty, change.differs if change else None):
             row.append(edits.interval_text(share.ci95, 1) if share else None)
         rows.append(row)
     heads = columns(
-        "model; loops::.1%; verdict; cap hit::.1%; empty::.1%; differ::.1%; diverge at::.0f; "
-        "distinct-4::.3f; tokens::.0f | loops, 95 %; gained; lost; McNemar p::.3g; "
-        "cap hit, 95 %; empty, 95 %; differ, 95 %"
+        "model; loops::.1%; verdict; cap::.1%; empty::.1%; differ::.1% | distinct-4::.3f; "
+        "diverge at::.0f; tokens::.1f; loops, 95 %; gained; lost; McNemar p::.3g; "
+        "cap, 95 %; empty, 95 %; differ, 95 %"
     )
     return [Table("Generation", heads, rows, _note(results, info))]
 
@@ -71,7 +71,7 @@ def generation_facts(
     if base is not None and not results.comparisons:
         for key, label, what in _FAULTS:
             if share := getattr(base, key):
-                facts.append((label, f"{names[0]}: {_share_text(share)} of the outputs {what}"))
+                facts.append((label, f"{names[0]}: {_share_text(share)} of its outputs {what}"))
     for c in results.comparisons:
         own = results.models[c.other].generation
         if own is None or base is None or c.generation is None:
@@ -79,8 +79,8 @@ def generation_facts(
         for key, label, what in _FAULTS:
             change: Comparison | None = getattr(c.generation, key)
             if change is not None and (key == "loops" or change.gained + change.lost):
-                text = f"{names[c.other]}: {_share_text(getattr(own, key))} of the outputs {what}, "
-                text += f"the base's {edits.percent(getattr(base, key).share)}"
+                text = f"{names[c.other]}: {_share_text(getattr(own, key))} of its outputs {what}, "
+                text += f"{edits.percent(getattr(base, key).share)} of the base's"
                 facts.append((label, text + _change_text(change, own.prompts, margin)))
         facts.append(("differ", f"{names[c.other]}: {_differing(c.generation)}"))
     return [*facts, ("outputs", info.outputs)]
@@ -94,9 +94,9 @@ def _share_text(found: ShareResult) -> str:
 def _change_text(change: Comparison, n: int, margin: float) -> str:
     """How many came and went, and whether the fault became more frequent."""
     if not change.gained + change.lost:
-        text = "; in the same ones"
+        text = ", the same ones"
     else:
-        text = f"; {change.gained:,} more and {change.lost:,} fewer (McNemar p = "
+        text = f"; {change.gained:,} only here, {change.lost:,} only there (McNemar p = "
         text += f"{change.mcnemar_p:.2g})"
     word, within = _verdict(change, n, margin), edits.margin_text(margin)
     if word == "holds":
@@ -105,17 +105,17 @@ def _change_text(change: Comparison, n: int, margin: float) -> str:
         return f"{text}: {word} than the base"
     # A fault that comes is an answer that is lost.
     needed = questions_to_hold(change.lost, change.gained, n, margin)
-    most = edits.points(change.ci95[1])
+    most = edits.points(change.ci95[1])[1:]
     return (
-        f"{text}: undecided at a margin of {within}, could be {most} points; about {needed:,} "
+        f"{text}: undecided at a margin of {within}, could be {most} points more; about {needed:,} "
         "prompts would decide"
     )
 
 
 def _differing(change: GenerationChange) -> str:
-    text = f"{_share_text(change.differs)} of the outputs differ from the base's"
+    text = f"{_share_text(change.differs)} of its outputs differ from the base's"
     if (at := change.first_divergence_median) is not None:
-        text += f", half of them within {at:,.0f} tokens"
+        text += f", half of them after {at:,.0f} equal tokens or fewer"
     return text
 
 

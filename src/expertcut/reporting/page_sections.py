@@ -71,7 +71,17 @@ class Explorer:
     table: Table
 
 
-Part = str | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer  # str: a paragraph
+@dataclass(frozen=True)
+class Pair:
+    """Two texts side by side by the lines that are equal, and the lines from where they differ."""
+
+    title: str
+    above: Sequence[str]  # lines of what both go on from
+    sides: Sequence[tuple[str, Sequence[str], Sequence[str]]]  # name, equal, different
+
+
+# A str is a paragraph.
+Part = str | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer | Pair
 
 
 @dataclass(frozen=True)
