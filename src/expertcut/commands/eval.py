@@ -3,15 +3,22 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut import commands
 from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
-from expertcut.settings import FilePath, Texts, option
+from expertcut.errors import SettingsError
+from expertcut.settings import FilePath, Texts, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.results import Part, QuizResults, Results
+    from expertcut.evaluation.tasks import TaskOptions
     from expertcut.models.load import Source
+
+    Model = tuple[str, Source | None]
+    """The name of a model, and its checkpoint if it is one here."""
+
+task_option = partial(option, panel="Tasks", in_recipe=False)
 
 
 class EvalSettings(commands.JudgedSettings, SplitSettings):
@@ -21,6 +28,8 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         "expertcut eval BASE models/half",
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
         "expertcut eval BASE models/half --lm-eval-json lm-eval.json",
+        "expertcut eval BASE models/half --tasks gsm8k,ifeval",
+        "expertcut eval --samples a/samples_gsm8k.jsonl b/samples_gsm8k.jsonl",
     )
 
     models: Texts = option(
@@ -36,11 +45,63 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
         metavar="FILE",
     )
+    tasks: Texts = task_option(
+        [], "Tasks of lm-evaluation-harness, separated by commas; no quiz then, unless --quiz.",
+        separator=",",
+    )  # fmt: skip
+    include_path: FilePath | None = task_option(
+        None, "Folder of further task YAMLs.", metavar="FOLDER"
+    )
+    backend: Literal["hf", "vllm", "local-completions"] = task_option(
+        "hf", "What runs the models: transformers, vLLM, or servers at --base-url."
+    )
+    base_url: Texts = task_option(
+        [], "Completions URL of each model's server, in their order; one for all is enough.",
+        metavar="URL",
+    )  # fmt: skip
+    apply_chat_template: bool = task_option(False, "Ask in the tokenizer's chat template.")
+    confirm_run_unsafe_code: bool = task_option(
+        False, "Run tasks that execute what a model writes."
+    )
+    samples: bool = task_option(
+        False, "The arguments are samples_*.jsonl of lm-evaluation-harness, or folders of them."
+    )
+
+    def task_options(self) -> "TaskOptions":
+        """What is asked of lm-evaluation-harness."""
+        from expertcut.evaluation.tasks import TaskOptions
+
+        return TaskOptions(
+            tuple(self.tasks),
+            self.backend,
+            self.include_path,
+            self.limit,
+            self.apply_chat_template,
+            self.confirm_run_unsafe_code,
+            self.load_as(),
+            self.threads,
+        )
 
     @property
     def parts_asked(self) -> list[str]:
-        """The options that ask for more than a quiz, as given."""
-        return []
+        """The options that ask for more than a quiz."""
+        return [f"--{name}" for name in ("tasks", "samples") if getattr(self, name)]
+
+    def check(self) -> None:
+        """Refuses options that do not go together."""
+        if self.samples and (self.tasks or "quiz" in self.model_fields_set):
+            raise SettingsError("--samples judges files that are there: give no --tasks, no --quiz")
+        for_tasks = ("include_path", "base_url", "apply_chat_template", "confirm_run_unsafe_code")
+        if not self.tasks and (given := [name for name in for_tasks if getattr(self, name)]):
+            raise SettingsError(f"{flag_of(type(self), given[0])} is for --tasks: name some")
+        is_served = self.backend == "local-completions"
+        if is_served != bool(self.base_url) or len(self.base_url) not in (0, 1, len(self.models)):
+            raise SettingsError(
+                "--base-url URL is for --backend local-completions: give one for all models, or "
+                "one for each"
+            )
+        if self.lm_eval_json is not None and not self.asks_quiz:
+            raise SettingsError("--lm-eval-json is for a quiz: name one with --quiz")
 
     @property
     def asks_quiz(self) -> bool:
@@ -51,17 +112,23 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
 def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     """Judges every model and writes the results; None in all but the first process."""
     ui.quiet()
-    from expertcut.evaluation.evaluate import check_places, described, find_models
+    from expertcut.evaluation.evaluate import check_places, described
     from expertcut.evaluation.results import results_of
     from expertcut.reporting.eval_tables import evaluation_facts, evaluation_tables
 
+    settings.check()
     check_places(settings.out, settings.lm_eval_json)
-    sources = find_models(settings.models, settings.revision)
+    if settings.tasks:
+        from expertcut.evaluation.tasks import check_tasks
+
+        check_tasks(settings.task_options())
+    models = _models(settings)
+    sources = [source for _, source in models if source is not None]
     scored = _score_quiz(settings, sources, ui) if settings.asks_quiz else None
     if not ui.is_first:  # further processes share the work of a quiz, and nothing else
         return None
-    results = scored or results_of([described(source) for source in sources])
-    for part in _parts(settings, sources, ui):
+    results = scored or results_of([described(*model) for model in models])
+    for part in _parts(settings, models, ui):
         results = results.with_part(part)
     is_new = not settings.out.exists()
     results.save(settings.out)
@@ -77,9 +144,41 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     return results
 
 
-def _parts(settings: EvalSettings, sources: Sequence["Source"], ui: UI) -> Iterator["Part"]:
+def _models(settings: EvalSettings) -> list["Model"]:
+    """Every model by name, with its checkpoint unless it is only samples, or only on a server."""
+    from expertcut.evaluation.evaluate import find_models
+
+    names, is_served = settings.models, settings.backend == "local-completions"
+    here = [] if settings.samples else names
+    if is_served and not settings.asks_quiz:
+        here = [name for name in names if Path(name).is_dir()]
+    found = dict(zip(here, find_models(here, settings.revision), strict=True))
+    return [(name, found.get(name)) for name in names]
+
+
+def _parts(settings: EvalSettings, models: Sequence["Model"], ui: UI) -> Iterator["Part"]:
     """What is asked beside the quiz, one part after the other."""
-    yield from ()
+    if settings.samples:
+        from expertcut.evaluation.samples import judge, read_samples
+
+        yield judge([read_samples(Path(path)) for path in settings.models], settings.margin / 100)
+    if settings.tasks:
+        yield _run_tasks(settings, models, ui)
+
+
+def _run_tasks(settings: EvalSettings, models: Sequence["Model"], ui: UI) -> "Part":
+    """Every model runs the tasks, one in memory at a time; then all are judged."""
+    from expertcut.evaluation.samples import judge, read_samples
+    from expertcut.evaluation.tasks import Tested, run_tasks
+
+    options, folder, found = settings.task_options(), settings.out.with_suffix(".chunks"), []
+    urls: list[str | None] = [*settings.base_url] or [None]
+    urls = urls * len(models) if len(urls) == 1 else urls
+    with ui.parts("running tasks", folder) as report:
+        for done, (model, url) in enumerate(zip(models, urls, strict=True)):
+            report(done, len(models))
+            found.append(read_samples(run_tasks(Tested(*model, url), options, folder)))
+    return judge(found, settings.margin / 100)
 
 
 def _score_quiz(

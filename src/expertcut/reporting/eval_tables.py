@@ -88,7 +88,7 @@ def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
 def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
-    return [*facts, *task_tables.tasks_facts(results, model_names(results), margin)]
+    return [*facts, *task_tables.tasks_facts(results, model_names(results))]
 
 
 def evaluation_csv(results: Results) -> Table:
