@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut import commands
 from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from expertcut.evaluation.generation_prompts import Prompts
     from expertcut.evaluation.generation_run import GenerateOptions
     from expertcut.evaluation.results import Part, QuizResults, Results
+    from expertcut.evaluation.tasks import TaskOptions
     from expertcut.models.load import Source
 
+    Model = tuple[str, Source | None]
+    """The name of a model, and its checkpoint if it is one here."""
+
+task_option = partial(option, panel="Tasks", in_recipe=False)
 generation_option = partial(option, panel="Generation", in_recipe=False)
 
 
@@ -26,6 +31,8 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         "expertcut eval BASE models/half",
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
         "expertcut eval BASE models/half --lm-eval-json lm-eval.json",
+        "expertcut eval BASE models/half --tasks gsm8k,ifeval",
+        "expertcut eval --samples a/samples_gsm8k.jsonl b/samples_gsm8k.jsonl",
         "expertcut eval BASE models/half --generate prompts.jsonl --max-new-tokens 256",
     )
 
@@ -42,7 +49,27 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
         metavar="FILE",
     )
-
+    tasks: Texts = task_option(
+        [], "Tasks of lm-evaluation-harness, separated by commas; no quiz then, unless --quiz.",
+        separator=",",
+    )  # fmt: skip
+    include_path: FilePath | None = task_option(
+        None, "Folder of further task YAMLs.", metavar="FOLDER"
+    )
+    backend: Literal["hf", "vllm", "local-completions"] = task_option(
+        "hf", "What runs the models: transformers, vLLM, or servers at --base-url."
+    )
+    base_url: Texts = task_option(
+        [], "Completions URL of each model's server, in their order; one for all is enough.",
+        metavar="URL",
+    )  # fmt: skip
+    apply_chat_template: bool = task_option(False, "Ask in the tokenizer's chat template.")
+    confirm_run_unsafe_code: bool = task_option(
+        False, "Run tasks that execute what a model writes."
+    )
+    samples: bool = task_option(
+        False, "The arguments are samples_*.jsonl of lm-evaluation-harness, or folders of them."
+    )
     generate: FilePath | None = generation_option(
         None, "Prompts for the models to answer: lines of JSON with prompt, text or messages.",
         metavar="FILE",
@@ -50,11 +77,21 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
     max_new_tokens: Count = generation_option(512, "Tokens of an output, at most.", metavar="N")
     temperature: float = generation_option(0.0, "Temperature of sampling; 0 is greedy.", ge=0)
     seed: int = generation_option(0, "Seed of sampling.", ge=0, le=2**31)
-    base_url: Texts = generation_option(
-        [], "URL of each model's server, in their order; one for all is enough.  "
-        "[default: run the models here]",
-        metavar="URL",
-    )  # fmt: skip
+
+    def task_options(self) -> "TaskOptions":
+        """What is asked of lm-evaluation-harness."""
+        from expertcut.evaluation.tasks import TaskOptions
+
+        return TaskOptions(
+            tuple(self.tasks),
+            self.backend,
+            self.include_path,
+            self.limit,
+            self.apply_chat_template,
+            self.confirm_run_unsafe_code,
+            self.load_as(),
+            self.threads,
+        )
 
     def generate_options(self) -> "GenerateOptions":
         """How outputs are written."""
@@ -71,22 +108,40 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
 
     @property
     def parts_asked(self) -> list[str]:
-        """The options that ask for more than a quiz, as given."""
-        return [f"--{name}" for name in ("generate",) if getattr(self, name)]
+        """The options that ask for more than a quiz."""
+        return [f"--{name}" for name in ("tasks", "samples", "generate") if getattr(self, name)]
 
     def check(self) -> None:
         """Refuses options that do not go together."""
-        own = ("max_new_tokens", "temperature", "seed", "base_url")
-        given = [name for name in own if name in self.model_fields_set]
-        if given and self.generate is None:
-            flag = flag_of(type(self), given[0])
-            raise SettingsError(f"{flag} is for --generate: name a file of prompts")
-        if len(self.base_url) not in (0, 1, len(self.models)):
+        if self.samples and (self.tasks or self.generate or "quiz" in self.model_fields_set):
             raise SettingsError(
-                f"{len(self.base_url)} --base-url for {len(self.models)} models: give one for all "
-                "models, or one for each, in their order"
+                "--samples judges files that are there: give no --tasks, --generate or --quiz"
             )
-        if self.base_url:
+        for_tasks = ["include_path", "apply_chat_template", "confirm_run_unsafe_code"]
+        for_tasks += [] if self.generate else ["base_url"]
+        if not self.tasks and (given := [name for name in for_tasks if getattr(self, name)]):
+            raise SettingsError(f"{flag_of(type(self), given[0])} is for --tasks: name some")
+        for_prompts = {"max_new_tokens", "temperature", "seed"} & self.model_fields_set
+        if self.generate is None and for_prompts:
+            flag = flag_of(type(self), min(for_prompts))
+            raise SettingsError(f"{flag} is for --generate: name a file of prompts")
+        self._check_servers()
+        if self.lm_eval_json is not None and not self.asks_quiz:
+            raise SettingsError("--lm-eval-json is for a quiz: name one with --quiz")
+
+    def _check_servers(self) -> None:
+        is_served, n = self.backend == "local-completions", len(self.base_url)
+        if (is_served or self.tasks) and is_served != bool(n):
+            raise SettingsError(
+                "--base-url URL is for --backend local-completions, or for --generate: give one "
+                "for all models, or one for each"
+            )
+        if n not in (0, 1, len(self.models)):
+            raise SettingsError(
+                f"{n} --base-url for {len(self.models)} models: give one for all models, or one "
+                "for each, in their order"
+            )
+        if self.generate and n:
             from expertcut.evaluation.completions_server import Server
 
             for url in self.base_url:
@@ -101,19 +156,24 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
 def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     """Judges every model and writes the results; None in all but the first process."""
     ui.quiet()
-    from expertcut.evaluation.evaluate import check_places, described, find_models
+    from expertcut.evaluation.evaluate import check_places, described
     from expertcut.evaluation.results import results_of
     from expertcut.reporting.eval_tables import evaluation_facts, evaluation_tables
 
     settings.check()
     check_places(settings.out, settings.lm_eval_json)
-    sources = find_models(settings.models, settings.revision)
+    if settings.tasks:
+        from expertcut.evaluation.tasks import check_tasks
+
+        check_tasks(settings.task_options())
+    models = _models(settings)
+    sources = [source for _, source in models if source is not None]
     prompts = _read_prompts(settings, sources)  # refused before a quiz is scored
     scored = _score_quiz(settings, sources, ui) if settings.asks_quiz else None
     if not ui.is_first:  # further processes share the work of a quiz, and nothing else
         return None
-    results = scored or results_of([described(source) for source in sources])
-    for part in _parts(settings, prompts, ui):
+    results = scored or results_of([described(*model) for model in models])
+    for part in _parts(settings, models, prompts, ui):
         results = results.with_part(part)
     is_new = not settings.out.exists()
     results.save(settings.out)
@@ -129,10 +189,45 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     return results
 
 
-def _parts(settings: EvalSettings, prompts: "Prompts | None", ui: UI) -> Iterator["Part"]:
+def _models(settings: EvalSettings) -> list["Model"]:
+    """Every model by name, with its checkpoint unless it is only samples, or only on a server."""
+    from expertcut.evaluation.evaluate import find_models
+
+    names, is_served = settings.models, settings.backend == "local-completions"
+    here = [] if settings.samples else names
+    if is_served and not settings.asks_quiz and not settings.generate:
+        here = [name for name in names if Path(name).is_dir()]
+    found = dict(zip(here, find_models(here, settings.revision), strict=True))
+    return [(name, found.get(name)) for name in names]
+
+
+def _parts(
+    settings: EvalSettings, models: Sequence["Model"], prompts: "Prompts | None", ui: UI
+) -> Iterator["Part"]:
     """What is asked beside the quiz, one part after the other."""
+    if settings.samples:
+        from expertcut.evaluation.samples import judge, read_samples
+
+        yield judge([read_samples(Path(path)) for path in settings.models], settings.margin / 100)
+    if settings.tasks:
+        yield _run_tasks(settings, models, ui)
     if prompts is not None:
         yield _generate(settings, prompts, ui)
+
+
+def _run_tasks(settings: EvalSettings, models: Sequence["Model"], ui: UI) -> "Part":
+    """Every model runs the tasks, one in memory at a time; then all are judged."""
+    from expertcut.evaluation.samples import judge, read_samples
+    from expertcut.evaluation.tasks import Tested, run_tasks
+
+    options, folder, found = settings.task_options(), settings.out.with_suffix(".chunks"), []
+    urls: list[str | None] = [*settings.base_url] or [None]
+    urls = urls * len(models) if len(urls) == 1 else urls
+    with ui.parts("running tasks", folder) as report:
+        for done, (model, url) in enumerate(zip(models, urls, strict=True)):
+            report(done, len(models))
+            found.append(read_samples(run_tasks(Tested(*model, url), options, folder)))
+    return judge(found, settings.margin / 100)
 
 
 def _read_prompts(settings: EvalSettings, sources: Sequence["Source"]) -> "Prompts | None":

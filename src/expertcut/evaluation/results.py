@@ -53,20 +53,21 @@ class TaskResult(Record):
 class TaskComparison(Record):
     """Paired comparison on one task's documents; `delta` is other minus base, in the metric.
 
-    `ci95` is a bootstrap over documents. McNemar's test, gained and lost are null unless every
-    outcome is 0 or 1; `verdict` is null where a margin in points has no meaning (perplexities).
-    `unpaired_z` and `unpaired_p` are the harness's own test, which ignores the pairs.
+    The delta of a perplexity is that of its logarithm. Outcomes of 0 and 1 have the intervals and
+    tests of a quiz; others a bootstrap over documents, and no McNemar test. The `verdict` is
+    within `margin`; null where the metric is no share. `unpaired_z` is the harness's own test.
     """
 
     delta: float
     ci95: tuple[float, float]
-    mcnemar_p: Share | None
-    gained: Count | None
-    lost: Count | None
+    mcnemar_p: Share | None = None
+    gained: Count | None = None
+    lost: Count | None = None
     verdict: Verdict | None
     smallest_effect: float | None
-    unpaired_z: float | None
-    unpaired_p: Share | None
+    margin: Share | None
+    unpaired_z: float | None = None
+    unpaired_p: Share | None = None
 
 
 class ModelResult(Record):

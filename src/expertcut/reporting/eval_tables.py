@@ -91,7 +91,7 @@ def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
     names = model_names(results)
-    facts += task_tables.tasks_facts(results, names, margin)
+    facts += task_tables.tasks_facts(results, names)
     return [*facts, *generation_tables.generation_facts(results, names, margin)]
 
 
