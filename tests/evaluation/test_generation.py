@@ -27,18 +27,21 @@ from expertcut.evaluation.generation import (
 )
 from expertcut.evaluation.generation_prompts import ModelPrompts, encode_prompts, read_prompts
 from expertcut.evaluation.generation_run import GenerateOptions, generate
+from expertcut.evaluation.results import load_results
 from expertcut.models import kernels
 from expertcut.models.load import LoadOptions, find_source
-from tests.conftest import PADDED_FAMILIES, make_checkpoint, open_model
+from expertcut.reporting.generation_page import load_written
+from tests.conftest import PADDED_FAMILIES, Commands, make_checkpoint, open_model
 
 CPU = LoadOptions()
+PROMPTS = "prompts.jsonl"
 # A plain one, sinks and sliding windows, and every kind of recurrent layer.
 BATCHED = ("olmoe", "gpt_oss", *PADDED_FAMILIES)
 TEXTS = ["amber", "birch cloud delta", "a far longer prompt about ember and fjord", "grove", "h"]
 
 
 def write_prompts(folder: Path, texts: list[str] = TEXTS) -> Path:
-    file = folder / "prompts.jsonl"
+    file = folder / PROMPTS
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
     return file
 
@@ -214,12 +217,11 @@ def chunk(folder: Path) -> Path:
     return file
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
-    checkpoint: Callable[..., Path], tmp_path: Path, temperature: float
+    checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     file, model = write_prompts(tmp_path), checkpoint("olmoe")
-    options = {"temperature": temperature, "batch_tokens": 100}  # batches of one and two
+    options = {"temperature": 0.8, "batch_tokens": 100}  # sampled, in batches of one and two
     whole = outputs_of(model, file, tmp_path / "chunks", **options)
     place = chunk(tmp_path / "chunks")
     content = place.read_bytes()
@@ -388,3 +390,84 @@ def test_repeated_prompts_are_warned_of(tmp_path: Path, caplog: Any) -> None:
     assert not caplog.text
     read_prompts(write_prompts(tmp_path, [*TEXTS, "h"]))
     assert "1 of 6 prompts are repeats" in caplog.text
+
+
+def test_eval_judges_a_looping_cut_beside_its_base_and_keeps_what_both_wrote(
+    tmp_path: Path, expertcut: Commands
+) -> None:
+    for name, length in (("base", 280), ("stuck", 7)):
+        cyclic_checkpoint(tmp_path / name, length)
+    write_prompts(tmp_path, [f"{word} {n}" for n in range(6) for word in ("amber", "birch")])
+    command = "eval base stuck --generate prompts.jsonl --max-new-tokens 70 --threads 1"
+    said = " ".join(expertcut(command).split())
+    assert (
+        "loops stuck: 100.0 % (75.8 % … 100.0 %) of its outputs loop, 0.0 % of the base's" in said
+    )
+    assert "12 only here, 0 only there (McNemar p = 0.00049): worse than the base" in said
+    results = load_results(tmp_path / "results.json")
+    base, stuck = results.models
+    assert results.generation and base.generation and stuck.generation
+    assert base.generation.prompts == 12 and base.generation.loops
+    assert (base.generation.loops.share, base.generation.length_cap.share) == (0, 1)
+    assert base.generation.mean_tokens.mean == 70
+    assert stuck.generation.distinct_4 and stuck.generation.distinct_4.mean == pytest.approx(7 / 67)
+    (change,) = (c.generation for c in results.comparisons)
+    assert change and change.differs.share == 1 and change.first_divergence_median is not None
+    lines = load_written(tmp_path / results.generation.outputs, ("base", "stuck"))
+    assert [line.prompt for line in lines] == [p.text for p in read_prompts(tmp_path / PROMPTS)]
+    assert [o.is_loop for line in lines for o in line.outputs] == [False, True] * 12
+    before = {f: f.read_bytes() for f in tmp_path.glob("*.json*")}
+    for chunks in (tmp_path / "results.chunks").glob("stuck-*"):  # as if killed
+        chunks.write_bytes(chunks.read_bytes()[:-100])
+    expertcut(command)
+    assert {f: f.read_bytes() for f in tmp_path.glob("*.json*")} == before
+    table = expertcut("show results.json --format csv")
+    assert "stuck,generation,loops,share,1.0,,12,1.0," in table and ",worse," in table
+    expertcut("report results.json")
+    page = (tmp_path / "report.html").read_text()
+    assert "100.0 % of its outputs loop, 0.0 % of the base&#39;s" in page and "<mark>" in page
+
+
+def test_eval_of_a_model_beside_itself_finds_nothing(
+    checkpoint: Callable[..., Path], tmp_path: Path, expertcut: Commands
+) -> None:
+    write_prompts(tmp_path)
+    model = checkpoint("olmoe")
+    said = expertcut(f"eval {model} {model} --generate prompts.jsonl --max-new-tokens 60")
+    assert "every output is the base's" in said
+    (change,) = (c.generation for c in load_results(tmp_path / "results.json").comparisons)
+    assert change and change.differs.outputs == 0 and change.first_divergence_median is None
+    assert change.loops and change.loops.mcnemar_p == change.length_cap.mcnemar_p == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--max-new-tokens 5", "--max-new-tokens is for --generate"),
+        ("--generate prompts.jsonl --max-new-tokens 0", "--max-new-tokens"),
+        ("--generate prompts.jsonl --max-new-tokens 4096", "lower --max-new-tokens"),
+        ("--generate none.jsonl", "none.jsonl: cannot be read"),
+        ("--generate prompts.jsonl --temperature -1", "--temperature"),
+        ("--generate prompts.jsonl" + " --base-url http://a" * 3, "3 --base-url for 2 models"),
+        ("--generate prompts.jsonl --base-url a:8000", "no address of a server"),
+        ("--base-url http://a", "--base-url is for --tasks"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused_in_one_line(
+    checkpoint: Callable[..., Path], tmp_path: Path, expertcut: Commands, options: str, said: str
+) -> None:
+    write_prompts(tmp_path)
+    refusal = expertcut(f"eval {checkpoint('olmoe')} {checkpoint('olmoe')} {options}", status=2)
+    assert said in refusal and refusal.count("\n") == 1
+
+
+def test_one_server_for_two_models_must_know_them_by_name(
+    checkpoint: Callable[..., Path], tmp_path: Path, expertcut: Commands
+) -> None:
+    file, model = write_prompts(tmp_path), checkpoint("olmoe")
+    with completions_server(model, file) as url:
+        command = f"eval {model} {model} --generate {file} --max-new-tokens 30 --base-url {url}"
+        assert "serves some/name, not" in expertcut(command, status=2)
+        expertcut(f"{command} --base-url {url}")
+    (change,) = (c.generation for c in load_results(tmp_path / "results.json").comparisons)
+    assert change and change.differs.outputs == 0 and change.loops is None

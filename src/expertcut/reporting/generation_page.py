@@ -1,6 +1,7 @@
 """The page's section of what models write: pairs of outputs, marked where they diverge."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from os.path import commonprefix
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def generation_sections(run: Run) -> list[Section]:
         key = key_of(f"outputs-{document.name}", [section.key for section in sections])
         parts = _pair_parts(document.content, document.file)
         sections.append(Section(key, f"Outputs: {document.name}", parts))
-    return sections
+    return [replace(s, title="Outputs") for s in sections] if len(sections) == 1 else sections
 
 
 def _pair_parts(results: Results, file: Path) -> list[Part]:

@@ -86,6 +86,27 @@ def generation_facts(
     return [*facts, ("outputs", info.outputs)]
 
 
+def generation_findings(
+    results: Results, names: Sequence[str], margin: float
+) -> list[tuple[str, str]]:
+    """How often outputs loop, a few words on each model compared, and the figures behind."""
+    base, info = results.models[0].generation, results.generation
+    if base is None or info is None or base.loops is None:
+        return []
+    share, prompts = edits.percent(base.loops.share), f"{base.prompts:,} prompts"
+    if not results.comparisons:
+        return [(f"{share} of its outputs loop", f"{names[0]}, {prompts}")]
+    findings = []
+    for c in results.comparisons:
+        own = results.models[c.other].generation
+        if own and own.loops and c.generation and c.generation.loops:
+            change = c.generation.loops
+            words = f"{edits.percent(own.loops.share)} of its outputs loop, {share} of the base's"
+            figures = f"{names[c.other]} against {names[0]}, {prompts}"
+            findings.append((words, figures + _change_text(change, own.prompts, margin)))
+    return findings
+
+
 def _share_text(found: ShareResult) -> str:
     low, high = map(edits.percent, found.ci95)
     return f"{edits.percent(found.share)} ({low} … {high})"
@@ -113,6 +134,9 @@ def _change_text(change: Comparison, n: int, margin: float) -> str:
 
 
 def _differing(change: GenerationChange) -> str:
+    if not change.differs.outputs:
+        most = edits.percent(change.differs.ci95[1])
+        return f"every output is the base's; of others at most {most} would differ"
     text = f"{_share_text(change.differs)} of its outputs differ from the base's"
     if (at := change.first_divergence_median) is not None:
         text += f", half of them after {at:,.0f} equal tokens or fewer"

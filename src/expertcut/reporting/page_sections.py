@@ -19,7 +19,7 @@ from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo
-from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting import edit_tables, eval_tables, generation_tables, task_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
@@ -140,8 +140,10 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
 
 def tasks_headline(results: Results) -> Headline:
     """The first findings of an evaluation without a quiz."""
-    facts = eval_tables.evaluation_facts(results)[:_HEADLINES]
-    return Headline([(text, "") for _, text in facts])
+    names = eval_tables.model_names(results)
+    facts = [(text, "") for _, text in task_tables.tasks_facts(results, names)]
+    facts += generation_tables.generation_findings(results, names, MARGIN)
+    return Headline(facts[:_HEADLINES])
 
 
 def _asked_of(model: QuizModelResult) -> str:
