@@ -28,9 +28,7 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
     """Compare checkpoints on the same questions."""
 
     examples: ClassVar = (
-        "expertcut eval BASE models/half",
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
-        "expertcut eval BASE models/half --lm-eval-json lm-eval.json",
         "expertcut eval BASE models/half --tasks gsm8k,ifeval",
         "expertcut eval --samples a/samples_gsm8k.jsonl b/samples_gsm8k.jsonl",
         "expertcut eval BASE models/half --generate prompts.jsonl --max-new-tokens 256",

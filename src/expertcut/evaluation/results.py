@@ -213,8 +213,21 @@ class QuizResults(Results):
 
 def results_of(models: Sequence[ModelResult]) -> Results:
     """Results without a quiz, each model compared with the first; `with_part` fills them."""
-    comparisons = [ComparisonResult(base=0, other=other) for other in range(1, len(models))]
+    base, *others = models
+    comparisons = [
+        ComparisonResult(
+            base=0,
+            other=index,
+            parameters_delta=_minus(other.parameters, base.parameters),
+            bytes_delta=_minus(other.bytes, base.bytes),
+        )
+        for index, other in enumerate(others, start=1)
+    ]
     return Results(models=list(models), comparisons=comparisons)
+
+
+def _minus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a - b
 
 
 def load_results(path: Path) -> Results:

@@ -129,7 +129,8 @@ def _first_metric(
         is_up = metric not in _LOWER_IS_BETTER if up is None else bool(up)
         key, is_loss = f"{metric},{name}", metric in _LOSSES
         found = Outcomes(key, is_loss, is_up and not is_loss, documents, value_N, weight_N)
-        theirs = beside.get("results", {}).get(key)
+        is_whole = beside.get("n-samples", {}).get("effective") == len(documents)
+        theirs = beside.get("results", {}).get(key) if is_whole else None
         if theirs is None or math.isclose(found.result.value, theirs, rel_tol=1e-6, abs_tol=1e-9):
             return found
     tried = ", ".join(documents[0].metrics) or "no metric"
@@ -152,9 +153,10 @@ def _results_beside(file: Path, task: str) -> dict[str, Any]:
     """What the only `results_*.json` beside a file says of a task; empty if there is none."""
     found = []
     for beside in file.parent.glob("results_*.json"):
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
             content = parse_json(read_file(beside))
-            parts = {k: content[k].get(task) for k in ("results", "higher_is_better")}
+            keys = ("results", "higher_is_better", "n-samples")
+            parts = {key: content[key].get(task) for key in keys}
             found += [parts] if all(isinstance(part, dict) for part in parts.values()) else []
     return found[0] if len(found) == 1 else {}
 

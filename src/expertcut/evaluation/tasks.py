@@ -7,8 +7,9 @@ import gc
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +22,8 @@ from expertcut.files import read_file, without_secrets
 from expertcut.models.load import LoadOptions, Source, load
 
 Backend = Literal["hf", "vllm", "local-completions"]
+# A missing library or data set, a wrong YAML, a server that does not answer.
+_OF_THE_USER = (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -181,15 +184,16 @@ def _loaded(source: Source, options: TaskOptions) -> Any:
 
 @contextmanager
 def _one_line(what: str) -> Iterator[None]:
-    """Errors that the harness and its data sets raise for reasons of the user, in one line."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    except (ImportError, OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        text = without_secrets(said[:300])
-        raise SettingsError(f"{what}: {type(error).__name__}: {text}") from error
-    finally:
-        logger.setLevel(level)
+    """Silences the harness and its data sets; what they raise for the user comes in one line."""
+    own = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        os.dup2(nowhere.fileno(), 2)  # of processes too, as it asks git
+        logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
+        try:
+            yield
+        except _OF_THE_USER as error:
+            said = without_secrets(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+            raise SettingsError(f"{what}: {said.removesuffix(':')}") from error
+        finally:
+            os.dup2(own, 2)
+            os.close(own)

@@ -76,7 +76,8 @@ def tasks_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]]
 def _sentence(found: TaskResult, c: TaskComparison) -> str:
     """The change with its interval and test, and the verdict within the margin it was made at."""
     if c.gained is None or c.lost is None:
-        text = f"{signed(c.delta, '+.4f')} ({_interval(c.ci95)}) of {found.metric}"
+        of = f"ln {found.metric}" if "perplexity" in found.metric else found.metric
+        text = f"{signed(c.delta, '+.4f')} ({_interval(c.ci95)}) of {of}"
     else:
         text = f"{edits.points(c.delta)} points ({edits.span(c.ci95)}) of {found.metric}"
         text += f", {c.gained:,} gained, {c.lost:,} lost (McNemar p = {c.mcnemar_p:.2g})"
