@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
+from expertcut.evaluation.generation import GenerationChange, GenerationInfo, GenerationResult
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.locks import CLAIMS
 from expertcut.profiling.schema import AnyProfileInfo, Settings
@@ -52,20 +53,21 @@ class TaskResult(Record):
 class TaskComparison(Record):
     """Paired comparison on one task's documents; `delta` is other minus base, in the metric.
 
-    `ci95` is a bootstrap over documents. McNemar's test, gained and lost are null unless every
-    outcome is 0 or 1; `verdict` is null where a margin in points has no meaning (perplexities).
-    `unpaired_z` and `unpaired_p` are the harness's own test, which ignores the pairs.
+    The delta of a perplexity is that of its logarithm. Outcomes of 0 and 1 have the intervals and
+    tests of a quiz; others a bootstrap over documents, and no McNemar test. The `verdict` is
+    within `margin`; null where the metric is no share. `unpaired_z` is the harness's own test.
     """
 
     delta: float
     ci95: tuple[float, float]
-    mcnemar_p: Share | None
-    gained: Count | None
-    lost: Count | None
+    mcnemar_p: Share | None = None
+    gained: Count | None = None
+    lost: Count | None = None
     verdict: Verdict | None
     smallest_effect: float | None
-    unpaired_z: float | None
-    unpaired_p: Share | None
+    margin: Share | None
+    unpaired_z: float | None = None
+    unpaired_p: Share | None = None
 
 
 class TextResult(Record):
@@ -152,6 +154,7 @@ class ModelResult(Record):
     healed_from: str | None = None
     text: dict[str, TextResult] | None = None
     tasks: dict[str, TaskResult] | None = None
+    generation: GenerationResult | None = None
 
 
 class QuizModelResult(ModelResult):
@@ -195,6 +198,7 @@ class ComparisonResult(Record):
     bytes_delta: int | None = None
     text: dict[str, TextComparison] | None = None
     tasks: dict[str, TaskComparison] | None = None
+    generation: GenerationChange | None = None
 
 
 # Records are frozen, so a subclass may narrow a field; in JSON the indices come first.
@@ -232,6 +236,7 @@ class Results(Record):
     chance: Share | None = None  # the accuracy of guessing; older files lack it
     content_hashes: dict[str, str] | None = None
     text: JudgedTexts | None = None
+    generation: GenerationInfo | None = None
     models: Sequence[ModelResult] = Field(min_length=1)
     comparisons: Sequence[ComparisonResult]
 
@@ -270,8 +275,21 @@ class QuizResults(Results):
 
 def results_of(models: Sequence[ModelResult]) -> Results:
     """Results without a quiz, each model compared with the first; `with_part` fills them."""
-    comparisons = [ComparisonResult(base=0, other=other) for other in range(1, len(models))]
+    base, *others = models
+    comparisons = [
+        ComparisonResult(
+            base=0,
+            other=index,
+            parameters_delta=_minus(other.parameters, base.parameters),
+            bytes_delta=_minus(other.bytes, base.bytes),
+        )
+        for index, other in enumerate(others, start=1)
+    ]
     return Results(models=list(models), comparisons=comparisons)
+
+
+def _minus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a - b
 
 
 def load_results(path: Path) -> Results:
