@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations, product
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import ExpertIds, load_hashes, load_plan
 from expertcut.edits.selection import choose, normalised
 from expertcut.edits.splits import questions_for, scored_split
-from expertcut.profiling.blend import Blend, BlendRule
+from expertcut.profiling.blend import Blend, BlendRule, blended_answers
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands
 from tests.support.hand_made import block, profile_info, random_profile, write_profile
@@ -87,6 +88,16 @@ def test_a_weight_counts_by_tokens_and_not_by_the_size_of_a_profile(drawn: Drawn
     found = blend.token_sum("weight") / np.sum(blend.token_sum("tokens"))
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     assert blend.weights_D.tolist() == [2 / 3, 1 / 3] and blend.names == ["0-1", "0-0"]
+
+
+def test_a_domain_without_questions_leaves_the_sums_over_all_tokens(drawn: Drawn):
+    blend = drawn(1, 2)
+    (first, *_), (second, *_) = (part.layers for part in blend.parts)
+    text = replace(second, is_activated_NE=second.is_activated_NE[:0])
+    found = blended_answers([first, text], blend.weights_D)
+    assert not len(found.is_activated_NE) and found.question_weight_N is None
+    expected_E = blend.weights_D @ [first.alpha_mean_E, second.alpha_mean_E]
+    np.testing.assert_allclose(found.alpha_mean_E, expected_E)
 
 
 # The worst domain
@@ -256,6 +267,7 @@ def test_a_sweep_and_the_python_api_blend_as_prune_does(profiled: Commands):
     assert "grid" in refused and refused.count("\n") == 1
     plan = api.prune({"code": 1, "chat": 1}, by="reap", sparsity=0.25, blend="maxmin")
     assert [edit.keep for edit in plan.edit.edits.values()] == kept("cut")
+    assert plan.simulate().questions > 0 and "code (0.5), chat (0.5)" in repr(plan)
 
 
 REFUSED = {
