@@ -23,6 +23,7 @@ from expertcut.settings import (
     Folder,
     Settings,
     Source,
+    Text,
     Texts,
     like,
     option,
@@ -31,6 +32,7 @@ from expertcut.settings import (
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
+    from expertcut.data.corpus import Corpus
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
@@ -59,6 +61,14 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
+text_option = partial(option, panel="Text", is_recorded="set")
+_AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or 1M")
+
+
+def read_amount(text: str) -> int:
+    """The number of `200k`, `1M` or `2B`."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1].lower(), 1)
+    return max(1, round(float(text.rstrip("kKmMbB")) * factor))
 
 
 class UI:
@@ -83,8 +93,10 @@ class UI:
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
 
-    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
-        """All results of a run over `total` questions, which keeps finished chunks in `where`."""
+    def watch(
+        self, run: Watched[T], what: str, total: int, where: Path, unit: str = "questions"
+    ) -> list[T]:
+        """All results of a run over `total` units, which keeps finished chunks in `where`."""
         found = []
         with self.parts(what, where) as report:
             for step in run(lambda step: None):
@@ -188,6 +200,44 @@ class SplitSettings(BatchSettings, QuizSettings):
         return quiz
 
 
+class TextSettings(Settings):
+    """Texts, and how they become rows."""
+
+    text: Texts = text_option(
+        [],
+        "Texts: a .jsonl (text, messages, prompt and completion), .parquet or text file, a folder, "
+        "or org/name[:config][:split][:field] of the Hub; =W weighs by tokens; repeatable.",
+        metavar="SPEC[=W]",
+    )
+    assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
+    tokens: Annotated[Text, _AMOUNT] | None = text_option(
+        None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
+        metavar="N",
+    )  # fmt: skip
+    max_tokens: int = text_option(
+        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
+    )
+    seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
+
+    @property
+    def n_tokens(self) -> int | None:
+        """`tokens` as a number."""
+        return None if self.tokens is None else read_amount(self.tokens)
+
+    def check_text(self) -> None:
+        """Refuses options of texts without a text."""
+        for name in ("assistant_only", "tokens"):
+            if not self.text and getattr(self, name):
+                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
+
+    def load_corpus(self, tokenizer: Any) -> "Corpus":
+        """The texts, tokenized."""
+        from expertcut.data.corpus import TextSelection, load_corpus
+
+        names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
+        return load_corpus(TextSelection(*names), tokenizer)
+
+
 class ProfiledSettings(ModelSettings):
     """The profile that an edit is chosen from, and how its model is loaded."""
 
@@ -224,6 +274,7 @@ class ProfiledSettings(ModelSettings):
 
         cut = self.truncate
         profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        profile.trust_remote_code = self.trust_remote_code
         threads = profile.info.settings.threads
         if self.threads not in (None, threads):
             raise SettingsError(

@@ -76,6 +76,7 @@ class ChosenOn(Record):
     fitted_split: str | None = None
     fitted_questions: int = 0
     sha256: str
+    text_tokens: int | None = None  # of texts, whose documents are counted as questions
 
 
 class BlendedProfile(Record):

@@ -3,25 +3,26 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from expertcut.edits import plan
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.domains import Limit, Overlap, kept_shares, maxmin
-from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.edit_settings import CutSettings, RankSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.blend import Blend, BlendRule
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import Profile, largest_values
+from expertcut.profiling.storage import Profile, TextProfile, largest_values
 from expertcut.stats import Array
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
 SUPER = "super"
+Ranked = TypeVar("Ranked", bound=RankSettings)
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
@@ -104,6 +105,8 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
     if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
         marks += f"-fold-{fold}"
+    if settings.sequential:
+        marks, action = f"{marks}-sequential", f"{action} --sequential"
     return plan.EditPlan(
         f"{slug}{marks}",
         action,
@@ -116,6 +119,29 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
         is_cut=True,
         is_calibrated=CRITERIA[settings.by].needs == "calibration",
     )
+
+
+def has_answers(profile: Profile) -> bool:
+    """Whether a profile, or each of a blend, is of a quiz."""
+    return not any(isinstance(part, TextProfile) for part in profile.parts)
+
+
+def for_profile(profile: Profile, settings: Ranked) -> Ranked:
+    """Settings that count all tokens, which is all that a profile of texts has.
+
+    Raises SettingsError: they ask for answers.
+    """
+    if has_answers(profile):
+        return settings
+    for value, flag in ((settings.positions, "tokens"), (settings.fold, "rescale-gates")):
+        if value == "answer":
+            raise SettingsError(
+                f"--{flag} answer: {profile.path} is a profile of texts, which have no answers: "
+                "leave it out"
+            )
+    is_scaling = "fold" in LAYOUTS[settings.layout].options
+    fold = settings.fold or ("all" if is_scaling else None)
+    return settings.updated(positions="all", fold=fold)
 
 
 @dataclass(frozen=True)
@@ -136,7 +162,9 @@ class Ranking:
 def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Ranking:
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
     layers = profile.layers
-    at = settings.at if settings.by == "activations" else "answer"
+    settings = for_profile(profile, settings)
+    counts_all = settings.by == "activations" or not has_answers(profile)
+    at = settings.at if counts_all else "answer"
     by_layer = scores(profile, settings.by, settings.at, engine, settings.seed)
     orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(by_layer, layers, strict=True)]
     return Ranking(
@@ -430,6 +458,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     """
     if settings.by != "activations":
         raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")
+    settings = for_profile(profile, settings)
     layers, blocks = profile.layers, profile.info.model.blocks
     counts = [activations(layer, settings.at) for layer in layers]
     stay = protection(profile, settings.protect)
@@ -478,36 +507,44 @@ class RemovedTraffic(NamedTuple):
 
     block: str
     n_removed: int
-    n_questions: int  # that chose a removed expert at the answer position
+    n_questions: int | None  # that chose a removed expert at the answer position; None of texts
     n_used: int | None  # removed experts that any token chose, shots included
     mass: float | None  # their share of all tokens' gate weight
 
 
 def removed_traffic(profile: Profile, edits: Mapping[str, plan.BlockEdit]) -> list[RemovedTraffic]:
     """What the removal of experts would touch, block by block."""
-    chosen_NLK = profile.array("chosen_NLK")
+    chosen_NLK = profile.array("chosen_NLK") if has_answers(profile) else None
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
     traffic = []
     for layer, block in enumerate(profile.info.model.blocks):
         removed = list(edits[block.name].removed(block.experts))
-        hit_N = np.isin(chosen_NLK[:, layer], removed).any(axis=1)
+        n_hit = None
+        if chosen_NLK is not None:
+            n_hit = int(np.isin(chosen_NLK[:, layer], removed).any(axis=1).sum())
         n_used, mass = None, None
         if tokens_LE is not None and weight_LE is not None:
             n_used = int((tokens_LE[layer, removed] > 0).sum())
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
-        traffic.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
+        traffic.append(RemovedTraffic(block.name, len(removed), n_hit, n_used, mass))
     return traffic
 
 
 def removed_share(
     profile: Profile, edits: Mapping[str, plan.BlockEdit]
-) -> tuple[int, int, float | None]:
-    """Removed experts, questions that chose one to answer, and share of all gate weight."""
+) -> tuple[int, int | None, float | None]:
+    """Removed experts, questions that chose one to answer, and share of all gate weight.
+
+    Questions are None where texts were profiled.
+    """
     traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
-    chosen_NLK, share = profile.array("chosen_NLK"), None
     removed = [list(edits[b.name].removed(b.experts)) for b in profile.info.model.blocks]
-    hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
+    n_hit = share = None
+    if has_answers(profile):
+        chosen_NLK = profile.array("chosen_NLK")
+        hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
+        n_hit = int(np.any(hit_LN, axis=0).sum())
     if weight_LE is not None:
         share_L = np.array([block.mass for block in traffic], dtype=np.float64)
         share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
-    return sum(map(len, removed)), int(np.any(hit_LN, axis=0).sum()), share
+    return sum(map(len, removed)), n_hit, share

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 from expertcut.errors import ProfileError
-from expertcut.profiling.statistics import LayerStatistics, share
-from expertcut.profiling.storage import Arrays, Profile
+from expertcut.profiling.statistics import LayerStatistics, LayerSums, OverTokens, share
+from expertcut.profiling.storage import Arrays, Profile, TextProfile
 from expertcut.stats import Array
 
 BlendRule = Literal["sum", "maxmin"]
@@ -89,13 +89,28 @@ class Blend(Profile):
         return np.asarray(np.sum([f * s for f, s in zip(factors_D, sums_D, strict=True)], axis=0))
 
     @cached_property
-    def layers(self) -> list[LayerStatistics]:
+    def layers(self) -> list[Any]:  # without answers if a domain has none
         """Every MoE block's statistics, in layer order."""
         by_layer = zip(*(part.layers for part in self.parts), self.over_tokens(), strict=True)
+        if any(isinstance(part, TextProfile) for part in self.parts):
+            return [self._without_answers(own, sums) for *own, sums in by_layer]
         return [
             replace(blended_answers(own, self.weights_D), over_tokens=over_tokens)
             for *own, over_tokens in by_layer
         ]
+
+    def _without_answers(self, layers_D: Sequence[LayerSums], sums: OverTokens | None) -> LayerSums:
+        """One block's sums over tokens, where a domain is of texts."""
+        first = layers_D[0]
+        pairs = zip(self.weights_D, layers_D, strict=True)
+        return LayerSums(
+            layer=first.layer,
+            block=first.block,
+            n_experts=first.n_experts,
+            top_k=first.top_k,
+            alpha_mean_E=np.sum([w * layer.alpha_mean_E for w, layer in pairs], axis=0),
+            over_tokens=sums,
+        )
 
 
 def check_blend(parts: Sequence[Profile]) -> None:
@@ -118,16 +133,11 @@ def _factors(weights_D: Array, sizes_D: Sequence[float]) -> Array:
 
 
 def blended_answers(layers_D: Sequence[LayerStatistics], weights_D: Array) -> LayerStatistics:
-    """One block's statistics of answers and mean α, each domain weighed by its questions.
-
-    With a domain that has no questions, as a profile of text, those of answers are that domain's.
-    """
+    """One block's statistics of answers and mean α, each domain weighed by its questions."""
     alpha_mean_E = np.asarray(
         sum(w * x.alpha_mean_E for w, x in zip(weights_D, layers_D, strict=True))
     )
     sizes_D = [len(layer.is_activated_NE) for layer in layers_D]
-    if 0 in sizes_D:
-        return replace(layers_D[sizes_D.index(0)], alpha_mean_E=alpha_mean_E)
     factors_D = _factors(weights_D, sizes_D)
     weighed = [*zip(factors_D, layers_D, strict=True)]
 
