@@ -32,7 +32,7 @@ from expertcut.settings import (
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.data.corpus import Corpus
+    from expertcut.data.corpus import Corpus, TextSelection
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
@@ -230,12 +230,18 @@ class TextSettings(Settings):
             if not self.text and getattr(self, name):
                 raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
 
-    def load_corpus(self, tokenizer: Any) -> "Corpus":
-        """The texts, tokenized."""
-        from expertcut.data.corpus import TextSelection, load_corpus
+    def text_selection(self) -> "TextSelection":
+        """Which texts, and how they become rows."""
+        from expertcut.data.corpus import TextSelection
 
         names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
-        return load_corpus(TextSelection(*names), tokenizer)
+        return TextSelection(*names)
+
+    def load_corpus(self, tokenizer: Any) -> "Corpus":
+        """The texts, tokenized."""
+        from expertcut.data.corpus import load_corpus
+
+        return load_corpus(self.text_selection(), tokenizer)
 
 
 class ProfiledSettings(ModelSettings):
@@ -460,7 +466,10 @@ class CheckpointSettings(ModelFirstSettings):
             before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
             lines = outcome_lines(built, before, after, self.margin / 100)
             base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-            commands.insert(0, eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision))
+            words = ["eval", str(base), str(folder), "--text", "NEW.jsonl"]
+            if profile.info.text is None:
+                words = eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision)
+            commands.insert(0, words)
         ui.say([], [*lines, *(labelled("", note) for note in notes)])
         ui.end([], folder, *commands)
 

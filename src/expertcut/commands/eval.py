@@ -6,21 +6,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut import commands
-from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    SplitSettings,
+    TextSettings,
+    model_option,
+    output_option,
+    text_option,
+)
 from expertcut.settings import FilePath, Texts, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.results import Part, QuizResults, Results
+    from expertcut.evaluation.text_eval import TextScoring
     from expertcut.models.load import Source
 
 
-class EvalSettings(commands.JudgedSettings, SplitSettings):
-    """Compare checkpoints on the same questions."""
+class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
+    """Compare checkpoints on the same questions or texts."""
 
     examples: ClassVar = (
         "expertcut eval BASE models/half",
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
-        "expertcut eval BASE models/half --lm-eval-json lm-eval.json",
+        "expertcut eval BASE models/half --text held-code.jsonl --text held-chat.jsonl",
     )
 
     models: Texts = option(
@@ -37,10 +46,22 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         metavar="FILE",
     )
 
+    top_k_logprobs: int = text_option(
+        64, "Keep the base's K likeliest tokens for KL; the others count as one.", ge=1, metavar="K"
+    )
+
     @property
     def parts_asked(self) -> list[str]:
         """The options that ask for more than a quiz, as given."""
-        return []
+        return [f"--{name}" for name in ("text",) if getattr(self, name)]
+
+    def text_scoring(self, *, waits: bool) -> "TextScoring":
+        """The texts, and how models are run on them."""
+        from expertcut.evaluation.text_eval import TextScoring
+        from expertcut.profiling.measure import MeasureOptions
+
+        options = MeasureOptions("none", self.batch_tokens, self.threads, waits)
+        return TextScoring(self.text_selection(), self.top_k_logprobs, self.load_as(), options)
 
     @property
     def asks_quiz(self) -> bool:
@@ -55,13 +76,15 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     from expertcut.evaluation.results import results_of
     from expertcut.reporting.eval_tables import evaluation_facts, evaluation_tables
 
+    settings.check_text()
     check_places(settings.out, settings.lm_eval_json)
     sources = find_models(settings.models, settings.revision)
     scored = _score_quiz(settings, sources, ui) if settings.asks_quiz else None
-    if not ui.is_first:  # further processes share the work of a quiz, and nothing else
+    judged = _judge_text(settings, sources, ui) if settings.text else None
+    if not ui.is_first:  # further processes share the work of a quiz and of texts alone
         return None
     results = scored or results_of([described(source) for source in sources])
-    for part in _parts(settings, sources, ui):
+    for part in filter(None, (judged, *_parts(settings, sources, ui))):
         results = results.with_part(part)
     is_new = not settings.out.exists()
     results.save(settings.out)
@@ -80,6 +103,25 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
 def _parts(settings: EvalSettings, sources: Sequence["Source"], ui: UI) -> Iterator["Part"]:
     """What is asked beside the quiz, one part after the other."""
     yield from ()
+
+
+def _judge_text(settings: EvalSettings, sources: Sequence["Source"], ui: UI) -> "Part | None":
+    """Losses of every model on the texts; None in all but the first process."""
+    from expertcut.evaluation.text_eval import TextEvaluation
+    from expertcut.models.devices import give_back
+
+    # Where models are compared each process needs all of the base's chunks.
+    scoring = settings.text_scoring(waits=ui.is_first or len(sources) > 1)
+    evaluation = TextEvaluation(sources, scoring, settings.out.with_suffix(".chunks"))
+    for source in sources:
+        measurement, store = evaluation.prepare(source)
+        steps = partial(measurement.run, store)
+        ui.watch(steps, f"reading as {source.name}", measurement.n_rows, store, "rows")
+        if ui.is_first:
+            evaluation.note(measurement, store)
+        del measurement, steps
+        give_back()
+    return evaluation.part() if ui.is_first else None
 
 
 def _score_quiz(

@@ -2,12 +2,14 @@
 
 import hashlib
 import logging
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -20,7 +22,7 @@ from expertcut.data.texts import (
     find_blocks,
     hub_parts,
     hub_records,
-    ordered,
+    records_of,
 )
 from expertcut.errors import ProfileError, TextError
 from expertcut.stats import Array
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 2048
 CHUNK_TOKENS = 1 << 16
 _BATCH = 64  # documents tokenized at a time
+_FILE_ENDING = re.compile(r"\.[A-Za-z]+$")  # a version of a data set has digits
+_NAME_BYTES = 100  # of a source as part of a file's name
 _ONE_IN = round(1 / HELD_OUT_SHARE)
 
 
@@ -226,11 +230,16 @@ def hash_lines(data: CalibrationSet) -> frozenset[str]:
 
 
 def rows_of(document: Document, max_tokens: int) -> Iterator[Row]:
-    """A document as consecutive rows; the last token of each has no next token."""
+    """A document as consecutive rows, without those of which no token counts.
+
+    The last token of each has no next token.
+    """
     counted_T = _counted(document)
     for begin in range(0, len(document), max_tokens):
         at = slice(begin, begin + max_tokens)
         ids, counts_T = document.ids[at], counted_T[at]
+        if not counts_T.any():
+            continue
         next_T = np.append(np.where(counts_T[1:], ids[1:], -1), -1).astype(np.int32)
         yield Row(document, ids, next_T, counts_T)
 
@@ -260,12 +269,12 @@ def _counted(document: Document) -> Array:
     return np.ones(len(document), bool) if is_whole else np.asarray(document.counts_T)
 
 
-def chunk_rows(rows: Sequence[Row]) -> list[Sequence[Row]]:
-    """Consecutive rows of at most 65,536 tokens, or one longer row."""
+def chunk_rows(rows: Sequence[Row], most: int = CHUNK_TOKENS) -> list[Sequence[Row]]:
+    """Consecutive rows of at most so many tokens, or one longer row."""
     chunks: list[list[Row]] = []
     size = 0
     for row in rows:
-        if not chunks or size + len(row.ids) > CHUNK_TOKENS:
+        if not chunks or size + len(row.ids) > most:
             chunks.append([])
             size = 0
         chunks[-1].append(row)
@@ -290,10 +299,11 @@ def load_corpus(selection: TextSelection, tokenizer: Any) -> Corpus:
     without `tokens` this ends where one source does. Raises TextError: nothing to read, or a fault
     in a file.
     """
-    named = [Weighted.read(spec) for spec in selection.specs]
-    if twice := [w.name for w in named if [o.name for o in named].count(w.name) > 1]:
-        raise TextError(f"{twice[0]} is given twice: give it once, with a weight")
+    named = [Weighted(s) if _exists(Path(s)) else Weighted.read(s) for s in selection.specs]
     readers = [_Reader(weighted, selection, tokenizer) for weighted in named]
+    specs = [reader.spec for reader in readers]  # by the place of a file, however it was named
+    if twice := [spec for spec in specs if specs.count(spec) > 1]:
+        raise TextError(f"{twice[0]} is given twice: give it once, with a weight")
     taken = _take(readers, selection)
     names = _names([weighted.name for weighted in named])
     sources = []
@@ -361,7 +371,7 @@ class _Reader:
         records: Iterator[tuple[str, Any]]
         if path is not None:
             self.spec = str(path.resolve()) + (f":{field}" if field else "")
-            records = (block.record(i) for block, i in ordered(find_blocks(path), seed))
+            records = records_of(find_blocks(path), seed)
         else:
             pinned = (selection.revisions or {}).get(self.spec)
             self.revision, records = hub_records(self.spec, pinned, seed)
@@ -415,15 +425,24 @@ def token_ids(tokenizer: Any, texts: Sequence[Text]) -> list[Sequence[int]]:
 
 def _local(spec: str) -> tuple[Path | None, str]:
     """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path, ""
+    if not spec:
+        raise TextError("--text names nothing: give a file, a folder or a data set of the Hub")
     before, colon, field = spec.rpartition(":")
-    if colon and Path(before).expanduser().exists():
-        return Path(before).expanduser(), field
-    if path.suffix or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+    for text, own in ((spec, ""), *([(before, field)] if colon and before else [])):
+        if _exists(path := Path(text).expanduser()):
+            return path, own
+    id = spec.partition(":")[0]
+    is_path = spec.startswith((".", "/", "~")) or _FILE_ENDING.search(id)
+    if is_path or spec.count("/") != 1:
         raise TextError(f"no such text: {spec} does not exist")
     return None, ""
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise TextError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
 
 
 def _names(specs: Sequence[str]) -> list[str]:
@@ -431,6 +450,8 @@ def _names(specs: Sequence[str]) -> list[str]:
     names: list[str] = []
     for spec in specs:
         stem = Path(spec.partition(":")[0] or spec).name.partition(".")[0] or "text"
+        while len(quote(stem)) > _NAME_BYTES:
+            stem = stem[:-1]
         name, number = stem, 1
         while name in names:
             number += 1

@@ -5,10 +5,12 @@ file and line.
 """
 
 import codecs
+import errno
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -20,11 +22,14 @@ from jinja2 import TemplateError
 from expertcut.data.questions import normalised
 from expertcut.data.readers import opened, read_object
 from expertcut.errors import ModelError, TextError
-from expertcut.files import hub_reason, read_file
+from expertcut.files import MARK_BYTES, hub_reason, open_file, read_file, wide_encoding
+
+logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 16 << 20  # of one document: a tokenizer needs some hundred bytes a token
 _MAX_FILE_BYTES = 1 << 40
 _MAX_LINE_BYTES = 64 << 20
+_HEAD_BYTES = 1 << 16
 _FIELDS = ("text", "content")  # of a record that has neither messages nor prompt
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MUST = "must hold text, messages with role and content, or prompt and completion"
@@ -57,8 +62,8 @@ class Block(Protocol):
 
     def __len__(self) -> int: ...
 
-    def record(self, index: int) -> tuple[str, Any]:
-        """Position (file:line) and record: a mapping, or the text itself."""
+    def records(self, order: Iterable[int]) -> Iterator[tuple[str, Any]]:
+        """Positions (file:line) and records in this order: mappings, or the text itself."""
 
 
 class JsonLines:
@@ -81,14 +86,16 @@ class JsonLines:
     def __len__(self) -> int:
         return len(self.begins)
 
-    def record(self, index: int) -> tuple[str, Any]:
-        """Position and JSON object of a line."""
-        where = f"{self.file}:{self.numbers[index]}"
+    def records(self, order: Iterable[int]) -> Iterator[tuple[str, Any]]:
+        """Positions and JSON objects of lines."""
         with opened(self.file, _MAX_FILE_BYTES, TextError) as stream:
-            stream.seek(int(self.begins[index]))
-            line = stream.readline(_MAX_LINE_BYTES)
-        line = line.removeprefix(codecs.BOM_UTF8) if self.numbers[index] == 1 else line
-        return where, read_object(line, where, TextError)
+            for index in order:
+                where = f"{self.file}:{self.numbers[index]}"
+                stream.seek(int(self.begins[index]))
+                line = stream.readline(_MAX_LINE_BYTES)
+                if self.numbers[index] == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                yield where, read_object(line, where, TextError)
 
 
 class PlainFile:
@@ -100,24 +107,41 @@ class PlainFile:
     def __len__(self) -> int:
         return 1
 
-    def record(self, _index: int) -> tuple[str, Any]:
+    def records(self, order: Iterable[int]) -> Iterator[tuple[str, Any]]:
         """The file's name and its text."""
-        text = plain_text(self.file)
-        if text is None:
-            raise TextError(f"{self.file}: holds NUL bytes or is not UTF-8, so it is not a text")
-        return str(self.file), text
+        for _ in order:
+            yield str(self.file), plain_text(self.file)
 
 
-def plain_text(file: Path) -> str | None:
-    """The text of a file; None if it is binary. Raises TextError: it cannot be read."""
+class _NotTextError(TextError):
+    """The file is not UTF-8 text, as images are not."""
+
+
+def plain_text(file: Path) -> str:
+    """The text of a file. Raises TextError with the line of what is not UTF-8 text."""
     try:
-        content = read_file(file, 4 * MAX_CHARACTERS)
+        with open_file(file) as stream:
+            _decoded(file, stream.read(_HEAD_BYTES), is_whole=False)  # of a binary file of any size
+        return _decoded(file, read_file(file, 4 * MAX_CHARACTERS))
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise TextError(f"{file}: {_too_long(4 * MAX_CHARACTERS, 'bytes')}") from None
         raise TextError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _decoded(file: Path, content: bytes, *, is_whole: bool = True) -> str:
+    if (encoding := wide_encoding(content[:MARK_BYTES])) is not None:
+        raise _NotTextError(f"{file}: {encoding} text, must be UTF-8: save it as UTF-8")
+    fault, at = "a NUL byte", content.find(b"\0")
     try:
-        return None if b"\0" in content else content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
+        text = codecs.getincrementaldecoder("utf-8-sig")().decode(content, is_whole)
+    except UnicodeDecodeError as error:
+        if at < 0 or error.start < at:
+            fault, at = "a byte that is not UTF-8", error.start
+    if at < 0:
+        return text
+    line = content.count(b"\n", 0, at) + 1
+    raise _NotTextError(f"{file}:{line}: {fault}: it is not a text, or save it as UTF-8")
 
 
 class RowGroup:
@@ -129,10 +153,11 @@ class RowGroup:
     def __len__(self) -> int:
         return self.n_rows
 
-    def record(self, index: int) -> tuple[str, Any]:
-        """Position (file:row from 1) and row."""
+    def records(self, order: Iterable[int]) -> Iterator[tuple[str, Any]]:
+        """Positions (file:row from 1) and rows."""
         rows = _rows_of_group(self.file, self.group)
-        return f"{self.file}:{self.first + index + 1}", rows.slice(index, 1).to_pylist()[0]
+        for index in order:
+            yield f"{self.file}:{self.first + index + 1}", rows.slice(index, 1).to_pylist()[0]
 
 
 @lru_cache(maxsize=1)
@@ -152,6 +177,7 @@ def row_groups(file: Path) -> list[RowGroup]:
     from pyarrow import parquet
 
     try:
+        open_file(file).close()  # a pipe might never end
         found = parquet.ParquetFile(file).metadata
     except (pyarrow.ArrowException, OSError) as error:
         raise TextError(f"{file}: not a parquet file: {str(error).splitlines()[0]}") from None
@@ -172,14 +198,16 @@ class TextReader:
 
     def __init__(self, tokenizer: Any, field: str = "", *, marks_assistant: bool = False) -> None:
         self.tokenizer, self.field, self.marks_assistant = tokenizer, field, marks_assistant
+        if marks_assistant and not getattr(tokenizer, "is_fast", False):
+            raise TextError(
+                "--assistant-only needs a tokenizer that knows the place of each token in the "
+                "text (tokenizer.json), which this model's does not: leave the option out"
+            )
 
     def read(self, where: str, record: Any) -> Text | None:
         """The text; None if it is empty. Raises TextError with file and line."""
         text = self._text(where, record)
-        if any("\ud800" <= char <= "\udfff" for char in text.read):
-            raise TextError(f"{where}: a lone surrogate is not a character: remove it")
-        if len(text.read) > MAX_CHARACTERS:
-            raise TextError(f"{where}: {_too_long(len(text.read))}")
+        _check_characters(where, text.read)
         if self.marks_assistant and text.completion is None and text.is_assistant is None:
             raise TextError(
                 f"{where}: --assistant-only needs messages, or prompt and completion: this is text"
@@ -195,19 +223,24 @@ class TextReader:
             return self._chat(where, record["messages"], record.get("tools"))
         if record.get("prompt") is not None and record.get("completion") is not None:
             return self._completed(where, record["prompt"], record["completion"], record)
-        for field in _FIELDS:
-            if isinstance(record.get(field), str):
-                return Text(record[field], record[field], where)
-        there = ", ".join(map(str, record))[:200] or "nothing"
-        raise TextError(f"{where}: {_MUST}: it holds {there}")
+        own = {field: record[field] for field in _FIELDS if field in record}
+        for value in own.values():
+            if isinstance(value, str):
+                return Text(value, value, where)
+        if own and all(value is None for value in own.values()):  # as data sets keep empty ones
+            return Text("", "", where)
+        for field, value in own.items():
+            raise TextError(f"{where}: its {field} must be a text, not {type(value).__name__}")
+        raise TextError(f"{where}: {_MUST}: it holds {_keys(record)}")
 
     def _named(self, where: str, record: Mapping[str, Any]) -> Text:
         value = record.get(self.field)
         if isinstance(value, list):
             return self._chat(where, value, record.get("tools"))
+        if self.field in record and value is None:
+            return Text("", "", where)
         if not isinstance(value, str):
-            there = ", ".join(map(str, record))[:200] or "nothing"
-            raise TextError(f"{where}: its {self.field} is no text: it holds {there}")
+            raise TextError(f"{where}: has no text {self.field}: it holds {_keys(record)}")
         return Text(value, value, where)
 
     def _completed(
@@ -235,15 +268,29 @@ class TextReader:
         ids = is_assistant = None
         try:
             read = apply(tokenize=False)
+            _check_characters(where, read)
             if self.marks_assistant:
                 found = apply(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
                 ids = tuple(found["input_ids"])
                 is_assistant = tuple(map(bool, found["assistant_masks"]))
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelError(f"{where}: the tokenizer's chat template fails: {reason}") from None
         said = "\n".join(filter(None, map(_said_in, messages)))
         return Text(read, said, where, None, True, ids, is_assistant)
+
+
+def _check_characters(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise TextError(f"{where}: a lone surrogate is not a character: remove it") from None
+    if len(text) > MAX_CHARACTERS:
+        raise TextError(f"{where}: {_too_long(len(text))}")
+
+
+def _keys(record: Mapping[str, Any]) -> str:
+    return ", ".join(map(ascii, record))[:200] or "nothing"
 
 
 def _checked_messages(where: str, messages: Any) -> list[dict[str, Any]]:
@@ -285,8 +332,8 @@ def _too_long(n: int, unit: str = "characters") -> str:
     return f"a document of {n:,} {unit} or more, {most}: split it into several"
 
 
-def ordered(blocks: Sequence[Block], seed: int | None) -> Iterator[tuple[Block, int]]:
-    """Every document of some blocks, in order or with a seed in random order.
+def records_of(blocks: Sequence[Block], seed: int | None) -> Iterator[tuple[str, Any]]:
+    """Every record of some blocks with its position, in order or with a seed in random order.
 
     Blocks come one after another, so that a file of many row groups is read once.
     """
@@ -294,8 +341,7 @@ def ordered(blocks: Sequence[Block], seed: int | None) -> Iterator[tuple[Block, 
     for at in range(len(blocks)) if chance is None else chance.permutation(len(blocks)):
         block = blocks[at]
         order: Any = range(len(block)) if chance is None else chance.permutation(len(block))
-        for index in order:
-            yield block, int(index)
+        yield from block.records(order)
 
 
 def find_blocks(path: Path) -> list[Block]:
@@ -303,16 +349,25 @@ def find_blocks(path: Path) -> list[Block]:
 
     In a folder, files that are no text are passed over. Raises TextError: nothing to read.
     """
+    if path.suffix == ".json" and not path.is_dir():
+        raise TextError(f"{path}: must be JSON lines, an object in each: save it as .jsonl")
     if not path.is_dir():
         return _blocks_of(path)
     blocks: list[Block] = []
+    n_binary = 0
     for file in sorted(path.rglob("*")):
         is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if file.is_file() and not is_hidden:
-            own = _blocks_of(file)
+        if is_hidden or not file.is_file():
+            continue
+        own = _blocks_of(file)
+        try:
             blocks += [b for b in own if not isinstance(b, PlainFile) or plain_text(file)]
+        except _NotTextError:
+            n_binary += 1
     if not blocks:
         raise TextError(f"{path} holds no text: name a folder with .jsonl, .parquet or text files")
+    if n_binary:
+        logger.warning("%s: %d files that are not UTF-8 text are left out", path, n_binary)
     return blocks
 
 

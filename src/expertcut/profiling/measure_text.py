@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from expertcut import __version__
-from expertcut.data.corpus import Corpus, Row, chunk_rows, rows_hash
+from expertcut.data.corpus import CHUNK_TOKENS, Corpus, Row, chunk_rows, rows_hash
 from expertcut.errors import TextError
 from expertcut.files import recall, remember
 from expertcut.models.checkpoint_dir import read_config
@@ -50,6 +50,7 @@ class TextMeasurement(ChunkedRun):
         *,
         has_loss: bool = True,
         rows: Mapping[str, Sequence[Row]] | None = None,
+        judged: schema.JudgedInfo | None = None,
     ) -> None:
         self.moe, self.corpus, self.waits = moe, corpus, options.waits
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
@@ -65,14 +66,16 @@ class TextMeasurement(ChunkedRun):
         self._check_once()
         self.info = schema.TextProfileInfo(
             model=model_info(moe),
-            text=text_info(corpus, self.rows, has_loss=has_loss),
+            text=text_info(corpus, self.rows, has_loss=has_loss, judged=judged),
             settings=engine_settings(self.engine, options.stats or "all", None),
         )
 
     def _check_once(self) -> None:
         """Checks the engine, unless an earlier run found all the same right with these rows."""
         engine, moe = self.engine, self.moe
-        few = encode_rows(list(map(_beginning, next(iter(self.rows.values()))[:CHECKED_QUESTIONS])))
+        rows = [row for own in self.rows.values() for row in own]
+        rows = [row for row in rows if len(row.ids) > 1] or rows  # one token has no next one
+        few = encode_rows([_checked(row) for row in rows[:CHECKED_QUESTIONS]])
         settings = engine_settings(engine, "all", None)
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
         key = ("checked text", moe.source.fingerprint, settings, versions, few.prompts)
@@ -85,7 +88,8 @@ class TextMeasurement(ChunkedRun):
 
     def work(self) -> dict[str, Work]:
         """Chunks of rows by file name."""
-        chunks = {name: iter(chunk_rows(rows)) for name, rows in self.rows.items()}
+        most = _chunk_tokens(self.info.text.judged)
+        chunks = {name: iter(chunk_rows(rows, most)) for name, rows in self.rows.items()}
         work = {}
         for file, source, _ in self.info.chunks():
             rows = next(chunks[source])
@@ -119,16 +123,25 @@ class TextMeasurement(ChunkedRun):
             recorder.add(found)
 
 
-def _beginning(row: Row) -> Row:
-    at = slice(_CHECKED_TOKENS)
-    return Row(row.document, row.ids[at], row.next_T[at], row.counts_T[at])
+def _checked(row: Row) -> Row:
+    """The beginning of a row with all of its next tokens, also those that do not count."""
+    ids = row.ids[:_CHECKED_TOKENS]
+    return Row(row.document, ids, np.append(ids[1:], -1).astype(np.int32), np.ones(len(ids), bool))
+
+
+def _chunk_tokens(judged: schema.JudgedInfo | None) -> int:
+    return CHUNK_TOKENS if judged is None else judged.chunk_tokens
 
 
 def text_info(
-    corpus: Corpus, rows: Mapping[str, Sequence[Row]], *, has_loss: bool
+    corpus: Corpus,
+    rows: Mapping[str, Sequence[Row]],
+    *,
+    has_loss: bool,
+    judged: schema.JudgedInfo | None = None,
 ) -> schema.TextInfo:
     """The entry of the texts in a profile."""
-    selection = corpus.selection
+    selection, most = corpus.selection, _chunk_tokens(judged)
     sources = {
         source.name: schema.TextSourceInfo(
             spec=source.spec,
@@ -136,7 +149,7 @@ def text_info(
             weight=source.weight,
             documents=len(source.documents),
             tokens=source.n_tokens,
-            chunks=tuple(map(len, chunk_rows(rows[source.name]))),
+            chunks=tuple(map(len, chunk_rows(rows[source.name], most))),
             content_hash=rows_hash(rows[source.name]),
         )
         for source in corpus.sources
@@ -148,6 +161,7 @@ def text_info(
         seed=selection.seed,
         assistant_only=selection.assistant_only,
         has_loss=has_loss,
+        judged=judged,
     )
 
 

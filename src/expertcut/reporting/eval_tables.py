@@ -10,7 +10,7 @@ from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
-from expertcut.reporting import task_tables
+from expertcut.reporting import task_tables, text_tables
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns, signed
@@ -84,22 +84,25 @@ def results_table(results: QuizResults, margin: float = MARGIN) -> Table:
 
 
 def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
-    """A table for each part: the quiz, the tasks."""
+    """A table for each part: the quiz, the texts, the tasks."""
     tables = [results_table(results, margin)] if isinstance(results, QuizResults) else []
+    tables += text_tables.judged_tables(results, model_names(results))
     return [*tables, *task_tables.tasks_tables(results, model_names(results))]
 
 
 def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
+    facts += text_tables.judged_facts(results, model_names(results))
     return [*facts, *task_tables.tasks_facts(results, model_names(results), margin)]
 
 
 def evaluation_csv(results: Results) -> Table:
     """The quiz alone by subject; with further parts one row per model and figure of a part."""
-    if isinstance(results, QuizResults) and not task_tables.has_tasks(results):
+    rows = text_tables.judged_rows(results) + task_tables.tasks_rows(results)
+    if isinstance(results, QuizResults) and not rows:
         return results_csv(results)
-    return Table("results", columns(task_tables.FLAT), task_tables.tasks_rows(results))
+    return Table("results", columns(task_tables.FLAT), rows)
 
 
 def results_csv(results: QuizResults) -> Table:

@@ -19,7 +19,7 @@ from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import BlockInfo, QuizInfo, TextInfo
-from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting import edit_tables, eval_tables, text_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
@@ -345,7 +345,9 @@ def _results_parts(results: Results, key: str) -> list[Part]:
             Summary(table.narrow(unless=False)),
             Folded(f"All figures: {table.title}", [table]),
         ]
-    return parts
+    names = eval_tables.model_names(results)
+    said = [f"{text}." for _, text in text_tables.judged_facts(results, names)]
+    return [*parts, *said, *([text_tables.judged_note(results.text)] if said else [])]
 
 
 def _quiz_parts(results: QuizResults, key: str) -> list[Part]:

@@ -12,11 +12,6 @@ FLAT = (
 )
 
 
-def has_tasks(results: Results) -> bool:
-    """Whether any model was judged on tasks."""
-    return any(model.tasks for model in results.models)
-
-
 def _judged(
     results: Results,
 ) -> Iterator[tuple[int, str, TaskResult, TaskComparison | None]]:
