@@ -51,9 +51,8 @@ def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
     if blend is not None:
-        others = blend.profiles[1:]
-        text += f" and {sum(own.questions for own in others):,} of {len(others)} more profile"
-        text += "s" if len(others) > 1 else ""
+        n_more = len(blend.profiles) - 1
+        text += f" and what {n_more} more profile{'s' if n_more > 1 else ''} read"
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return text

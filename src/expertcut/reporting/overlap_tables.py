@@ -18,11 +18,11 @@ def kept_table(blend: PlanBlend, criterion: str) -> Table:
     rules: tuple[BlendRule, ...] = get_args(BlendRule)
     rules = tuple(rule for rule in rules if all(rule in own.kept for own in blend.profiles))
     rows: list[list[Cell]] = [
-        [own.name, own.weight, own.questions, *(own.kept[rule] for rule in rules)]
+        [own.name, own.weight, own.questions, own.tokens, *(own.kept[rule] for rule in rules)]
         for own in blend.profiles
     ]
     heads = (
-        *columns("profile; weight::.3f; questions::,d"),
+        *columns("profile; weight::.3f; questions::,d; tokens::,d"),
         *(Column(f"kept by {rule}", ".1%") for rule in rules),
     )
     note = (
