@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from expertcut.evaluation.results import JudgedTexts, Results, TextComparison, TextResult
 from expertcut.profiling.schema import TextInfo
 from expertcut.profiling.storage import Profile, TextProfile
-from expertcut.reporting.tables import Cell, Table, columns, signed
+from expertcut.reporting.tables import Cell, Table, columns, labelled, signed
+from expertcut.stats import TextChange
 
 Ends = tuple[float, float] | None
 
@@ -170,6 +171,20 @@ def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool
 
 def _span(ends: Ends, spec: str) -> str | None:
     return None if ends is None else " … ".join(signed(end, spec) for end in ends)
+
+
+def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
+    """Perplexity and distance on held-out texts, against the first base that was compared with."""
+    lines = []
+    for change in (c for c in changes if c.against == changes[0].against):
+        text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
+        text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
+        text += f"{change.source}: loss {signed(change.delta_loss, '+.4f')} nats per token"
+        lines.append(labelled("predicts", f"{text}{_behind(change.ci95, '+.4f')}"))
+        text = f"KL {change.kl:.4f}, top-1 agreement {100 * change.top1_agreement:.1f} %, "
+        text += f"acceptance {100 * change.acceptance:.1f} %, against {change.against}"
+        lines.append(labelled("distance", text))
+    return lines
 
 
 def _behind(ends: Ends, spec: str) -> str:
