@@ -83,6 +83,27 @@ def load_profile(path: PathLike) -> "Profile":
     return Profile(storage.load_profile(Path(path)))
 
 
+def prune(profiles: Mapping[PathLike, float] | Sequence[PathLike], **settings: Any) -> "Plan":
+    """Chooses experts to remove by several profiles of one model, as `expertcut prune`.
+
+    `profiles` maps their folders to weights, or lists folders of equal weight; `blend` is "sum" or
+    "maxmin". Writes nothing.
+    """
+    paths = [os.fspath(path) for path in profiles]
+    if isinstance(profiles, Mapping):
+        paths = [f"{path}={w:.17g}" for path, w in zip(paths, profiles.values(), strict=True)]
+    options = prune_command.PruneSettings.read(profile=paths, **settings)
+    return _pruned(Profile(options.load_profile()), options)
+
+
+def _pruned(profile: "Profile", options: prune_command.PruneSettings) -> "Plan":
+    options.check()
+    if options.sweep is not None:
+        raise SettingsError("a sweep is not a plan: run `expertcut sweep`")
+    choice = prune_command.choose(options, _ProgressUI())
+    return Plan(profile, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
+
+
 class Profile(_Shown):
     """Statistics of every expert in a quiz, from which edits are chosen."""
 
@@ -126,11 +147,7 @@ class Profile(_Shown):
     def prune(self, **settings: Any) -> "Plan":
         """Chooses experts to remove, as `expertcut prune`; writes nothing."""
         options = prune_command.PruneSettings.read(profile=self.path, **settings)
-        options.check()
-        if options.sweep is not None:
-            raise SettingsError("a sweep is not a plan: run `expertcut sweep`")
-        choice = prune_command.choose(options, _ProgressUI())
-        return Plan(self, choice.plan, options, lambda s: prune_command.write(choice, s, SILENT))
+        return _pruned(self, options)
 
     def merge(self, **settings: Any) -> "Plan":
         """Merges groups of experts, as `expertcut merge`; saving chooses the groups."""
@@ -310,7 +327,7 @@ class Evaluation(_Shown):
         """One row per model but the first, compared with it question by question."""
         models, rows = self.results.models, [c.model_dump() for c in self.results.comparisons]
         found = pd.DataFrame([{"path": models[row["other"]].path, **row} for row in rows])
-        return found.drop(columns=["base", "other", "tasks"], errors="ignore")
+        return found.drop(columns=["base", "other", "text", "tasks"], errors="ignore")
 
     @property
     def tasks(self) -> pd.DataFrame:
@@ -320,6 +337,16 @@ class Evaluation(_Shown):
         columns = task_tables.FLAT.split("; ")
         found = pd.DataFrame(task_tables.tasks_rows(self.results), columns=columns)
         return found.drop(columns="part").rename(columns={"name": "task", "n": "documents"})
+
+    @property
+    def texts(self) -> pd.DataFrame:
+        """One row per source of texts, model and figure, with its change and 95 % interval."""
+        from expertcut.reporting import task_tables, text_tables
+
+        columns = task_tables.FLAT.split("; ")
+        found = pd.DataFrame(text_tables.judged_rows(self.results), columns=columns)
+        kept = ["path", "name", "metric", "value", "n", "delta", "delta_low", "delta_high"]
+        return found[kept].rename(columns={"name": "text", "n": "documents"})
 
     @property
     def first(self) -> Comparison:
@@ -338,10 +365,13 @@ class Evaluation(_Shown):
 
 
 def _figures(model: "ModelResult") -> str:
-    """The accuracy in a quiz, or the values of tasks."""
+    """The accuracy in a quiz, or the perplexities of texts and the values of tasks."""
     if model.accuracy is not None and model.ci95 is not None:
         return f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
-    return ", ".join(f"{task} {found.value:.4f}" for task, found in (model.tasks or {}).items())
+    texts = [f"{name} {found.perplexity:.3f}" for name, found in (model.text or {}).items()]
+    return ", ".join(
+        [*texts, *(f"{task} {found.value:.4f}" for task, found in (model.tasks or {}).items())]
+    )
 
 
 def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:

@@ -328,6 +328,26 @@ class HeldOutAccuracy(_Measured):
     change: Comparison
 
 
+class TextChange(_Measured):
+    """A model against a base on the documents of one source; losses are −log p in nats a token.
+
+    `kl` is KL(base ‖ model), `acceptance` Σ min(p, q), both over the base's likeliest tokens, the
+    others as one. `ci95` is that of `delta_loss`, a paired bootstrap over documents.
+    """
+
+    against: str
+    source: str
+    documents: int
+    tokens: int
+    perplexity: float
+    base_perplexity: float
+    kl: float
+    top1_agreement: float
+    acceptance: float
+    delta_loss: float
+    ci95: tuple[float, float]
+
+
 class HeldOutResult(_Measured):
     """`proof` in plan.json: the checkpoint against the unedited model on questions of a split."""
 
@@ -345,6 +365,7 @@ class HeldOutResult(_Measured):
     agreement: tuple[RoutingAgreement, ...] = ()  # where layout stock carries biases
     outcomes: tuple[FormResult, ...] = ()  # where any layout carries biases
     rows: tuple[dict[str, int | float], ...] = ()  # figures of router rows, by name
+    text: tuple[TextChange, ...] = ()  # where texts judge
 
     def share(self, layer: int, expert: int) -> ExpertShares:
         """The shares of one expert, by its number before earlier cuts."""

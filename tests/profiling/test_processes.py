@@ -206,7 +206,7 @@ def test_the_cost_of_chunks_is_close_to_their_tokens(model: Path, quiz: Path) ->
     assert sorted(q for its in asked.values() for q in its) == sorted(
         (q.subject, q.row) for q in load_quiz(Selection(str(quiz), shots=1))
     )
-    tokens = {name: measure._measure(its, lambda _: None)[1] for name, its in work.items()}
+    tokens = {name: measure.measure(its, lambda _: None)[1] for name, its in work.items()}
     by_cost = sorted(work, key=lambda name: work[name].cost)
     assert by_cost[-1] == max(tokens, key=lambda name: tokens[name]) == LONGEST
     for name in work:  # one token a byte

@@ -84,7 +84,7 @@ def test_from_prune_to_the_copy_of_bytes_are_at_most_eight_calls(
 def test_from_profile_to_the_forward_pass_are_at_most_twelve_calls(
     profiled: Callable[[], str], monkeypatch: pytest.MonkeyPatch
 ):
-    calls = calls_until(monkeypatch, Run, "_forward", profiled, "Measurement._measure")
+    calls = calls_until(monkeypatch, Run, "_forward", profiled, "Measurement.measure")
     assert len(calls) <= 12, calls
     own = [call for call in calls if not call.startswith("cli.")]  # progress on the terminal
     assert own == [call for call in documented("profile") if call in own]
@@ -92,6 +92,6 @@ def test_from_profile_to_the_forward_pass_are_at_most_twelve_calls(
 
 
 def test_from_profile_to_a_sum(profiled: Callable[[], str], monkeypatch: pytest.MonkeyPatch):
-    calls = calls_until(monkeypatch, TokenSums, "_add", profiled, "Measurement._measure")
+    calls = calls_until(monkeypatch, TokenSums, "_add", profiled, "Measurement.measure")
     assert is_in_order(documented("profile"), calls), calls
     assert documented("profile")[-1] == calls[-1] == "profiling.recorder.TokenSums._add"

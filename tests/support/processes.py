@@ -148,8 +148,8 @@ def _die_writing(nth: int) -> Callable[[], None]:
 DEATHS: dict[str, tuple[Callable[[], None], int]] = {
     "with a claim and nothing else": (_patch(Claims, "take", 1, is_after=True), 0),
     "before the description has its name": (_die_writing(1), 0),
-    "in the first chunk": (_patch(Measurement, "_measure", 1), 0),
-    "in the third chunk": (_patch(Measurement, "_measure", 3), 2),
+    "in the first chunk": (_patch(Measurement, "measure", 1), 0),
+    "in the third chunk": (_patch(Measurement, "measure", 3), 2),
     "while the fourth chunk is written": (_die_writing(5), 3),
     "before a claim is given back": (_patch(Claims, "release", 3), 2),
     "before the last line": (_patch(shared, "_run", 1), 6),

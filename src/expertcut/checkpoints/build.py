@@ -15,6 +15,12 @@ from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.checkpoints.text_check import (
+    BaseTextScores,
+    score_base_texts,
+    score_edited_texts,
+)
+from expertcut.data.corpus import CalibrationSet, Corpus, as_quiz
 from expertcut.edits import splits
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
@@ -94,7 +100,7 @@ def build(
         if before is not None:
             engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
             figures = {"rows" if is_merging else "fits": tuple(map(asdict, qualities))}
-            proof = score_edited(engine, questions.held_out, plan, before)
+            proof = _judge(engine, questions.held_out, plan, before)
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
@@ -126,10 +132,10 @@ def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def inputs_of(profile: Profile) -> tuple[Path, ...]:
-    """The profile, and the local files that it was made from: never to be replaced."""
+    """The profiles, and the local files that they were made from: never to be replaced."""
     model = model_folder(profile) or Path(profile.info.model.id)
-    made_from = (model, Path(profile.info.quiz.id))
-    return (profile.path, *(path for path in made_from if path.exists()))
+    made_from = (model, *(Path(part.info.quiz.id) for part in profile.parts))
+    return (*(p.path for p in profile.parts), *(path for path in made_from if path.exists()))
 
 
 def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
@@ -189,7 +195,7 @@ def _fit_and_score(
     load_as: LoadOptions,
     *,
     is_verified: bool,
-) -> tuple[list[Edit], list[Fit | Quality], BaseScores | None]:
+) -> tuple[list[Edit], list[Fit | Quality], BaseScores | BaseTextScores | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     engine = None
     if is_verified or any(edit.needs_engine(calibration) for edit in edits):
@@ -199,7 +205,19 @@ def _fit_and_score(
         return fitted, [], None
     held_out = calibration.questions.held_out
     qualities = [quality for edit in fitted for quality in edit.judge(engine, held_out)]
+    if isinstance(held_out, Corpus):
+        return fitted, qualities, score_base_texts(engine, held_out, plan, fitted)
     return fitted, qualities, score_base(engine, held_out, plan, fitted)
+
+
+def _judge(
+    engine: Engine, held_out: CalibrationSet, plan: EditPlan, before: BaseScores | BaseTextScores
+) -> HeldOutResult:
+    """The written checkpoint against the unedited model."""
+    if isinstance(before, BaseTextScores):
+        assert isinstance(held_out, Corpus), "both read the same"
+        return score_edited_texts(engine, held_out, before)
+    return score_edited(engine, as_quiz(held_out), plan, before)
 
 
 def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: Engine) -> list[Edit]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from expertcut.checkpoints.shards import Change, Rewrite
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers
-from expertcut.data import Quiz
+from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import Constants, Fit
 from expertcut.edits.layouts import Positions
 from expertcut.edits.merging import Quality
@@ -166,7 +166,7 @@ class Edit(Protocol):
         """The edit with the calibrated values that `rewrite` needs."""
         return self
 
-    def judge(self, _engine: Engine, _held_out: Quiz) -> Sequence[Fit | Quality]:
+    def judge(self, _engine: Engine, _held_out: CalibrationSet) -> Sequence[Fit | Quality]:
         """The quality of the fit on held-out questions, by layer."""
         return ()
 

@@ -148,12 +148,17 @@ class BaseScores:
     alone: HeldOutScores | None = None  # then: of the `untouched` questions
 
 
+def reference_name(edits: Sequence[Edit]) -> str:
+    """What the edited model is compared with, beside the unedited one."""
+    names = [edit.reference for edit in edits if edit.reference]
+    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
+    return "the same plan at run time" if is_mixed else names[-1]
+
+
 def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:
     """Everything that needs the unedited model, so that one model is in memory at a time."""
     base = HeldOutScores(engine, quiz, plan.edits)
-    names = [edit.reference for edit in edits if edit.reference]
-    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
-    name = "the same plan at run time" if is_mixed else names[-1]
+    name = reference_name(edits)
     for edit in edits:
         if run_edited := edit.reference_of_edited(engine.moe):
             return BaseScores(base, name, run_edited=run_edited)

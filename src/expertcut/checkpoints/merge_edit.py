@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, RunEdited, TensorChanges
 from expertcut.checkpoints.shards import Change, read_tensor
 from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of
-from expertcut.data import Quiz
+from expertcut.data.corpus import CalibrationSet
 from expertcut.edits import merging
 from expertcut.edits.edit_settings import RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
@@ -144,7 +144,7 @@ class MergeEdit(Edit):
                     orders[name][member] = merging.matching(first, experts.neurons(member))
         return replace(self, rows=rows, orders=orders, interleaved=interleaved)
 
-    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[merging.Quality]:
+    def judge(self, engine: Engine, held_out: CalibrationSet) -> Sequence[merging.Quality]:
         return merging.judge_rows(engine, held_out, self.blocks, self.rows)
 
     def reference_of_edited(self, moe: MoeModel) -> RunEdited:

@@ -13,6 +13,7 @@ from torch import Tensor
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.checkpoints.exact import as_stored
 from expertcut.checkpoints.tensor_names import match_blocks
+from expertcut.data.corpus import as_quiz
 from expertcut.edits import calibrate
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Removed
@@ -65,8 +66,9 @@ class PruneEdit(Edit):
         if self.fold == "all" and engine is not None:
             folds = calibrate.rescaling_over_tokens(engine, questions.tuning, self.blocks)
             return replace(self, folds=folds)
-        is_same_split = questions.held_out.split == profile.info.quiz.split
-        held_out = {(q.subject, q.row) for q in questions.held_out} if is_same_split else set()
+        judges = as_quiz(questions.held_out)
+        is_same_split = judges.split == profile.info.quiz.split
+        held_out = {(q.subject, q.row) for q in judges} if is_same_split else set()
         return replace(self, folds=calibrate.rescaling_at_answers(profile, self.blocks, held_out))
 
     def simulate(self, simulation: Simulation) -> None:

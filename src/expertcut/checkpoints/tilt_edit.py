@@ -7,7 +7,7 @@ from typing import Self
 from torch import Tensor
 
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
-from expertcut.data import Quiz
+from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
@@ -40,7 +40,7 @@ class BiasEdit(Edit):
         tuning = calibration.questions.tuning
         return replace(self, directions=fit_directions(engine, tuning, layers, self.apply_at))
 
-    def judge(self, engine: Engine, held_out: Quiz) -> Sequence[Fit]:
+    def judge(self, engine: Engine, held_out: CalibrationSet) -> Sequence[Fit]:
         if not self.directions:
             return ()
         return direction_quality(engine, held_out, dict(self.directions), self.apply_at)

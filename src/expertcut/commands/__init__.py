@@ -1,22 +1,38 @@
 """One file per command, with its settings and its run; here is what several commands share."""
 
+import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, model_validator
 
 from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats, without
+from expertcut.data.sources import Weighted
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import QuizError, SettingsError
 from expertcut.files import read_file
 from expertcut.reporting.tables import Table, labelled, next_lines
-from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
+from expertcut.settings import (
+    Count,
+    FilePath,
+    Folder,
+    Settings,
+    Source,
+    Text,
+    Texts,
+    like,
+    option,
+    refuse,
+)
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
+    from expertcut.data.corpus import Corpus, TextSelection
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
@@ -31,11 +47,28 @@ Watched = Callable[["OnPass"], Iterator[T]]
 
 QUIZ, MODEL, JUDGING, OUTPUT = "Quiz", "Model and device", "Judging", "Output"
 _DTYPE = like(r"auto|stored|b?float\d+\w*", "is not a dtype: take auto, stored, float32, bfloat16")
+
+
+def _as_paths(value: Any) -> Any:
+    """One path, or several, as texts."""
+    several = value if isinstance(value, list | tuple) else [value]
+    return [str(path) if isinstance(path, Path) else path for path in several]
+
+
+ProfilePaths = Annotated[list[str], BeforeValidator(_as_paths), Field(min_length=1)]
 argument = partial(option, is_argument=True, in_recipe=False)
 quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
+text_option = partial(option, panel="Text", is_recorded="set")
+_AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or 1M")
+
+
+def read_amount(text: str) -> int:
+    """The number of `200k`, `1M` or `2B`."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1].lower(), 1)
+    return max(1, round(float(text.rstrip("kKmMbB")) * factor))
 
 
 class UI:
@@ -60,8 +93,10 @@ class UI:
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
 
-    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
-        """All results of a run over `total` questions, which keeps finished chunks in `where`."""
+    def watch(
+        self, run: Watched[T], what: str, total: int, where: Path, unit: str = "questions"
+    ) -> list[T]:
+        """All results of a run over `total` units, which keeps finished chunks in `where`."""
         found = []
         with self.parts(what, where) as report:
             for step in run(lambda step: None):
@@ -165,11 +200,55 @@ class SplitSettings(BatchSettings, QuizSettings):
         return quiz
 
 
+class TextSettings(Settings):
+    """Texts, and how they become rows."""
+
+    text: Texts = text_option(
+        [],
+        "Texts: a .jsonl (text, messages, prompt and completion), .parquet or text file, a folder, "
+        "or org/name[:config][:split][:field] of the Hub; =W weighs by tokens; repeatable.",
+        metavar="SPEC[=W]",
+    )
+    assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
+    tokens: Annotated[Text, _AMOUNT] | None = text_option(
+        None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
+        metavar="N",
+    )  # fmt: skip
+    max_tokens: int = text_option(
+        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
+    )
+    seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
+
+    @property
+    def n_tokens(self) -> int | None:
+        """`tokens` as a number."""
+        return None if self.tokens is None else read_amount(self.tokens)
+
+    def check_text(self) -> None:
+        """Refuses options of texts without a text."""
+        for name in ("assistant_only", "tokens"):
+            if not self.text and getattr(self, name):
+                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
+
+    def text_selection(self) -> "TextSelection":
+        """Which texts, and how they become rows."""
+        from expertcut.data.corpus import TextSelection
+
+        names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
+        return TextSelection(*names)
+
+    def load_corpus(self, tokenizer: Any) -> "Corpus":
+        """The texts, tokenized."""
+        from expertcut.data.corpus import load_corpus
+
+        return load_corpus(self.text_selection(), tokenizer)
+
+
 class ProfiledSettings(ModelSettings):
     """The profile that an edit is chosen from, and how its model is loaded."""
 
-    profile: FilePath | None = profile_option(
-        None, "Profile to use.  [default: newest in profiles/]"
+    profile: ProfilePaths | None = profile_option(
+        None, "Profile to use.  [default: newest in profiles/]", metavar="PATH"
     )
     truncate: Literal["left"] | None = profile_option(
         None,
@@ -182,13 +261,26 @@ class ProfiledSettings(ModelSettings):
         "(0: none).  [default: 0.2]",
         panel=JUDGING,
     )
+    blends: ClassVar[bool] = False
+    """Whether the command takes several profiles."""
+
+    @model_validator(mode="after")
+    def _one_profile_unless_it_blends(self) -> Self:
+        if len(self.profile or ()) > 1 and not self.blends:
+            refuse("this command works from one profile: only prune and sweep blend several")
+        return self
 
     def load_profile(self) -> "Profile":
         """The profile; SettingsError if `threads` differs from its own."""
+        return self.load_one(None if self.profile is None else Path(self.profile[0]))
+
+    def load_one(self, path: Path | None) -> "Profile":
+        """The profile at a path, or the newest."""
         from expertcut.profiling.storage import load_profile, newest_profile
 
-        cut, path = self.truncate, self.profile
+        cut = self.truncate
         profile = newest_profile(truncate=cut) if path is None else load_profile(path, cut)
+        profile.trust_remote_code = self.trust_remote_code
         threads = profile.info.settings.threads
         if self.threads not in (None, threads):
             raise SettingsError(
@@ -210,12 +302,56 @@ class ProfiledSettings(ModelSettings):
         return profile
 
     def say_profile(self, profile: "Profile", ui: UI) -> None:
-        """Names the profile, and newer unfinished ones where it was not named."""
+        """Names each profile, and newer unfinished ones where none was named."""
         from expertcut.profiling.storage import unfinished_after
         from expertcut.reporting.edit_tables import profile_line
 
         unfinished = unfinished_after(profile) if self.profile is None else None
-        ui.say([], [profile_line(profile, unfinished)])
+        ui.say([], [profile_line(part, unfinished) for part in profile.parts])
+
+
+class BlendedSettings(ProfiledSettings):
+    """One profile, or several of one model that are blended."""
+
+    profile: ProfilePaths | None = profile_option(
+        None,
+        "Profile to use; repeatable, =W weighs each of several.  [default: newest in profiles/]",
+        metavar="PATH[=W]",
+    )
+    blend: Literal["sum", "maxmin"] | None = profile_option(
+        None,
+        "Blend several profiles: sum adds their weighed statistics, maxmin keeps most for the "
+        "worst of them.  [default: sum]",
+    )
+    blends: ClassVar[bool] = True
+
+    @property
+    def weighted(self) -> "list[Weighted]":
+        """The paths of the profiles with their weights; a path may hold an equals sign."""
+        texts = self.profile or []
+        return [Weighted(t) if os.path.lexists(t) else Weighted.read(t) for t in texts]
+
+    def check_blend(self, criteria: Sequence[str]) -> None:
+        """Refuses --blend with one profile, and criteria that cannot rank a blend."""
+        if len(self.weighted) > 1:
+            from expertcut.edits.selection import check_criteria
+
+            check_criteria(criteria, self.blend or "sum")
+        elif self.blend is not None:
+            raise SettingsError(
+                f"--blend {self.blend} blends several profiles: repeat --profile PATH=W, or leave "
+                "--blend out"
+            )
+
+    def load_profile(self) -> "Profile":
+        """The profile, or the blend of several."""
+        weighted = self.weighted
+        if len(weighted) < 2:
+            return self.load_one(Path(weighted[0].name) if weighted else None)
+        from expertcut.profiling.blend import Blend
+
+        parts = [self.load_one(Path(one.name)) for one in weighted]
+        return Blend(parts, [one.weight for one in weighted], self.blend or "sum")
 
 
 class ScoredSettings(Settings):
@@ -243,6 +379,7 @@ class ScoredSettings(Settings):
         from expertcut.edits.splits import profiled_quiz
         from expertcut.profiling.storage import ProfilePart
 
+        profile = profile.parts[0]  # of a blend the heaviest
         if isinstance(profile, ProfilePart) and not self.scored_given:
             return profiled_quiz(profile, is_held_out=True)
         info = profile.info.quiz
@@ -329,7 +466,10 @@ class CheckpointSettings(ModelFirstSettings):
             before, after = map(stored_size, (found_source(profile), Source(str(folder), folder)))
             lines = outcome_lines(built, before, after, self.margin / 100)
             base = model.relative_to(Path.cwd()) if model.is_relative_to(Path.cwd()) else model
-            commands.insert(0, eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision))
+            words = ["eval", str(base), str(folder), "--text", "NEW.jsonl"]
+            if profile.info.text is None:
+                words = eval_words(str(base), folder, quiz.id, quiz.shots, quiz.revision)
+            commands.insert(0, words)
         ui.say([], [*lines, *(labelled("", note) for note in notes)])
         ui.end([], folder, *commands)
 

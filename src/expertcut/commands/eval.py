@@ -6,13 +6,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut import commands
-from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    SplitSettings,
+    TextSettings,
+    model_option,
+    output_option,
+    text_option,
+)
 from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, Texts, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.results import Part, QuizResults, Results
     from expertcut.evaluation.tasks import TaskOptions
+    from expertcut.evaluation.text_eval import TextScoring
     from expertcut.models.load import Source
 
     Model = tuple[str, Source | None]
@@ -21,13 +30,13 @@ if TYPE_CHECKING:
 task_option = partial(option, panel="Tasks", in_recipe=False)
 
 
-class EvalSettings(commands.JudgedSettings, SplitSettings):
-    """Compare checkpoints on the same questions."""
+class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
+    """Compare checkpoints on the same questions or texts."""
 
     examples: ClassVar = (
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
+        "expertcut eval BASE models/half --text held-code.jsonl --text held-chat.jsonl",
         "expertcut eval BASE models/half --tasks gsm8k,ifeval",
-        "expertcut eval --samples a/samples_gsm8k.jsonl b/samples_gsm8k.jsonl",
     )
 
     models: Texts = option(
@@ -42,6 +51,9 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
         None,
         "Write the results in the form of lm-evaluation-harness too, one file per model.",
         metavar="FILE",
+    )
+    top_k_logprobs: int = text_option(
+        64, "Keep the base's K likeliest tokens for KL; the others count as one.", ge=1, metavar="K"
     )
     tasks: Texts = task_option(
         [], "Tasks of lm-evaluation-harness, separated by commas; no quiz then, unless --quiz.",
@@ -83,12 +95,12 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
     @property
     def parts_asked(self) -> list[str]:
         """The options that ask for more than a quiz."""
-        return [f"--{name}" for name in ("tasks", "samples") if getattr(self, name)]
+        return [f"--{name}" for name in ("text", "tasks", "samples") if getattr(self, name)]
 
     def check(self) -> None:
         """Refuses options that do not go together."""
-        if self.samples and (self.tasks or "quiz" in self.model_fields_set):
-            raise SettingsError("--samples judges files that are there: give no --tasks, no --quiz")
+        if self.samples and (self.parts_asked != ["--samples"] or self.asks_quiz):
+            raise SettingsError("--samples judges files that are there: no model is asked anything")
         for_tasks = ("include_path", "base_url", "apply_chat_template", "confirm_run_unsafe_code")
         if not self.tasks and (given := [name for name in for_tasks if getattr(self, name)]):
             raise SettingsError(f"{flag_of(type(self), given[0])} is for --tasks: name some")
@@ -100,6 +112,14 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
             )
         if self.lm_eval_json is not None and not self.asks_quiz:
             raise SettingsError("--lm-eval-json is for a quiz: name one with --quiz")
+
+    def text_scoring(self, *, waits: bool) -> "TextScoring":
+        """The texts, and how models are run on them."""
+        from expertcut.evaluation.text_eval import TextScoring
+        from expertcut.profiling.measure import MeasureOptions
+
+        options = MeasureOptions("none", self.batch_tokens, self.threads, waits)
+        return TextScoring(self.text_selection(), self.top_k_logprobs, self.load_as(), options)
 
     @property
     def asks_quiz(self) -> bool:
@@ -115,6 +135,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     from expertcut.reporting.eval_tables import evaluation_facts, evaluation_tables
 
     settings.check()
+    settings.check_text()
     check_places(settings.out, settings.lm_eval_json)
     if settings.tasks:
         from expertcut.evaluation.tasks import check_tasks
@@ -123,10 +144,11 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     models = _models(settings)
     sources = [source for _, source in models if source is not None]
     scored = _score_quiz(settings, sources, ui) if settings.asks_quiz else None
-    if not ui.is_first:  # further processes share the work of a quiz, and nothing else
+    judged = _judge_text(settings, sources, ui) if settings.text else None
+    if not ui.is_first:  # further processes share the work of a quiz and of texts alone
         return None
     results = scored or results_of([described(*model) for model in models])
-    for part in _parts(settings, models, ui):
+    for part in filter(None, (judged, *_parts(settings, models, ui))):
         results = results.with_part(part)
     is_new = not settings.out.exists()
     results.save(settings.out)
@@ -148,7 +170,7 @@ def _models(settings: EvalSettings) -> list["Model"]:
 
     names, is_served = settings.models, settings.backend == "local-completions"
     here = [] if settings.samples else names
-    if is_served and not settings.asks_quiz:
+    if is_served and settings.parts_asked == ["--tasks"] and not settings.asks_quiz:
         here = [name for name in names if Path(name).is_dir()]
     found = dict(zip(here, find_models(here, settings.revision), strict=True))
     return [(name, found.get(name)) for name in names]
@@ -177,6 +199,25 @@ def _run_tasks(settings: EvalSettings, models: Sequence["Model"], ui: UI) -> "Pa
             report(done, len(models))
             found.append(read_samples(run_tasks(Tested(*model, url), options, folder)))
     return judge(found, settings.margin / 100)
+
+
+def _judge_text(settings: EvalSettings, sources: Sequence["Source"], ui: UI) -> "Part | None":
+    """Losses of every model on the texts; None in all but the first process."""
+    from expertcut.evaluation.text_eval import TextEvaluation
+    from expertcut.models.devices import give_back
+
+    # Where models are compared each process needs all of the base's chunks.
+    scoring = settings.text_scoring(waits=ui.is_first or len(sources) > 1)
+    evaluation = TextEvaluation(sources, scoring, settings.out.with_suffix(".chunks"))
+    for source in sources:
+        measurement, store = evaluation.prepare(source)
+        steps = partial(measurement.run, store)
+        ui.watch(steps, f"reading as {source.name}", measurement.n_rows, store, "rows")
+        if ui.is_first:
+            evaluation.note(measurement, store)
+        del measurement, steps
+        give_back()
+    return evaluation.part() if ui.is_first else None
 
 
 def _score_quiz(

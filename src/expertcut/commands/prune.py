@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, Files, sweep
+from expertcut.commands import SILENT, UI, BlendedSettings, CheckpointSettings, Files, sweep
 from expertcut.commands.profile import profiled_first
 from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
@@ -49,13 +49,13 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
     )  # fmt: skip
 
 
-class PruneSettings(CheckpointSettings, _Cut):
+class PruneSettings(BlendedSettings, CheckpointSettings, _Cut):
     """Remove experts from the profiled model."""
 
     examples: ClassVar = (
         "expertcut prune --keep-active",
         "expertcut prune MODEL --quiz my.jsonl --shots 0 --keep 32 --by reap",
-        "expertcut prune --sparsity 0.5 --by reap --layout exact --out models/half",
+        "expertcut prune --profile code=2 --profile chat=1 --sparsity 0.5 --by reap",
     )
     hidden: ClassVar = ("sweep",)
 
@@ -81,6 +81,9 @@ class PruneSettings(CheckpointSettings, _Cut):
             return
         self.check_model()
         super().check()
+        self.check_blend([self.by])
+        if self.blend == "maxmin" and self.keep_active:
+            raise SettingsError("--blend maxmin ranks experts: give it without --keep-active")
         if self.adapter is not None and self.plan_only:
             raise SettingsError(
                 "--adapter goes into a checkpoint, which --plan-only does not write: leave one out"
@@ -146,6 +149,7 @@ def write(
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
     from expertcut.reporting import edit_tables as tables
+    from expertcut.reporting.overlap_tables import kept_table
 
     profile, pruning, plan = choice.profile, choice.pruning, choice.plan
     folder = settings.output_folder(profile, plan.slug, ui)
@@ -154,14 +158,19 @@ def write(
     if settings.wide:
         ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
     cut = tables.cut_line(pruning, profile.info.model.blocks)
-    traffic = tables.traffic_line(profile, plan.edits, "removed experts")
+    traffic = tables.traffic_lines(profile, plan.edits, "removed experts")
     touched = tables.touched_sentences(pruning, removed)
-    ui.say([], [cut, traffic, *(labelled("", sentence) for sentence in touched)])
+    ui.say([], [cut, *traffic, *(labelled("", sentence) for sentence in touched)])
+    if plan.blend is not None:
+        ui.say([kept_table(plan.blend, plan.criterion)], [])
     make = write_plan if settings.plan_only else build
     built = make(profile, plan, folder, settings.build_options(extra_files, settings.adapter))
     if built and settings.wide:
         ui.say(tables.held_out_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []
+    if plan.blend is not None and built and built.proof:
+        heaviest = plan.blend.profiles[0].name
+        sentences.append(f"Held-out questions are those of {heaviest}: judge the others with eval.")
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     settings.say_result(built, folder, profile, sentences, ui)

@@ -1,12 +1,17 @@
 """`expertcut show`: print what another command wrote."""
 
 import json
-from typing import TYPE_CHECKING, ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
+
+from pydantic import model_validator
 
 from expertcut.commands import SILENT, UI, JudgedSettings, argument
+from expertcut.edits.edit_settings import CRITERIA_HERE, Criterion
+from expertcut.edits.layouts import Positions
 from expertcut.errors import OutputError
 from expertcut.reporting.tables import as_csv, as_markdown
-from expertcut.settings import FilePath, option
+from expertcut.settings import Count, FilePath, Texts, flag_of, option, refuse
 
 if TYPE_CHECKING:
     from expertcut.reporting.views import Shown
@@ -17,13 +22,14 @@ class ShowSettings(JudgedSettings):
 
     examples: ClassVar = (
         "expertcut show profiles/mine",
-        "expertcut show profiles/mine --tables",
         "expertcut show results.json --format csv",
+        "expertcut show profiles/code profiles/chat --overlap --sparsity 0.5",
     )
 
     path: FilePath = argument(
         ..., "Profile, plan, checkpoint, results, sweep, audit or folder of a run."
     )
+    others: Texts = argument([], "Further profiles of the same model, with --overlap.")
     format: Literal["table", "json", "csv", "md"] = option(
         "table", "Output format.", in_recipe=False
     )
@@ -36,6 +42,34 @@ class ShowSettings(JudgedSettings):
         False, "Show how each criterion ranks a profile's experts, and how far they agree.",
         in_recipe=False,
     )  # fmt: skip
+    overlap: bool = option(
+        False, "Show how far profiles of one model agree on the experts to keep.",
+        in_recipe=False,
+    )  # fmt: skip
+    by: Criterion = option("reap", f"Criterion of --overlap: {CRITERIA_HERE}.", in_recipe=False)
+    positions: Positions | None = option(
+        None, "Tokens that the criterion counts, as in prune.", flags=("--tokens",),
+        in_recipe=False,
+    )  # fmt: skip
+    keep: Count | None = option(
+        None, "Experts per layer in the cuts of --overlap.", metavar="N", in_recipe=False
+    )
+    sparsity: float = option(
+        0.5, "Share of the experts that they remove, without --keep.", metavar="F", ge=0, lt=1,
+        in_recipe=False,
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _several_profiles_overlap(self) -> Self:
+        if self.overlap and not self.others:
+            refuse("--overlap compares profiles of one model: name two or more")
+        if self.others and not self.overlap:
+            refuse("several paths are shown with --overlap alone: add it, or name one path")
+        if not self.overlap:
+            for name in ("by", "positions", "keep", "sparsity"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    refuse(f"{flag_of(type(self), name)} is an option of --overlap: add it")
+        return self
 
 
 def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
@@ -48,7 +82,11 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
         raise OutputError(f"{settings.path} is {kind}")
     from expertcut.reporting.views import find_shown
 
-    shown = find_shown(settings.path, settings.subjects, settings.criteria, settings.margin / 100)
+    margin = settings.margin / 100
+    if settings.overlap:
+        shown = _overlap(settings)
+    else:
+        shown = find_shown(settings.path, settings.subjects, settings.criteria, margin)
     if settings.format == "table":
         ui.say([], headline := shown.headline())
         is_whole = settings.tables or settings.subjects or not headline
@@ -57,6 +95,23 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     else:
         ui.text(text_of(shown, settings.format))
     return shown
+
+
+def _overlap(settings: ShowSettings) -> "Shown":
+    from expertcut.edits.edit_settings import CutSettings
+    from expertcut.edits.selection import overlap, wanted_count
+    from expertcut.profiling.blend import Blend
+    from expertcut.profiling.storage import load_profile
+    from expertcut.reporting.overlap_tables import shown_overlap
+
+    profiles = [load_profile(path) for path in (settings.path, *map(Path, settings.others))]
+    blend = Blend(profiles, [1.0] * len(profiles), "sum")
+    # Layout exact, in which any number of experts may stay in each routing group.
+    cut = CutSettings(by=settings.by, positions=settings.positions, layout="exact")
+    fraction = {"keep": settings.keep} if settings.keep else {"sparsity": settings.sparsity}
+    cut = cut.updated(**fraction)
+    n_keep = wanted_count(cut, blend.info.model.blocks)
+    return shown_overlap(overlap(blend, cut), settings.by, cut.at, n_keep)
 
 
 def text_of(shown: "Shown", form: str) -> str:

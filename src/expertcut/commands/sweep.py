@@ -3,16 +3,25 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, ProfiledQuizSettings, argument, no_profile, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    BlendedSettings,
+    ProfiledQuizSettings,
+    argument,
+    no_profile,
+    output_option,
+)
 from expertcut.edits import edit_settings
 from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Sweep
+    from expertcut.profiling.storage import Profile
 
 
-class SweepSettings(ProfiledQuizSettings, edit_settings.RankSettings):
+class SweepSettings(BlendedSettings, ProfiledQuizSettings, edit_settings.RankSettings):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
@@ -49,6 +58,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     from expertcut.edits.criteria import read_criteria
 
     criteria = read_criteria(settings.by)  # options are refused before imports
+    settings.check_blend(criteria)
     from expertcut.evaluation.search_results import Grid
 
     grid = Grid(criteria, fractions)
@@ -65,7 +75,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     quiz = settings.scored_quiz(profile)
     options = MeasureOptions(waits=ui.is_first)
     scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
-    folder = settings.out or Path("sweeps") / profile.path.resolve().name
+    folder = settings.out or Path("sweeps") / "+".join(p.path.resolve().name for p in profile.parts)
     sweeping = SweepRun(profile, grid, cut, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, len(quiz), folder)
@@ -73,11 +83,11 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     if ui.is_first:
         settings.say_profile(profile, ui)
         save_table(folder / "sweep.csv", tables.sweep_csv(sweep), tables.sweep_figure(sweep))
-        _say(sweep, settings, profile.path, folder, ui)
+        _say(sweep, settings, profile, folder, ui)
     return sweep
 
 
-def _say(sweep: "Sweep", settings: SweepSettings, profile: Path, folder: Path, ui: UI) -> None:
+def _say(sweep: "Sweep", settings: SweepSettings, profile: "Profile", folder: Path, ui: UI) -> None:
     """Reports the cells, and how to prune as in the smallest within the margin, else the best."""
     from expertcut.reporting import eval_tables as tables
 
@@ -90,5 +100,8 @@ def _say(sweep: "Sweep", settings: SweepSettings, profile: Path, folder: Path, u
     words = ["prune", "--sparsity", f"{1 - cell.fraction:g}", "--by", cell.by]
     for name in (n for n in given if n in edit_settings.RankSettings.model_fields and n != "by"):
         for value in given[name] if isinstance(given[name], list) else [given[name]]:
-            words += [flag_of(SweepSettings, name), str(value)]
-    ui.end(facts, folder, [*words, "--profile", str(profile)])
+            words += [flag_of(SweepSettings, name), *([] if value is True else [str(value)])]
+    for named in settings.profile or [str(profile.path)]:
+        words += ["--profile", named]
+    words += ["--blend", settings.blend] if settings.blend else []
+    ui.end(facts, folder, words)

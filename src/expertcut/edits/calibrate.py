@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.data import Quiz, round_robin
+from expertcut.data.corpus import CalibrationSet, round_robin
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models import hooks
@@ -33,7 +33,10 @@ _SCRATCH_BYTES = 64 << 20
 
 
 def collect_routing(
-    engine: Engine, quiz: Quiz, layers: Collection[int], see: Callable[[Routing, Tensor], None]
+    engine: Engine,
+    quiz: CalibrationSet,
+    layers: Collection[int],
+    see: Callable[[Routing, Tensor], None],
 ) -> None:
     """Calls `see` with each router's pass and which of its T tokens are answer positions.
 
@@ -84,7 +87,7 @@ class Moments:
 
 
 def fit_directions(
-    engine: Engine, tuning: Quiz, layers: Collection[int], apply_at: ApplyAt = "all"
+    engine: Engine, tuning: CalibrationSet, layers: Collection[int], apply_at: ApplyAt = "all"
 ) -> dict[int, Tensor]:
     """V (D,) float64 per layer with v·h ≈ 1 on router inputs h: gate row + b·v adds a bias b.
 
@@ -125,7 +128,10 @@ def fit_directions(
 
 
 def direction_quality(
-    engine: Engine, held_out: Quiz, directions: dict[int, Tensor], apply_at: ApplyAt = "all"
+    engine: Engine,
+    held_out: CalibrationSet,
+    directions: dict[int, Tensor],
+    apply_at: ApplyAt = "all",
 ) -> list[Fit]:
     """Fit of each v on held-out questions."""
     products: dict[int, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in directions}
@@ -175,7 +181,7 @@ def rescaling_at_answers(
 
 
 def rescaling_over_tokens(
-    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit]
+    engine: Engine, tuning: CalibrationSet, edits: Mapping[str, BlockEdit]
 ) -> dict[int, Array]:
     """The same from the distinct tokens of at most 512 questions."""
     cut = [b for b in engine.moe.blocks if b.inflates and len(edits[b.name].keep) < b.n_experts]
@@ -225,7 +231,9 @@ def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
     return {block: {e: torch.zeros(width) for e in ids} for block, ids in removed.items()}
 
 
-def mean_outputs(engine: Engine, quiz: Quiz, removed: Removed) -> dict[str, dict[int, Tensor]]:
+def mean_outputs(
+    engine: Engine, quiz: CalibrationSet, removed: Removed
+) -> dict[str, dict[int, Tensor]]:
     """Mean output (D,) of each removed expert over the tokens routed to it, zeros where none is.
 
     Outputs are before the gate weight, summed in float64 over the distinct tokens of at most 512
@@ -294,7 +302,7 @@ class RemovalTrial:
         return nothing_TE.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())
 
 
-def sample_inputs(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+def sample_inputs(engine: Engine, quiz: CalibrationSet) -> dict[int, Tensor]:
     """Inputs (T, D) of every block, by layer, at the same sample of T tokens."""
     blocks = engine.moe.blocks
     width = int(engine.moe.model.config.get_text_config().hidden_size)

@@ -17,12 +17,19 @@ import numpy as np
 
 from expertcut.edits.layouts import Positions
 from expertcut.errors import ProfileError, SettingsError
-from expertcut.profiling.statistics import LayerStatistics, OverTokens, share
+from expertcut.profiling.statistics import (
+    LayerStatistics,
+    LayerSums,
+    OverTokens,
+    TextLayer,
+    share,
+)
 from expertcut.stats import Array, spearman
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expertcut.models.moe_block import MoeBlock
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.engine import Engine
 
@@ -55,12 +62,13 @@ class Criterion:
         """Whether a profile alone cannot give the scores."""
         return self.needs in ("weights", "calibration")
 
-    def of_layer(self, layer: LayerStatistics, positions: Positions) -> Array:
+    def of_layer(self, layer: LayerSums, positions: Positions) -> Array:
         """Scores (E,) from a profile's statistics of one block."""
         choice = (positions,) if len(self.positions) > 1 else ()  # else it takes no choice
         return self.function(layer, *choice).astype(np.float64)
 
 
+_OF_TEXTS = ("weighted_accuracy", "all")  # a quiz has no next tokens
 _REGISTRY: dict[str, Criterion] = {}
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(_REGISTRY)
 
@@ -109,50 +117,63 @@ def read_criteria(text: str) -> tuple[str, ...]:
 
 
 @criterion(needs="profile", positions=("answer", "all"), paper="2502.17187", aliases=("frequency",))
-def activations(layer: LayerStatistics, positions: Positions) -> Array:
+def activations(layer: LayerSums, positions: Positions) -> Array:
     """Number of questions (answer positions) or tokens (all) routed to the expert."""
     if positions == "answer":
-        return np.asarray(layer.is_activated_NE.sum(axis=0))
+        return answered(layer, "activations").activations_E
     return all_tokens(layer).tokens_E
 
 
 @criterion(needs="profile", positions=("answer", "all"), paper="2404.05089")
-def gate_mass(layer: LayerStatistics, positions: Positions) -> Array:
+def gate_mass(layer: LayerSums, positions: Positions) -> Array:
     """Σ gate weight over the questions or tokens routed to the expert: a soft count."""
     if positions == "all":
         return all_tokens(layer).weight_E
-    assert layer.weight_E is not None, "layer_statistics gives it"
-    return layer.weight_E
+    weight_E = answered(layer, "gate_mass").weight_E
+    assert weight_E is not None, "layer_statistics gives it"
+    return weight_E
 
 
-@criterion(needs="profile", positions=("answer",), paper="2502.17187")
-def weighted_accuracy(layer: LayerStatistics) -> Array:
-    """Σ α·1(correct) / Σ α over the questions routed to the expert, −∞ where none is."""
-    return np.where(np.isnan(layer.weighted_accuracy_E), -np.inf, layer.weighted_accuracy_E)
+@criterion(needs="profile", positions=("answer", "all"), paper="2502.17187")
+def weighted_accuracy(layer: LayerSums, positions: Positions) -> Array:
+    """Σ α·1(correct) / Σ α over the questions routed to the expert, −∞ where none is.
+
+    Over all tokens of texts, a token is correct if the model predicts the next one.
+    """
+    if positions == "answer":
+        share_E = answered(layer, "weighted_accuracy").weighted_accuracy_E
+    elif isinstance(layer, TextLayer) and layer.next is not None:
+        share_E = layer.next.weighted_accuracy_E
+    else:
+        raise ProfileError(
+            "weighted_accuracy over all tokens needs a profile of texts with losses: profile with "
+            "--text and without --no-loss, or take --tokens answer"
+        )
+    return np.where(np.isnan(share_E), -np.inf, share_E)
 
 
 @criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_sum",))
-def output_norm(layer: LayerStatistics) -> Array:
+def output_norm(layer: LayerSums) -> Array:
     """Σ ‖f(x)‖₂ over the tokens routed to the expert: the expert activation norm."""
     return all_tokens(layer).norm_E
 
 
 @criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_mean",))
-def output_norm_mean(layer: LayerStatistics) -> Array:
+def output_norm_mean(layer: LayerSums) -> Array:
     """Mean ‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
     sums = all_tokens(layer)
     return share(sums.norm_E, sums.tokens_E, 0.0)
 
 
 @criterion(needs="profile", positions=("all",), paper="2510.13999")
-def reap(layer: LayerStatistics) -> Array:
+def reap(layer: LayerSums) -> Array:
     """Mean gate weight·‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
     sums = all_tokens(layer)
     return share(sums.weighted_norm_E, sums.tokens_E, 0.0)
 
 
 @criterion(needs="profile", positions=("all",), paper="2504.06792")
-def easy_ep(layer: LayerStatistics) -> Array:
+def easy_ep(layer: LayerSums) -> Array:
     """Σ gate weight·‖f(x)‖₂·max(1 − cos(x, x + y), 0) over the tokens routed to the expert.
 
     x is the residual stream, which some families lack, y the sum of all routed experts.
@@ -168,7 +189,7 @@ def easy_ep(layer: LayerStatistics) -> Array:
 
 
 @criterion(needs="profile", positions=("all",))
-def easy_ep_postnorm(layer: LayerStatistics) -> Array:
+def easy_ep_postnorm(layer: LayerSums) -> Array:
     """`easy_ep` with the block's input, after the norm, as x."""
     sums = all_tokens(layer)
     if sums.input_shift_E is None and sums.votes_E is not None:
@@ -180,7 +201,7 @@ def easy_ep_postnorm(layer: LayerStatistics) -> Array:
 
 
 @criterion(needs="profile", positions=("all",))
-def ranked_choice(layer: LayerStatistics) -> Array:
+def ranked_choice(layer: LayerSums) -> Array:
     """Σ points over the tokens routed to the expert: K for a token's largest contribution, to 1.
 
     A contribution is gate weight·‖f(x)‖₂, the sum Borda's count (our definition, docs/criteria.md).
@@ -253,7 +274,14 @@ def random(n_experts: int, layer: int, seed: int) -> Array:
     return np.random.default_rng((seed, layer)).permutation(n_experts).astype(np.float64)
 
 
-def all_tokens(layer: LayerStatistics) -> OverTokens:
+def answered(layer: LayerSums, name: str) -> LayerStatistics:
+    """A layer's statistics over questions; ProfileError for texts."""
+    if isinstance(layer, LayerStatistics):
+        return layer
+    raise ProfileError(f"{name} at answers needs a profile of a quiz, and this is one of texts")
+
+
+def all_tokens(layer: LayerSums) -> OverTokens:
     """The sums over every token, shots included; ProfileError with --stats answer."""
     if layer.over_tokens is None:
         raise ProfileError(
@@ -296,25 +324,34 @@ def scores(
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
-    from expertcut.edits.calibrate import RemovalTrial, sample_inputs
-    from expertcut.edits.plan import least_per_group
+    inputs = calibration_inputs(profile, engine)
+    return [
+        after_removals(profile, chosen, block, inputs[block.layer]) for block in engine.moe.blocks
+    ]
+
+
+def calibration_inputs(profile: Profile, engine: Engine) -> dict[int, Tensor]:
+    """Inputs (T, D) of every block, by layer, at a sample of tokens of the tuning questions."""
+    from expertcut.edits.calibrate import sample_inputs
     from expertcut.edits.splits import questions_for
 
-    kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    by_layer = []
-    infos = profile.info.model.blocks
-    for block, info, layer in zip(engine.moe.blocks, infos, profile.layers, strict=True):
-        if info.is_hashed:  # no expert can go
-            by_layer.append(np.zeros(info.experts))
-            continue
-        size = info.experts // info.groups
-        groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
-        least = info.top_k if info.groups == 1 else least_per_group(info)
-        use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-        before = ranked(use_E, layer.alpha_mean_E)
-        trial = RemovalTrial(block, kept[block.layer])
-        by_layer.append(chosen.function(trial.change, groups, least, before))
-    return by_layer
+    return sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
+
+
+def after_removals(profile: Profile, chosen: Criterion, block: MoeBlock, x_TD: Tensor) -> Array:
+    """Scores (E,) by what removals of a block's experts change at these inputs."""
+    from expertcut.edits.calibrate import RemovalTrial
+    from expertcut.edits.plan import least_per_group
+
+    info, layer = profile.info.model.blocks[block.layer], profile.layers[block.layer]
+    if info.is_hashed:  # no expert can go
+        return np.zeros(info.experts)
+    size = info.experts // info.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
+    least = info.top_k if info.groups == 1 else least_per_group(info)
+    use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
+    before = ranked(use_E, layer.alpha_mean_E)
+    return chosen.function(RemovalTrial(block, x_TD).change, groups, least, before)
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:
@@ -368,6 +405,8 @@ def compare(profile: Profile) -> Compared:
         if chosen.needs != "profile":
             continue
         for positions in chosen.positions:
+            if (by, positions) == _OF_TEXTS and not isinstance(layers[0], TextLayer):
+                continue
             name = by if positions == chosen.default_positions else f"{by}_{positions}"
             try:
                 by_name[name] = [chosen.of_layer(layer, positions) for layer in layers]

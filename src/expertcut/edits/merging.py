@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from expertcut.data import Quiz, round_robin
+from expertcut.data.corpus import CalibrationSet, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Moments, collect_routing
 from expertcut.edits.edit_settings import MergeSettings, RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
@@ -150,7 +150,9 @@ def members_of(edit: BlockEdit) -> Mapping[int, Mapping[int, float]]:
     return {expert: (edit.merged or {}).get(expert, {expert: 1.0}) for expert in edit.keep}
 
 
-def gather_evidence(profile: Profile, engine: Engine, tuning: Quiz, method: str) -> list[Evidence]:
+def gather_evidence(
+    profile: Profile, engine: Engine, tuning: CalibrationSet, method: str
+) -> list[Evidence]:
     """The measurements that a method needs, over the distinct tokens of at most 512 questions."""
     tokens_LE = token_counts(profile)
     measure = logit_products if method == "m_smoe" else mean_outputs_of_all
@@ -172,7 +174,7 @@ def token_counts(profile: Profile) -> Array:
     return tokens_LE
 
 
-def logit_products(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+def logit_products(engine: Engine, quiz: CalibrationSet) -> dict[int, Tensor]:
     """Σ over tokens of l·lᵀ (E, E) float64 per layer, l being a token's router logits."""
     sums = {b.layer: torch.zeros(b.n_experts, b.n_experts).double() for b in engine.moe.blocks}
 
@@ -184,7 +186,7 @@ def logit_products(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
     return sums
 
 
-def mean_outputs_of_all(engine: Engine, quiz: Quiz) -> dict[int, Tensor]:
+def mean_outputs_of_all(engine: Engine, quiz: CalibrationSet) -> dict[int, Tensor]:
     """Mean output (E, D) float64 of every expert over all tokens, routed or not, by layer."""
     totals: dict[int, Tensor] = {}
     n_tokens = Counter[int]()
@@ -252,7 +254,7 @@ class Quality:
 
 
 def merged_rows(
-    engine: Engine, tuning: Quiz, edits: Mapping[str, BlockEdit], kind: RouterRow
+    engine: Engine, tuning: CalibrationSet, edits: Mapping[str, BlockEdit], kind: RouterRow
 ) -> dict[int, Rows]:
     """The rows of each layer with merged experts, fitted on at most 512 questions.
 
@@ -277,7 +279,10 @@ def merged_rows(
 
 
 def judge_rows(
-    engine: Engine, held_out: Quiz, edits: Mapping[str, BlockEdit], rows: Mapping[int, Rows]
+    engine: Engine,
+    held_out: CalibrationSet,
+    edits: Mapping[str, BlockEdit],
+    rows: Mapping[int, Rows],
 ) -> list[Quality]:
     """Fit of the rows on held-out questions."""
     blocks = {b.layer: b for b in engine.moe.blocks}

@@ -15,11 +15,13 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
+from expertcut.data.ngrams import NGRAMS_FILE
 from expertcut.documents import Format1, Identified, Record
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
+from expertcut.profiling.blend import BlendRule
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.storage import Profile, once_per_profile
 from expertcut.stats import HeldOutResult
@@ -28,7 +30,8 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
-RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE)  # of one edit, in its folder
+# Of one edit, in its folder.
+RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE)
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -75,6 +78,26 @@ class ChosenOn(Record):
     fitted_split: str | None = None
     fitted_questions: int = 0
     sha256: str
+    text_tokens: int | None = None  # of texts, whose documents are counted as questions
+
+
+class BlendedProfile(Record):
+    """A profile of a blend; `kept` is the share of its saliency that a cut by each rule keeps."""
+
+    name: str
+    profile: str  # its short hash
+    quiz: str
+    split: str
+    questions: int
+    weight: FiniteFloat
+    kept: dict[BlendRule, FiniteFloat]
+
+
+class PlanBlend(Record):
+    """The profiles that a plan was chosen from, if they are several, the heaviest first."""
+
+    rule: BlendRule
+    profiles: tuple[BlendedProfile, ...] = Field(min_length=2)
 
 
 class PlanAdapter(Record):
@@ -110,6 +133,7 @@ class PlanFile(Record):
     fold: Fold | None = None
     apply_at: Positions | None = None
     chosen_on: ChosenOn
+    blend: PlanBlend | None = None
     adapter: PlanAdapter | None = None
     tuning: tuple[Point, ...] = ()
     proof: HeldOutResult = HeldOutResult()
@@ -172,6 +196,7 @@ class EditPlan:
     is_calibrated: bool = False  # chosen on both
     tuning: tuple[Point, ...] = ()  # the curve of a search
     used: frozenset[str] = frozenset()  # hash lines of other questions that were read
+    blend: PlanBlend | None = None
 
     @property
     def blocks(self) -> Mapping[str, BlockEdit]:

@@ -3,23 +3,26 @@
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
 from expertcut.edits import plan
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
-from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.domains import Limit, Overlap, kept_shares, maxmin
+from expertcut.edits.edit_settings import CutSettings, RankSettings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import PlanError, ProfileError, SettingsError
+from expertcut.profiling.blend import Blend, BlendRule
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import Profile, largest_values
+from expertcut.profiling.storage import Profile, TextProfile, largest_values
 from expertcut.stats import Array
 
 if TYPE_CHECKING:
     from expertcut.scoring.engine import Engine
 
 SUPER = "super"
+Ranked = TypeVar("Ranked", bound=RankSettings)
 _EXPERT = re.compile(r"(\d{1,9}):(\d{1,9})")
 
 
@@ -102,6 +105,8 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
     if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
         marks += f"-fold-{fold}"
+    if settings.sequential:
+        marks, action = f"{marks}-sequential", f"{action} --sequential"
     return plan.EditPlan(
         f"{slug}{marks}",
         action,
@@ -116,6 +121,29 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     )
 
 
+def has_answers(profile: Profile) -> bool:
+    """Whether a profile, or each of a blend, is of a quiz."""
+    return not any(isinstance(part, TextProfile) for part in profile.parts)
+
+
+def for_profile(profile: Profile, settings: Ranked) -> Ranked:
+    """Settings that count all tokens, which is all that a profile of texts has.
+
+    Raises SettingsError: they ask for answers.
+    """
+    if has_answers(profile):
+        return settings
+    for value, flag in ((settings.positions, "tokens"), (settings.fold, "rescale-gates")):
+        if value == "answer":
+            raise SettingsError(
+                f"--{flag} answer: {profile.path} is a profile of texts, which have no answers: "
+                "leave it out"
+            )
+    is_scaling = "fold" in LAYOUTS[settings.layout].options
+    fold = settings.fold or ("all" if is_scaling else None)
+    return settings.updated(positions="all", fold=fold)
+
+
 @dataclass(frozen=True)
 class Ranking:
     """Every expert of a profile by a criterion: scores (E,) and ids, best first, by layer."""
@@ -127,12 +155,16 @@ class Ranking:
     stay: Protection
     counts: tuple[Array, ...]  # how often each expert was active
     numbers: plan.ExpertIds
+    blend: Blend | None = None
+    shares: tuple[Array, ...] = ()  # (D, E) per layer, if the criterion reads each domain's profile
 
 
 def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None) -> Ranking:
     """Scores by the criterion, the order that follows, and who stays whatever it says."""
     layers = profile.layers
-    at = settings.at if settings.by == "activations" else "answer"
+    settings = for_profile(profile, settings)
+    counts_all = settings.by == "activations" or not has_answers(profile)
+    at = settings.at if counts_all else "answer"
     by_layer = scores(profile, settings.by, settings.at, engine, settings.seed)
     orders = [ranked(s, layer.alpha_mean_E) for s, layer in zip(by_layer, layers, strict=True)]
     return Ranking(
@@ -143,7 +175,52 @@ def rank(profile: Profile, settings: CutSettings, engine: "Engine | None" = None
         stay=protection(profile, settings.protect),
         counts=tuple(activations(layer, at) for layer in layers),
         numbers=plan.expert_ids(profile),
+        blend=profile if isinstance(profile, Blend) else None,
+        shares=domain_shares(profile.parts, settings) if len(profile.parts) > 1 else (),
     )
+
+
+def domain_shares(parts: Sequence[Profile], settings: CutSettings) -> tuple[Array, ...]:
+    """Normalised scores (D, E) by layer of each profile alone; none if others decide on them."""
+    if CRITERIA[settings.by].needs != "profile":
+        return ()
+    of_each = [scores(part, settings.by, settings.at) for part in parts]
+    return tuple(np.stack([*map(normalised, own)]) for own in zip(*of_each, strict=True))
+
+
+def overlap(profile: Blend, settings: CutSettings) -> Overlap:
+    """The saliencies of each profile, and its own cut, which protects nothing.
+
+    Raises SettingsError: the criterion does not read the profile; PlanError: some layer cannot keep
+    that number.
+    """
+    if CRITERIA[settings.by].needs != "profile":
+        raise SettingsError(
+            f"--by {settings.by} does not depend on the profile: take one that does, as reap"
+        )
+    cuts = {name: choose(p, settings) for name, p in zip(profile.names, profile.parts, strict=True)}
+    parts = zip(profile.names, profile.parts, strict=True)
+    return Overlap(
+        names=tuple(profile.names),
+        scores={name: scores(part, settings.by, settings.at) for name, part in parts},
+        shares=domain_shares(profile.parts, settings),
+        keep={name: [frozenset(ids) for ids in _keeps(own)] for name, own in cuts.items()},
+    )
+
+
+def check_criteria(criteria: Sequence[str], rule: BlendRule) -> None:
+    """Raises a SettingsError for a criterion that cannot rank a blend of profiles."""
+    for by in criteria:
+        if CRITERIA[by].needs == "calibration":
+            raise SettingsError(
+                f"--by {by} runs the model on the questions of one profile: give one --profile, or "
+                "another criterion"
+            )
+        if rule == "maxmin" and CRITERIA[by].needs != "profile":
+            raise SettingsError(
+                f"--blend maxmin compares what domains keep, and {by} does not depend on the "
+                "domain: take --blend sum or another criterion"
+            )
 
 
 def counts(settings: CutSettings, blocks: Sequence[BlockInfo]) -> range:
@@ -256,14 +333,93 @@ def choose(profile: Profile, settings: CutSettings, engine: "Engine | None" = No
     """The experts that stay; some criteria run the engine's model."""
     settings.check()
     if settings.keep_active:
-        return keep_active(profile, settings)
+        pruning = keep_active(profile, settings)
+        if not isinstance(profile, Blend):
+            return pruning
+        shares = domain_shares(profile.parts, settings)
+        return _named(pruning, profile, {"sum": kept_shares(shares, _keeps(pruning))})
     check_wanted(settings, profile.info.model.blocks)  # before a criterion runs the model
     n_keep = wanted_count(settings, profile.info.model.blocks)
     return cut(rank(profile, settings, engine), n_keep)
 
 
 def cut(ranking: Ranking, n_keep: int) -> Pruning:
-    """Keeps the best `n_keep` of each layer, with a global budget of all layers together."""
+    """Keeps the best `n_keep` of each layer, with a global budget of all layers together.
+
+    A blend by maxmin ranks anew for each number; its worst domain keeps at least what it keeps in
+    the cut by the sum.
+    """
+    pruning = _cut(ranking, n_keep)
+    if ranking.blend is None:
+        return pruning
+    by_rule: dict[BlendRule, Pruning] = {"sum": pruning}
+    if ranking.shares:
+        by_rule["maxmin"] = _maxmin(ranking, n_keep, pruning)
+    kept = {r: kept_shares(ranking.shares, _keeps(p)) for r, p in by_rule.items() if ranking.shares}
+    return _named(by_rule[ranking.blend.rule], ranking.blend, kept)
+
+
+def _maxmin(ranking: Ranking, n_keep: int, by_sum: Pruning) -> Pruning:
+    """The best of the ranking by the weights, of the fractions that stay, and of the sum."""
+    relaxed = maxmin(ranking.shares, _limits(ranking, n_keep), ranking.stay.ids)
+    weighed = [relaxed.weights_D @ share_DE for share_DE in ranking.shares]
+    # Experts that tie by their weighed shares are ordered by the fraction of them that stays.
+    ordered = [k_E + w_E for k_E, w_E in zip(relaxed.kept_LE, weighed, strict=True)]
+    cuts = []
+    for by_layer in (weighed, ordered):
+        places = [np.argsort(order) for order in ranking.orders]
+        orders = [ranked(s, -place_E) for s, place_E in zip(by_layer, places, strict=True)]
+        cuts.append(_cut(replace(ranking, scores=tuple(by_layer), orders=tuple(orders)), n_keep))
+    cuts.append(by_sum)
+    worst = [float(kept_shares(ranking.shares, _keeps(found)).min()) for found in cuts]
+    return cuts[int(np.argmax(np.round(worst, 12)))]
+
+
+def _limits(ranking: Ranking, n_keep: int) -> list[Limit]:
+    """What `_cut` keeps to: how many of each group of each layer, or of all layers together."""
+    settings, blocks = ranking.settings, ranking.blocks
+    if settings.budget == "global":
+        least = floors(blocks, settings.min_keep)
+        layers = [[(i, e) for e in range(b.experts)] for i, b in enumerate(blocks)]
+        own = [Limit(ids, n, len(ids)) for ids, n in zip(layers, least, strict=True)]
+        return [*own, Limit([expert for ids in layers for expert in ids], n_keep, n_keep)]
+    limits = []
+    for layer, block in enumerate(blocks):
+        n_groups = block.groups if LAYOUTS[settings.layout].needs_equal_counts else 1
+        n_own, size = n_keep // n_groups, block.experts // n_groups
+        for start in range(0, block.experts, size):
+            limits.append(Limit([(layer, e) for e in range(start, start + size)], n_own, n_own))
+    return limits
+
+
+def _keeps(pruning: Pruning) -> list[tuple[int, ...]]:
+    return [edit.keep for edit in pruning.draft.edits.values()]
+
+
+def _named(pruning: Pruning, blend: Blend, kept: Mapping[BlendRule, Array]) -> Pruning:
+    """With the blend in the plan, its action and its slug."""
+    profiles = tuple(
+        plan.BlendedProfile(
+            name=name,
+            profile=part.info.short_hash,
+            quiz=part.info.quiz.id,
+            split=part.info.quiz.split,
+            questions=len(part.subjects()),
+            weight=float(blend.weights_D[d]),
+            kept={rule: float(kept_D[d]) for rule, kept_D in kept.items()},
+        )
+        for d, (name, part) in enumerate(zip(blend.names, blend.parts, strict=True))
+    )
+    draft = replace(
+        pruning.draft,
+        slug=f"{pruning.draft.slug}-{blend.slug}",
+        action=f"{pruning.draft.action} {blend.text}",
+        blend=plan.PlanBlend(rule=blend.rule, profiles=profiles),
+    )
+    return replace(pruning, draft=draft)
+
+
+def _cut(ranking: Ranking, n_keep: int) -> Pruning:
     settings, stay, blocks = ranking.settings, ranking.stay, ranking.blocks
     name = f"random-{settings.seed}" if settings.by == "random" else settings.by
     if settings.budget == "global":
@@ -302,6 +458,7 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
     """
     if settings.by != "activations":
         raise SettingsError(f"--by {settings.by} ranks what --keep N keeps: leave it out")
+    settings = for_profile(profile, settings)
     layers, blocks = profile.layers, profile.info.model.blocks
     counts = [activations(layer, settings.at) for layer in layers]
     stay = protection(profile, settings.protect)
@@ -350,36 +507,44 @@ class RemovedTraffic(NamedTuple):
 
     block: str
     n_removed: int
-    n_questions: int  # that chose a removed expert at the answer position
+    n_questions: int | None  # that chose a removed expert at the answer position; None of texts
     n_used: int | None  # removed experts that any token chose, shots included
     mass: float | None  # their share of all tokens' gate weight
 
 
 def removed_traffic(profile: Profile, edits: Mapping[str, plan.BlockEdit]) -> list[RemovedTraffic]:
     """What the removal of experts would touch, block by block."""
-    chosen_NLK = profile.array("chosen_NLK")
+    chosen_NLK = profile.array("chosen_NLK") if has_answers(profile) else None
     tokens_LE, weight_LE = profile.token_sum("tokens"), profile.token_sum("weight")
     traffic = []
     for layer, block in enumerate(profile.info.model.blocks):
         removed = list(edits[block.name].removed(block.experts))
-        hit_N = np.isin(chosen_NLK[:, layer], removed).any(axis=1)
+        n_hit = None
+        if chosen_NLK is not None:
+            n_hit = int(np.isin(chosen_NLK[:, layer], removed).any(axis=1).sum())
         n_used, mass = None, None
         if tokens_LE is not None and weight_LE is not None:
             n_used = int((tokens_LE[layer, removed] > 0).sum())
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
-        traffic.append(RemovedTraffic(block.name, len(removed), int(hit_N.sum()), n_used, mass))
+        traffic.append(RemovedTraffic(block.name, len(removed), n_hit, n_used, mass))
     return traffic
 
 
 def removed_share(
     profile: Profile, edits: Mapping[str, plan.BlockEdit]
-) -> tuple[int, int, float | None]:
-    """Removed experts, questions that chose one to answer, and share of all gate weight."""
+) -> tuple[int, int | None, float | None]:
+    """Removed experts, questions that chose one to answer, and share of all gate weight.
+
+    Questions are None where texts were profiled.
+    """
     traffic, weight_LE = removed_traffic(profile, edits), profile.token_sum("weight")
-    chosen_NLK, share = profile.array("chosen_NLK"), None
     removed = [list(edits[b.name].removed(b.experts)) for b in profile.info.model.blocks]
-    hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
+    n_hit = share = None
+    if has_answers(profile):
+        chosen_NLK = profile.array("chosen_NLK")
+        hit_LN = [np.isin(chosen_NLK[:, i], ids).any(axis=1) for i, ids in enumerate(removed)]
+        n_hit = int(np.any(hit_LN, axis=0).sum())
     if weight_LE is not None:
         share_L = np.array([block.mass for block in traffic], dtype=np.float64)
         share = float(share_L @ weight_LE.sum(axis=1) / weight_LE.sum())
-    return sum(map(len, removed)), int(np.any(hit_LN, axis=0).sum()), share
+    return sum(map(len, removed)), n_hit, share

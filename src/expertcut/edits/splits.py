@@ -8,14 +8,32 @@ from pathlib import Path
 from typing import NamedTuple
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, sources, without
+from expertcut.data.corpus import (
+    CalibrationSet,
+    Corpus,
+    TextSelection,
+    hash_lines,
+    load_corpus,
+    rows_hash,
+)
 from expertcut.data.questions import hashes_in, replace_questions
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import ChosenOn, EditPlan, PlanFile
 from expertcut.errors import PlanError, ProfileError, QuizError
 from expertcut.models.checkpoint_dir import absolute_id
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import quiz_info
-from expertcut.profiling.storage import Profile, ProfilePart, can_hold_out, once_per_profile
+from expertcut.profiling.storage import (
+    IN_CALIBRATION,
+    Profile,
+    ProfilePart,
+    TextPart,
+    TextProfile,
+    can_hold_out,
+    once_per_profile,
+    profile_of,
+)
 
 UNUSED = "were not used"
 
@@ -80,9 +98,9 @@ def read_scored_split(plan: PlanFile, folder: Path) -> ScoredSplit:
 class Questions:
     """`profiled` chose the experts, `tuning` fits, `held_out` scores, and may be empty."""
 
-    profiled: Quiz
-    tuning: Quiz
-    held_out: Quiz
+    profiled: CalibrationSet
+    tuning: CalibrationSet
+    held_out: CalibrationSet
     # Hash lines of the questions that the profiled checkpoint was chosen on, and of others read.
     inherited: frozenset[str] = frozenset()
 
@@ -90,20 +108,28 @@ class Questions:
     def why_unscored(self) -> str:
         """Why `held_out` is empty, in words; else empty."""
         quiz, n = self.tuning, len(self.tuning)
-        why = f"nothing judges it: all {n:,} {quiz.split} questions of {quiz.id} had a part in it"
+        which = f"{quiz.split} questions" if isinstance(quiz, Quiz) else "documents"
+        why = f"nothing judges it: all {n:,} {which} of {quiz.id} had a part in it"
         return "" if len(self.held_out) else why
 
 
 def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[Profile, str]:
     """Four fifths of a quiz with one set of questions, else the whole profile; and any message.
 
-    The last fifth is held out. With `held_out` 0 all questions choose and fit, and only another
-    split can be held out. Raises QuizError: too few questions to hold any out.
+    The last fifth is held out, of a blend in each of its profiles. With `held_out` 0 all questions
+    choose and fit, and only another split can be held out. Raises QuizError: too few questions to
+    hold any out.
     """
+    if isinstance(profile, Blend):
+        parts, notes = zip(*(choosing_profile(p, held_out) for p in profile.parts), strict=True)
+        return profile.of(parts), "; ".join(dict.fromkeys(filter(None, notes)))
     if held_out == 0:
-        whole = Profile(profile.path, profile.info, profile.truncate)
+        whole = profile_of(profile.path, profile.info, profile.truncate)
+        whole.trust_remote_code = profile.trust_remote_code
         whole.holds_out = False
         return whole, ""
+    if isinstance(profile, TextProfile):
+        return _choosing_texts(profile)
     quiz = profiled_quiz(profile)
     if not sources.is_one_set(quiz):
         return profile, ""
@@ -124,6 +150,22 @@ def choosing_profile(profile: Profile, held_out: float | None = None) -> tuple[P
     )
 
 
+def _choosing_texts(profile: TextProfile) -> tuple[Profile, str]:
+    chooses_N, tokens_N = (profile.array(n) for n in (IN_CALIBRATION, "tokens_N"))
+    n_all, n_chosen = int(tokens_N.sum()), int(tokens_N[chooses_N > 0].sum())
+    if not 0 < n_chosen < n_all:
+        return profile, (
+            f"{profile.info.text.id} has too few documents to hold any out: all of them choose, "
+            "and nothing judges"
+        )
+    part = TextPart(profile)
+    part.trust_remote_code = profile.trust_remote_code
+    return part, (
+        f"by documents: {n_chosen:,} tokens of {profile.info.text.id} choose, the other "
+        f"{n_all - n_chosen:,} are held out"
+    )
+
+
 @once_per_profile
 def questions_for(
     profile: Profile, *, is_fitting: bool, used: frozenset[str] = frozenset(), n_held_out: int = 256
@@ -134,10 +176,19 @@ def questions_for(
     questions. Held-out questions are 256 (`n_held_out`), round-robin over subjects: the held-out
     part of the profile, else an unused split, else a fifth of the tuning questions if these are of
     another split than the profile. None is left for a whole profile of the only split. Questions
-    of earlier cuts and `used` ones are avoided if possible. Raises QuizError: too few to hold out.
+    of earlier cuts and `used` ones are avoided if possible. A blend takes those of its heaviest
+    profile, and counts the questions of the others as used. Raises QuizError: too few to hold out.
     """
-    profiled, earlier = profiled_quiz(profile), plans.profiled_plan(profile)
+    if isinstance(profile, Blend):
+        main, *others = profile.parts
+        read = frozenset[str]().union(*(hash_lines(profiled_on(p)) for p in others))
+        used |= read
+        return questions_for(main, is_fitting=is_fitting, used=used, n_held_out=n_held_out)
+    earlier = plans.profiled_plan(profile)
     inherited = used | (plans.load_hashes(*earlier) if earlier else frozenset())
+    if isinstance(profile, TextProfile):
+        return _texts_for(profile, inherited, n_held_out)
+    profiled = profiled_quiz(profile)
 
     def judged_on(quiz: Quiz) -> Quiz:
         unused = without(quiz, inherited)
@@ -164,6 +215,16 @@ def questions_for(
     return Questions(profiled, kept, held_out, inherited)
 
 
+def _texts_for(profile: TextProfile, inherited: frozenset[str], n_held_out: int) -> Questions:
+    """Documents that choose, and of those held out as many as make 256 rows or 65,536 tokens."""
+    chosen, held_out = profiled_on(profile), profiled_corpus(profile).part(is_held_out=True)
+    if not isinstance(profile, TextPart):
+        return Questions(chosen, chosen, held_out.only(()), inherited)
+    unused = held_out.without(hashes_in(inherited))
+    judged_on = (unused if len(unused) else held_out).first(n_held_out)
+    return Questions(chosen, chosen, judged_on, inherited)
+
+
 def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanFile:
     """The plan with its provenance, without held-out results."""
     chosen = questions.tuning if draft.is_tuned else questions.profiled
@@ -187,10 +248,12 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             quiz=chosen.id,
             split=chosen.split,
             questions=len(chosen),
+            text_tokens=chosen.n_tokens if isinstance(chosen, Corpus) else None,
             fitted_split=fitted.split if fitted else None,
             fitted_questions=len(fitted) if fitted else 0,
             sha256=plans.hashes_sha256(used_hashes(draft, questions)),
         ),
+        blend=draft.blend,
         tuning=draft.tuning,
         blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
     )
@@ -198,13 +261,53 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
 
 def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     """Hash lines of every question that this choice, its fit or an earlier edit read."""
-    tuning = sources.hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
-    chosen = tuning if draft.is_tuned else sources.hash_lines(questions.profiled) | tuning
+    tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
+    chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
 
 
+def profiled_on(profile: Profile) -> CalibrationSet:
+    """The questions or documents of a profile that choose."""
+    if not isinstance(profile, TextProfile):
+        return profiled_quiz(profile)
+    corpus = profiled_corpus(profile)
+    return corpus.part(is_held_out=False) if isinstance(profile, TextPart) else corpus
+
+
+@once_per_profile
+def profiled_corpus(profile: Profile) -> Corpus:
+    """The texts of a profile, read again; ProfileError if they changed."""
+    assert isinstance(profile, TextProfile), "a quiz has questions"
+    from expertcut.models.load import find_source, load_tokenizer  # torch
+
+    text, recorded, folder = profile.info.text, profile.info.model, plans.model_folder(profile)
+    source = find_source(recorded.id if folder is None else str(folder), recorded.revision)
+    sources = text.sources.values()
+    selection = TextSelection(
+        specs=tuple(f"{source.spec}={source.weight}" for source in sources),
+        revisions={source.spec: source.revision for source in sources},
+        **text.model_dump(include={"max_tokens", "tokens", "seed", "assistant_only"}),
+    )
+    tokenizer = load_tokenizer(source, trust_remote_code=profile.trust_remote_code)
+    corpus = load_corpus(selection, tokenizer)
+    for own, known in zip(corpus.sources, sources, strict=True):
+        if rows_hash(corpus.rows[own.name]) != known.content_hash:
+            raise ProfileError(
+                f"{own.spec} no longer holds the texts that {profile.path} was made on: put them "
+                "back, or profile again"
+            )
+    return corpus
+
+
 def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
-    """The quiz of a profile without its held-out questions, or these alone."""
+    """The quiz of a profile without its held-out questions, or these alone.
+
+    Raises ProfileError: the profile is of texts.
+    """
+    if isinstance(profile, TextProfile):
+        raise ProfileError(
+            f"{profile.path} is a profile of texts, which have no answers: profile a quiz for this"
+        )
     if not isinstance(profile, ProfilePart):
         return _whole_quiz(profile)
     quiz, held = _whole_quiz(profile.whole), profile.held_out

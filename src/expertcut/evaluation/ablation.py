@@ -17,7 +17,8 @@ from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import round_robin, without
-from expertcut.data.sources import fifth_of, hash_lines
+from expertcut.data.corpus import as_quiz, hash_lines
+from expertcut.data.sources import fifth_of
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, read_criteria
 from expertcut.edits.edit_settings import AuditSettings, read_fractions
@@ -164,9 +165,9 @@ class AuditRun:
         WRITERS[layout].check(source, is_cutting=True)
         is_fitting = any(CRITERIA[by].needs == "calibration" for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
-        self.quiz = questions.held_out
+        self.quiz = as_quiz(questions.held_out)
         if not len(self.quiz):
-            self.quiz = round_robin(fifth_of(questions.tuning), settings.questions)
+            self.quiz = round_robin(fifth_of(as_quiz(questions.tuning)), settings.questions)
         used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
             used |= hash_lines(questions.tuning)

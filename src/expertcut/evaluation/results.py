@@ -13,7 +13,7 @@ from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.locks import CLAIMS
-from expertcut.profiling.schema import ProfileInfo, Settings
+from expertcut.profiling.schema import AnyProfileInfo, Settings
 from expertcut.stats import Comparison, Count, Share, Verdict
 
 if TYPE_CHECKING:
@@ -69,6 +69,66 @@ class TaskComparison(Record):
     unpaired_p: Share | None = None
 
 
+class TextResult(Record):
+    """One source of texts on one model; `ci95` is that of the perplexity, by documents.
+
+    Intervals are null where there are fewer than 10 documents.
+    """
+
+    perplexity: float
+    ci95: tuple[float, float] | None
+    bits_per_byte: float
+    bits_per_byte_ci95: tuple[float, float] | None
+    tokens: Count
+    documents: Count
+
+
+class TextComparison(Record):
+    """Other minus base on the same documents; intervals are a paired bootstrap over these.
+
+    `kl` is KL(base ‖ other) in nats per token, `top1_agreement` the share of tokens with the same
+    likeliest token, `acceptance` the mean of Σ min(p, q). `delta_loss` is in nats per token, `ci95`
+    its interval. All of these are null where the models read other tokens.
+    """
+
+    kl: float | None
+    kl_ci95: tuple[float, float] | None
+    top1_agreement: Share | None
+    top1_agreement_ci95: tuple[Share, Share] | None
+    acceptance: Share | None
+    acceptance_ci95: tuple[Share, Share] | None
+    delta_loss: float | None
+    ci95: tuple[float, float] | None
+    delta_bits_per_byte: float | None
+    delta_bits_per_byte_ci95: tuple[float, float] | None
+
+
+class JudgedSource(Record):
+    """A source that was read; `dropped` documents had a part in a model's edit."""
+
+    spec: str
+    revision: str | None
+    documents: Count
+    dropped: Count
+    content_hash: str
+
+
+class JudgedTexts(Record):
+    """The texts of an evaluation, and how they became rows.
+
+    Of the base's predictions `top_k` of `vocabulary` tokens are kept: with fewer, `kl` is a lower
+    bound and `acceptance` an upper one. Null without a model to compare.
+    """
+
+    sources: dict[str, JudgedSource] = Field(min_length=1)
+    max_tokens: int
+    tokens: int | None
+    seed: int
+    assistant_only: bool
+    top_k: Count | None
+    vocabulary: Count
+
+
 class ModelResult(Record):
     """One model, with what was asked of it; null is what was not asked or is not known.
 
@@ -91,6 +151,7 @@ class ModelResult(Record):
     bytes: Count | None = None
     chosen_on: ChosenOnResult | None = None
     healed_from: str | None = None
+    text: dict[str, TextResult] | None = None
     tasks: dict[str, TaskResult] | None = None
 
 
@@ -133,6 +194,7 @@ class ComparisonResult(Record):
     median_abs_logprob_diff: float | None = None
     parameters_delta: int | None = None
     bytes_delta: int | None = None
+    text: dict[str, TextComparison] | None = None
     tasks: dict[str, TaskComparison] | None = None
 
 
@@ -153,6 +215,7 @@ class Part:
     key: str  # the field of `ModelResult` and `ComparisonResult`
     models: Sequence[object]
     comparisons: Sequence[object]
+    asked: object = None  # the same field of `Results`, if it has one
 
 
 class Results(Record):
@@ -169,6 +232,7 @@ class Results(Record):
     limit: Count | None = None
     chance: Share | None = None  # the accuracy of guessing; older files lack it
     content_hashes: dict[str, str] | None = None
+    text: JudgedTexts | None = None
     models: Sequence[ModelResult] = Field(min_length=1)
     comparisons: Sequence[ComparisonResult]
 
@@ -181,13 +245,14 @@ class Results(Record):
     def with_part(self, part: Part) -> Self:
         """A copy with one more part."""
         values = {"models": part.models, "comparisons": part.comparisons}
-        changed = {
+        changed: dict[str, object] = {
             name: [
                 record.model_copy(update={part.key: value})
                 for record, value in zip(getattr(self, name), values[name], strict=True)
             ]
             for name in values
         }
+        changed |= {} if part.asked is None else {part.key: part.asked}
         return self.model_copy(update=changed)
 
 
@@ -264,7 +329,7 @@ def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
             raise OutputError(f"{folder} is another {kind}: its {key} {how}: name another --out")
 
 
-def profile_hash(info: ProfileInfo) -> str:
+def profile_hash(info: AnyProfileInfo) -> str:
     """SHA-256 of everything that a profile's bytes depend on."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 

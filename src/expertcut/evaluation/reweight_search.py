@@ -17,6 +17,7 @@ from expertcut import __version__
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
 from expertcut.data import Quiz
+from expertcut.data.corpus import as_quiz
 from expertcut.edits import router_edits
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
@@ -191,7 +192,7 @@ def decide(
     folder: Path | None = None,
 ) -> TuningResult:
     """Chooses experts and strengths on the tuning questions; the folder keeps all scored tilts."""
-    tuning = questions_for(profile, is_fitting=True).tuning
+    tuning = as_quiz(questions_for(profile, is_fitting=True).tuning)
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rescorer = CachedScorer(engine, tuning, folder=folder)
     records = rescorer.records

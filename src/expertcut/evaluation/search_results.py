@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -28,7 +28,8 @@ class SweepRequest(Record):
     """Everything that a sweep depends on, so that two are never mixed.
 
     `scored` names the questions and the scoring settings; `profile` is the hash of the profile that
-    chooses the experts, `chosen_by` its number of questions where some are held out.
+    chooses the experts, `chosen_by` its number of questions where some are held out, `blend` the
+    rule, hashes and weights of several profiles.
     """
 
     scored: ProfileInfo
@@ -44,6 +45,8 @@ class SweepRequest(Record):
     protect: tuple[str, ...]
     seed: int
     chosen_by: int | None = None
+    sequential: Literal[True] | None = None
+    blend: str | None = None
 
 
 class SweptModel(Record):

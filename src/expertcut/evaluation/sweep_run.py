@@ -12,6 +12,7 @@ import numpy as np
 from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.sequential import rank_sequentially
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz, without
 from expertcut.edits.criteria import CRITERIA
@@ -25,6 +26,7 @@ from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.models.load import LoadOptions
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
 from expertcut.profiling.storage import Profile, ProfilePart, load_profile
@@ -64,6 +66,7 @@ class SweepRun:
         overlap = len(scoring.quiz) - len(without(scoring.quiz, used))
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
+        is_part = any(isinstance(part, ProfilePart) for part in profile.parts)
         request = schema.SweepRequest(
             scored=self.measurement.info.called(profile.info.model.id),
             profile=profile_hash(profile.info),
@@ -73,7 +76,9 @@ class SweepRun:
             removed=drafts[0].removed if "removed" in layout_options else None,
             fold=drafts[0].fold if "fold" in layout_options else None,
             protect=tuple(settings.protect),
-            chosen_by=len(profile.subjects()) if isinstance(profile, ProfilePart) else None,
+            sequential=settings.sequential or None,
+            chosen_by=len(profile.subjects()) if is_part else None,
+            blend=profile.key if isinstance(profile, Blend) else None,
         )
         self.sweep = schema.Sweep(asked=request, chosen_on=chosen_on)
 
@@ -83,7 +88,10 @@ class SweepRun:
         earlier = schema.load_earlier(file, schema.Sweep, self.sweep.asked)
         self.sweep = earlier or self.sweep
         # Criteria that need no model are ranked first: they fail before anything runs.
-        at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
+        run_the_model = {by for by in self.grid.by if CRITERIA[by].needs_model}
+        if self.settings.sequential:
+            run_the_model = {*self.grid.by}
+        at_once = {by: self._cuts(by) for by in self.grid.by if by not in run_the_model}
         if earlier is None:
             self.sweep.save(file)  # by every process: it claims the folder
         base = folder / "cells" / "base"
@@ -116,8 +124,13 @@ class SweepRun:
             return {}
         settings = self.settings.updated(by=by)
         ranking = rank(self.profile, settings, self.engine if CRITERIA[by].needs_model else None)
-        kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
-        return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
+        drafts = {}
+        for fraction in missing:
+            n_keep, own = self.grid.n_keep(fraction, ranking.blocks, settings), ranking
+            if settings.sequential:
+                own = rank_sequentially(self.profile, ranking, n_keep, self.engine)
+            drafts[fraction] = cut(own, n_keep).draft
+        return drafts
 
     def _run(self, draft: EditPlan, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)

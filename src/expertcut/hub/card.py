@@ -57,7 +57,7 @@ def step_sentences(origin: Origin) -> Iterator[str]:
         text = f"{step.action} (layout {step.layout})"
         if step.criterion != "by hand":
             text += f", by {step.criterion}, counted {_WHERE[step.positions]}"
-        yield f"{text}, on {eval_tables.chosen_text(chosen)}."
+        yield f"{text}, on {eval_tables.chosen_text(chosen, step.blend)}."
 
 
 @dataclass(frozen=True)

@@ -168,7 +168,7 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
         section = heal_settings(run.recipe, variant.heal)
         given["checkpoint"] = str(run.folder / variant_folder(variant.heal.of))
     else:
-        given |= {"threads": None, "profile": run.folder / PROFILE}
+        given |= {"threads": None, "profile": [str(run.folder / PROFILE)]}
     if variant.prove:  # `eval` and the page then compare it with the others, helpful or not
         given |= {"prove": True, "force_write": True, **dict(variant.prove)}
     runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight, "heal": heal}

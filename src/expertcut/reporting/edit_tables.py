@@ -11,8 +11,9 @@ from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_i
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, TextProfile
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable, signed
 from expertcut.stats import MARGIN, ExpertShares
 
@@ -47,10 +48,15 @@ def pruning_sentences(pruning: Pruning) -> list[str]:
 
 def profile_line(profile: Profile, unfinished: Sequence[Profile] | None) -> str:
     """The profile, its questions and accuracy; `unfinished` ones, where the newest was taken."""
-    answers = getattr(profile, "whole", profile).answers
+    whole = getattr(profile, "whole", profile)
     newest = "" if unfinished is None else "newest; "
-    text = f"{profile.path} ({newest}{len(answers.answer_N):,} questions"
-    text += f", accuracy {percent(answers.accuracy)})"
+    if isinstance(whole, TextProfile):
+        text = f"{profile.path} ({newest}{whole.info.text.n_tokens:,} tokens"
+        text += f", perplexity {whole.score.perplexity:.3f})" if whole.info.text.has_loss else ")"
+    else:
+        answers = whole.answers
+        text = f"{profile.path} ({newest}{len(answers.answer_N):,} questions"
+        text += f", accuracy {percent(answers.accuracy)})"
     if unfinished:
         more = f" and {len(unfinished) - 1} more" if len(unfinished) > 1 else ""
         text += f"; newer but not finished: {unfinished[0].path}{more}"
@@ -96,8 +102,22 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     """What the experts that do not stay had in the profile."""
     n_removed, n_questions, share = removed_share(profile, edits)
     had = "" if share is None else f"had {percent(share)} of all gate weight and "
+    if n_questions is None:
+        return labelled("traffic", f"the {n_removed:,} {experts} {had.removesuffix(' and ')}")
     chose = f"were chosen to answer by {n_questions:,} of {len(profile.subjects()):,} questions"
     return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
+
+
+def traffic_lines(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> list[str]:
+    """The same of each profile of a blend, or of each source of texts, which are named."""
+    domains: dict[str, Profile] = {}
+    if isinstance(profile, Blend):
+        domains = dict(zip(profile.names, profile.parts, strict=True))
+    elif isinstance(profile, TextProfile):
+        domains = profile.by_source()
+    if len(domains) < 2:
+        return [traffic_line(profile, edits, experts)]
+    return [traffic_line(part, edits, f"{experts}, in {name},") for name, part in domains.items()]
 
 
 def outcome_lines(
@@ -112,6 +132,8 @@ def outcome_lines(
     lines, sentences = [labelled("size", f"{size}; {parameters}")], held_out_sentences(built)
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
+    if built.proof.text:
+        return lines + text_change_lines(built.proof.text)
     answered, scored_on, chance = built.proof.answered, built.scored_on, built.proof.chance
     where, n = scored_on.clause, scored_on.questions
     if scored_on.used == 0:
@@ -136,6 +158,27 @@ def outcome_lines(
     )
     lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
+
+
+def text_change_lines(changes: Sequence[stats.TextChange]) -> list[str]:
+    """Perplexity and distance on held-out texts: the first model of each source is the base."""
+    lines, base = [], changes[0].against
+    for change in changes:
+        if change.against == base:
+            text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
+            text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
+            text += f"{change.source}: {loss_text(change.delta_loss, change.ci95)}"
+            lines.append(labelled("predicts", text))
+        text = f"KL {change.kl:.4f}, top-1 agreement {percent(change.top1_agreement)}, acceptance "
+        text += f"{percent(change.acceptance)}, of {change.source} against {change.against}"
+        lines.append(labelled("distance", text))
+    return lines
+
+
+def loss_text(delta: float, ci95: Sequence[float]) -> str:
+    """A change of loss with its interval, as `loss +0.018 nats (+0.012 … +0.024)`."""
+    low, high = (signed(end, "+.4f") for end in ci95)
+    return f"loss {signed(delta, '+.4f')} nats a token ({low} … {high})"
 
 
 def verdict_text(

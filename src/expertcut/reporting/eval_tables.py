@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from expertcut.edits.plan import ChosenOn, PlanFile, ids_text
+from expertcut.edits.plan import ChosenOn, PlanBlend, PlanFile, ids_text
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
-from expertcut.reporting import task_tables
+from expertcut.reporting import task_tables, text_tables
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns, signed
@@ -44,12 +44,16 @@ def made_on(plan: PlanFile) -> str:
     """How a plan was chosen and on which questions, or on which a checkpoint was trained."""
     by = "" if plan.criterion in ("", "by hand") else "by "
     verb = "Trained" if plan.action.startswith("heal") else f"Chosen {by}{plan.criterion}".strip()
-    return f"{verb} on {chosen_text(plan.chosen_on)}"
+    return f"{verb} on {chosen_text(plan.chosen_on, plan.blend)}"
 
 
-def chosen_text(chosen: ChosenOn) -> str:
+def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
+    if blend is not None:
+        others = blend.profiles[1:]
+        text += f" and {sum(own.questions for own in others):,} of {len(others)} more profile"
+        text += "s" if len(others) > 1 else ""
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return text
@@ -80,20 +84,22 @@ def results_table(results: QuizResults, margin: float = MARGIN) -> Table:
 
 
 def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
-    """A table for each part: the quiz, the tasks."""
+    """A table for each part: the quiz, the texts, the tasks."""
     tables = [results_table(results, margin)] if isinstance(results, QuizResults) else []
+    tables += text_tables.judged_tables(results, model_names(results))
     return [*tables, *task_tables.tasks_tables(results, model_names(results))]
 
 
 def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
+    facts += text_tables.judged_facts(results, model_names(results))
     return [*facts, *task_tables.tasks_facts(results, model_names(results))]
 
 
 def evaluation_csv(results: Results) -> Table:
     """The quiz alone by subject; with further parts one row per model and figure of a part."""
-    rows = task_tables.tasks_rows(results)
+    rows = text_tables.judged_rows(results) + task_tables.tasks_rows(results)
     if isinstance(results, QuizResults):
         if not rows:
             return results_csv(results)

@@ -18,8 +18,8 @@ from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import BlockInfo, QuizInfo
-from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.profiling.schema import BlockInfo, QuizInfo, TextInfo
+from expertcut.reporting import edit_tables, eval_tables, text_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
@@ -345,7 +345,9 @@ def _results_parts(results: Results, key: str) -> list[Part]:
             Summary(table.narrow(unless=False)),
             Folded(f"All figures: {table.title}", [table]),
         ]
-    return parts
+    names = eval_tables.model_names(results)
+    said = [f"{text}." for _, text in text_tables.judged_facts(results, names)]
+    return [*parts, *said, *([text_tables.judged_note(results.text)] if said else [])]
 
 
 def _quiz_parts(results: QuizResults, key: str) -> list[Part]:
@@ -499,7 +501,7 @@ def _plan(plan: PlanFile) -> Rows:
         ("model", plan.model.label),
         ("revision", plan.model.revision),
         ("fingerprint of config and weights", plan.model.fingerprint),
-        ("chosen on", eval_tables.chosen_text(plan.chosen_on)),
+        ("chosen on", eval_tables.chosen_text(plan.chosen_on, plan.blend)),
         ("hash of their list", plan.chosen_on.sha256),
         ("adapter that was cut along", adapter_text),
     ]
@@ -518,7 +520,7 @@ def _results(results: Results) -> Rows:
     ]
 
 
-def _quiz(quiz: QuizInfo | QuizResults, name: str) -> Rows:
+def _quiz(quiz: QuizInfo | TextInfo | QuizResults, name: str) -> Rows:
     first = f", the first {quiz.limit} of each subject" if quiz.limit else ""
     questions = f"{name}, split {quiz.split}, {quiz.shots} shots{first}"
     return [("questions", questions), ("revision of the questions", quiz.revision)]

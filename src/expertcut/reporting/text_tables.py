@@ -1,0 +1,177 @@
+"""Tables and sentences of what models read and predict in texts."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from expertcut.evaluation.results import JudgedTexts, Results, TextComparison, TextResult
+from expertcut.profiling.schema import TextInfo
+from expertcut.profiling.storage import Profile, TextProfile
+from expertcut.reporting.tables import Cell, Table, columns, signed
+
+Ends = tuple[float, float] | None
+
+
+def texts_line(text: TextInfo) -> str:
+    """How much was read, and of what."""
+    shares = ", ".join(
+        f"{name} {100 * source.tokens / text.n_tokens:.0f} %"
+        for name, source in text.sources.items()
+    )
+    whose = " of the assistant" if text.assistant_only else ""
+    of = shares if len(text.sources) > 1 else next(iter(text.sources))
+    return f"{text.n_tokens:,} tokens{whose} in {text.n_documents:,} documents: {of}"
+
+
+def profile_facts(profile: Profile) -> list[tuple[str, str]]:
+    """The headline of a profile of texts."""
+    assert isinstance(profile, TextProfile), "a quiz has another headline"
+    facts = [("text", texts_line(profile.info.text))]
+    if profile.info.text.has_loss:
+        score = profile.score
+        text = f"perplexity {score.perplexity:.3f}, next token right {score.accuracy:.2%}"
+        facts.append(("predicts", f"{text} of {score.scored:,}"))
+    return facts
+
+
+def sources_table(profile: TextProfile) -> Table:
+    """One row per source."""
+    info, rows = profile.info.text, []
+    for name, known in info.sources.items():
+        row: list[Cell] = [name, known.documents, known.tokens]
+        if score := profile.scores.get(name):
+            row += [score.perplexity, score.accuracy]
+        rows.append(row)
+    heads = "source; documents::,d; tokens::,d"
+    heads += "; perplexity::.3f; next token right::.2%" if info.has_loss else ""
+    return Table("Texts", columns(heads), rows, texts_line(info))
+
+
+def _judged(
+    results: Results,
+) -> Iterator[tuple[int, str, TextResult, TextComparison | None]]:
+    """Source by source, every model by index with its comparison, None of the base."""
+    compared = {c.other: c.text or {} for c in results.comparisons}
+    for source in results.models[0].text or {}:
+        for index, model in enumerate(results.models):
+            if found := (model.text or {}).get(source):
+                yield index, source, found, compared.get(index, {}).get(source)
+
+
+def judged_tables(results: Results, names: Sequence[str]) -> list[Table]:
+    """One row per source and model, compared with the first; no table without texts."""
+    rows: list[list[Cell]] = []
+    for index, source, found, c in _judged(results):
+        row: list[Cell] = [source, names[index], found.perplexity]
+        row += [c.delta_loss, _span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
+        row += [found.bits_per_byte, _span(found.ci95, ".3f"), found.tokens, found.documents]
+        if c is None:
+            rows.append([*row, *[None] * 6])
+            continue
+        row += [_span(c.kl_ci95, ".4f"), c.top1_agreement, _span(c.top1_agreement_ci95, ".1%")]
+        row += [c.acceptance, _span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
+        rows.append(row)
+    heads = columns(
+        "text; model; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f | "
+        "bits per byte::.4f; interval of perplexity; tokens::,d; documents::,d; interval of KL; "
+        "same top token::.1%; interval of it; acceptance::.1%; interval of acceptance; "
+        "Δ bits per byte::+.4f"
+    )
+    return [Table("Texts", heads, rows, judged_note(results.text))] if rows else []
+
+
+def judged_note(asked: JudgedTexts | None) -> str:
+    """What the figures of texts mean."""
+    text = (
+        "Δ loss is in nats per token, KL is that of the base and the model, in nats per token. "
+        "Intervals are those of 95 %, by a paired bootstrap over documents."
+    )
+    if asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary:
+        text += (
+            f" All but the base's {asked.top_k:,} likeliest tokens count as one: the KL is a lower "
+            "bound, the acceptance an upper one."
+        )
+    return text
+
+
+def judged_rows(results: Results) -> list[list[Cell]]:
+    """One row per source, model and figure, in the columns of `task_tables.FLAT`.
+
+    The base's own KL is 0, its agreement and acceptance are 1, so each of them has a change too.
+    """
+    rows: list[list[Cell]] = []
+    for index, source, found, c in _judged(results):
+        head: list[Cell] = [results.models[index].path, "text", source]
+        loss = math.log(found.perplexity)
+        changes: dict[str, tuple[float, float | None, Ends]] = {
+            "perplexity": (found.perplexity, None, None),
+            "loss": (loss, c.delta_loss if c else None, c.ci95 if c else None),
+            "bits_per_byte": (
+                found.bits_per_byte,
+                c.delta_bits_per_byte if c else None,
+                c.delta_bits_per_byte_ci95 if c else None,
+            ),
+        }
+        if c and c.kl is not None and c.top1_agreement is not None and c.acceptance is not None:
+            changes["kl"] = c.kl, c.kl, c.kl_ci95
+            for name, own, ends in (
+                ("top1_agreement", c.top1_agreement, c.top1_agreement_ci95),
+                ("acceptance", c.acceptance, c.acceptance_ci95),
+            ):
+                changes[name] = own, own - 1, ends and (ends[0] - 1, ends[1] - 1)
+        for metric, (value, delta, ends) in changes.items():
+            change: list[Cell] = [delta, *(ends or (None, None))]
+            rows.append([*head, metric, value, None, found.documents, *change, *[None] * 7])
+    return rows
+
+
+def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What each model lost on each source; of a single model its perplexity."""
+    facts = []
+    for index, source, found, c in _judged(results):
+        n = f"{found.tokens:,} tokens in {found.documents:,} documents"
+        if c is None and len(results.models) == 1:
+            text = f"{found.perplexity:.3f}{_behind(found.ci95, '.3f')}"
+            facts.append(
+                (
+                    "text",
+                    f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte: {n}",
+                )
+            )
+        elif c is not None:
+            base = (results.models[0].text or {})[source]
+            lost = _lost(base, found, c, _is_bound(results.text))
+            facts.append(("text", f"{source}: {names[index]} {lost}, on {n}"))
+    return facts
+
+
+def _is_bound(asked: JudgedTexts | None) -> bool:
+    return asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary
+
+
+def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
+    """A sentence with the changes and their intervals."""
+    perplexities = f"perplexity {base.perplexity:.3f} → {found.perplexity:.3f}"
+    if c.delta_loss is None or c.kl is None:
+        text = f"reads other tokens than the base: bits per byte {base.bits_per_byte:.4f} → "
+        text += f"{found.bits_per_byte:.4f}"
+        if c.delta_bits_per_byte is None:
+            return text
+        delta = signed(c.delta_bits_per_byte, "+.4f")
+        return f"{text}, {delta}{_behind(c.delta_bits_per_byte_ci95, '+.4f')}"
+    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{_behind(c.ci95, '+.4f')}"
+    if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
+        loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
+    ratio = math.exp(min(c.delta_loss, 700.0))
+    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
+    text += f"{_behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
+    text += f"{_behind(c.top1_agreement_ci95, '.1%')}, acceptance "
+    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{_behind(c.acceptance_ci95, '.1%')}"
+
+
+def _span(ends: Ends, spec: str) -> str | None:
+    return None if ends is None else " … ".join(signed(end, spec) for end in ends)
+
+
+def _behind(ends: Ends, spec: str) -> str:
+    """The interval in brackets, or why there is none."""
+    return f" ({_span(ends, spec)})" if ends else " (too few documents for an interval)"
