@@ -29,9 +29,8 @@ class EvalSettings(commands.JudgedSettings, SplitSettings):
 
     examples: ClassVar = (
         "expertcut eval BASE models/half models/merged --quiz my.jsonl --limit 100",
-        "expertcut eval BASE models/half --tasks gsm8k,ifeval",
+        "expertcut eval BASE models/half --tasks gsm8k,ifeval --generate prompts.jsonl",
         "expertcut eval --samples a/samples_gsm8k.jsonl b/samples_gsm8k.jsonl",
-        "expertcut eval BASE models/half --generate prompts.jsonl --max-new-tokens 256",
     )
 
     models: Texts = option(
