@@ -43,6 +43,7 @@ class SweepSettings(ProfiledQuizSettings, edit_settings.RankSettings):
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
+    settings.check_sequential()
     if "/" in settings.fractions or Path(settings.fractions).is_dir():
         raise no_profile(settings.fractions)
     fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
