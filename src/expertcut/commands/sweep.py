@@ -52,6 +52,7 @@ class SweepSettings(BlendedSettings, ProfiledQuizSettings, edit_settings.RankSet
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
+    settings.check_sequential()
     if "/" in settings.fractions or Path(settings.fractions).is_dir():
         raise no_profile(settings.fractions)
     fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
