@@ -17,9 +17,11 @@ from expertcut.data.sources import HELD_OUT_SHARE, Weighted
 from expertcut.data.texts import (
     Text,
     TextReader,
+    content_hash,
     find_blocks,
     hub_parts,
     hub_records,
+    local_parts,
     ordered,
 )
 from expertcut.errors import ProfileError, TextError
@@ -58,7 +60,7 @@ class Document:
     @property
     def content_hash(self) -> str:
         """16 hex digits over the text as it stands."""
-        return hashlib.sha256(self.said.strip().encode()).hexdigest()[:16]
+        return content_hash(self.said)
 
     @property
     def hash_line(self) -> str:
@@ -357,7 +359,7 @@ class _Reader:
         self.tokenizer, self.assistant_only = tokenizer, selection.assistant_only
         self.n_empty, self.revision = 0, None
         seed = None if selection.tokens is None else selection.seed
-        path, field = _local(self.spec)
+        path, field = local_parts(self.spec)
         records: Iterator[tuple[str, Any]]
         if path is not None:
             self.spec = str(path.resolve()) + (f":{field}" if field else "")
@@ -411,19 +413,6 @@ def token_ids(tokenizer: Any, texts: Sequence[Text]) -> list[Sequence[int]]:
             found = tokenizer(read, add_special_tokens=not is_chat, verbose=False)["input_ids"]
             ids |= dict(zip(own, found, strict=True))
     return [ids[at] for at in range(len(texts))]
-
-
-def _local(spec: str) -> tuple[Path | None, str]:
-    """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
-    path = Path(spec).expanduser()
-    if path.exists():
-        return path, ""
-    before, colon, field = spec.rpartition(":")
-    if colon and Path(before).expanduser().exists():
-        return Path(before).expanduser(), field
-    if path.suffix or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
-        raise TextError(f"no such text: {spec} does not exist")
-    return None, ""
 
 
 def _names(specs: Sequence[str]) -> list[str]:

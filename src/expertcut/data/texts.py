@@ -51,6 +51,16 @@ class Text:
         """16 hex digits that ignore white space and invisible characters."""
         return hashlib.sha256(normalised(self.said).encode()).hexdigest()[:16]
 
+    @property
+    def hash_line(self) -> str:
+        """Hash of the text as it stands, and `overlap_hash`: a line of `chosen_on.txt`."""
+        return f"{content_hash(self.said)} {self.overlap_hash}"
+
+
+def content_hash(said: str) -> str:
+    """16 hex digits over a text as it stands."""
+    return hashlib.sha256(said.strip().encode()).hexdigest()[:16]
+
 
 class Block(Protocol):
     """Documents of one file, or of one row group of a parquet file, in their order."""
@@ -314,6 +324,34 @@ def find_blocks(path: Path) -> list[Block]:
     if not blocks:
         raise TextError(f"{path} holds no text: name a folder with .jsonl, .parquet or text files")
     return blocks
+
+
+def local_parts(spec: str) -> tuple[Path | None, str]:
+    """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path, ""
+    before, colon, field = spec.rpartition(":")
+    if colon and Path(before).expanduser().exists():
+        return Path(before).expanduser(), field
+    if path.suffix or spec.startswith((".", "/", "~")) or spec.count("/") != 1:
+        raise TextError(f"no such text: {spec} does not exist")
+    return None, ""
+
+
+def read_texts(spec: str, tokenizer: Any) -> list[Text]:
+    """All texts of a source that are not empty, in order. Raises TextError: a fault, or none."""
+    path, field = local_parts(spec)
+    if path is not None:
+        blocks = find_blocks(path)
+        records: Iterator[tuple[str, Any]] = (b.record(i) for b, i in ordered(blocks, None))
+    else:
+        (_, records), field = hub_records(spec, None, None), hub_parts(spec)[3]
+    reader = TextReader(tokenizer, field)
+    texts = [text for where, record in records if (text := reader.read(where, record))]
+    if not texts:
+        raise TextError(f"{spec} holds no text that is not empty")
+    return texts
 
 
 def _blocks_of(file: Path) -> list[Block]:
