@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
@@ -15,8 +16,9 @@ from expertcut.data import ngrams
 from expertcut.data.texts import Text
 from expertcut.edits import plan as plans
 from expertcut.evaluation.results import load_results
-from tests.conftest import Checkpoints, Commands, make_tokenizer, open_model
+from tests.conftest import Commands, make_tokenizer, open_model
 
+Checkpoints = Callable[..., Path]
 WORDS = [
     "the",
     "old",
