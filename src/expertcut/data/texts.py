@@ -31,6 +31,7 @@ _MAX_FILE_BYTES = 1 << 40
 _MAX_LINE_BYTES = 64 << 20
 _HEAD_BYTES = 1 << 16
 _FIELDS = ("text", "content")  # of a record that has neither messages nor prompt
+_FILE_ENDING = re.compile(r"\.[A-Za-z]+$")  # a version of a data set has digits
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _MUST = "must hold text, messages with role and content, or prompt and completion"
 
@@ -55,6 +56,16 @@ class Text:
     def overlap_hash(self) -> str:
         """16 hex digits that ignore white space and invisible characters."""
         return hashlib.sha256(normalised(self.said).encode()).hexdigest()[:16]
+
+    @property
+    def hash_line(self) -> str:
+        """Hash of the text as it stands, and `overlap_hash`: a line of `chosen_on.txt`."""
+        return f"{content_hash(self.said)} {self.overlap_hash}"
+
+
+def content_hash(said: str) -> str:
+    """16 hex digits over a text as it stands."""
+    return hashlib.sha256(said.strip().encode()).hexdigest()[:16]
 
 
 class Block(Protocol):
@@ -369,6 +380,44 @@ def find_blocks(path: Path) -> list[Block]:
     if n_binary:
         logger.warning("%s: %d files that are not UTF-8 text are left out", path, n_binary)
     return blocks
+
+
+def local_parts(spec: str) -> tuple[Path | None, str]:
+    """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
+    if not spec:
+        raise TextError("--text names nothing: give a file, a folder or a data set of the Hub")
+    before, colon, field = spec.rpartition(":")
+    for text, own in ((spec, ""), *([(before, field)] if colon and before else [])):
+        if path_exists(path := Path(text).expanduser()):
+            return path, own
+    id = spec.partition(":")[0]
+    is_path = spec.startswith((".", "/", "~")) or _FILE_ENDING.search(id)
+    if is_path or spec.count("/") != 1:
+        raise TextError(f"no such text: {spec} does not exist")
+    return None, ""
+
+
+def path_exists(path: Path) -> bool:
+    """Whether a path exists; TextError if that cannot be told."""
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise TextError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
+
+
+def read_texts(spec: str, tokenizer: Any) -> list[Text]:
+    """All texts of a source that are not empty, in order. Raises TextError: a fault, or none."""
+    path, field = local_parts(spec)
+    if path is not None:
+        blocks = find_blocks(path)
+        records = records_of(blocks, None)
+    else:
+        (_, records), field = hub_records(spec, None, None), hub_parts(spec)[3]
+    reader = TextReader(tokenizer, field)
+    texts = [text for where, record in records if (text := reader.read(where, record))]
+    if not texts:
+        raise TextError(f"{spec} holds no text that is not empty")
+    return texts
 
 
 def _blocks_of(file: Path) -> list[Block]:
