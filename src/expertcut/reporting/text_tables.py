@@ -47,6 +47,8 @@ def profile_facts(profile: Profile) -> list[tuple[str, str]]:
 
 def score_text(score: TextScore) -> str:
     """Perplexity and accuracy with their intervals over documents, where there are enough."""
+    if not score.scored:
+        return "nothing: no document has two tokens that count, so no next token is scored"
     text, right = f"perplexity {score.perplexity:.3f}", f"{score.accuracy:.2%}"
     if score.perplexity_ci95 is not None and score.accuracy_ci95 is not None:
         low, high = score.perplexity_ci95
