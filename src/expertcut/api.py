@@ -181,7 +181,7 @@ class Profile(_Shown):
         info = self.stored.info
         facts = {"path": str(self.path), "model": info.model.id}
         if self._is_text:
-            from expertcut.reporting.text_tables import profile_facts
+            from expertcut.reporting.text_profile_tables import profile_facts
 
             return facts | dict(profile_facts(self.stored))
         return facts | {
@@ -344,7 +344,7 @@ class Evaluation(_Shown):
         """One row per model but the first, compared with it question by question."""
         models, rows = self.results.models, [c.model_dump() for c in self.results.comparisons]
         found = pd.DataFrame([{"path": models[row["other"]].path, **row} for row in rows])
-        return found.drop(columns=["base", "other", "tasks"], errors="ignore")
+        return found.drop(columns=["base", "other", "text", "tasks", "generation"], errors="ignore")
 
     @property
     def tasks(self) -> pd.DataFrame:
@@ -354,6 +354,27 @@ class Evaluation(_Shown):
         columns = task_tables.FLAT.split("; ")
         found = pd.DataFrame(task_tables.tasks_rows(self.results), columns=columns)
         return found.drop(columns="part").rename(columns={"name": "task", "n": "documents"})
+
+    @property
+    def texts(self) -> pd.DataFrame:
+        """One row per source of texts, model and figure, with its change and 95 % interval."""
+        from expertcut.reporting import task_tables, text_tables
+
+        columns = task_tables.FLAT.split("; ")
+        found = pd.DataFrame(text_tables.judged_rows(self.results), columns=columns)
+        kept = ["path", "name", "metric", "value", "n", "delta", "delta_low", "delta_high"]
+        return found[kept].rename(columns={"name": "text", "n": "documents"})
+
+    @property
+    def generation(self) -> pd.DataFrame:
+        """One row per figure and model of what the models wrote, compared with the first."""
+        from expertcut.reporting import generation_tables, task_tables
+        from expertcut.stats import MARGIN
+
+        rows = generation_tables.generation_rows(self.results, MARGIN)
+        found = pd.DataFrame(rows, columns=task_tables.FLAT.split("; "))
+        found = found.drop(columns=["part", "stderr", "unpaired_z", "unpaired_p"])
+        return found.rename(columns={"name": "figure", "n": "prompts"})
 
     @property
     def first(self) -> Comparison:
@@ -372,10 +393,14 @@ class Evaluation(_Shown):
 
 
 def _figures(model: "ModelResult") -> str:
-    """The accuracy in a quiz, or the values of tasks."""
+    """The accuracy in a quiz, or the perplexities of texts and the values of tasks."""
     if model.accuracy is not None and model.ci95 is not None:
         return f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
-    return ", ".join(f"{task} {found.value:.4f}" for task, found in (model.tasks or {}).items())
+    texts = [f"{name} {found.perplexity:.3f}" for name, found in (model.text or {}).items()]
+    texts += [f"{task} {found.value:.4f}" for task, found in (model.tasks or {}).items()]
+    if model.generation and model.generation.loops:
+        texts.append(f"{model.generation.loops.share:.2%} of outputs loop")
+    return ", ".join(texts)
 
 
 def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:

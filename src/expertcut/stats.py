@@ -192,6 +192,29 @@ def verdict(gained: int, lost: int, n: int, margin: float) -> Verdict:
     return "worse" if high < 0 else "undecided"
 
 
+def interval_verdict(ci95: tuple[float, float], margin: float | None) -> Verdict:
+    """The same from an interval alone; without a margin nothing holds, it is undecided."""
+    low, high = ci95
+    if low > 0:
+        return "better"
+    if margin is not None and low > -margin:
+        return "holds"
+    return "worse" if high < 0 else "undecided"
+
+
+def unpaired_z(
+    base: tuple[float, float | None], other: tuple[float, float | None]
+) -> tuple[float | None, float | None]:
+    """Two-sided z test of two (mean, standard error), as if their documents were not the same.
+
+    What lm-evaluation-harness's model_comparator does; None where no error is known.
+    """
+    if base[1] is None or other[1] is None or not (base[1] or other[1]):
+        return None, None
+    z = (other[0] - base[0]) / math.hypot(base[1], other[1])
+    return z, math.erfc(abs(z) / math.sqrt(2))
+
+
 def questions_to_hold(gained: int, lost: int, n: int, margin: float) -> int:
     """Questions, to two digits upwards, with which an edit without effect holds 9 times in 10.
 

@@ -26,16 +26,16 @@ from expertcut.edits.criteria import (
 )
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.edits.selection import Ranking, cut
-from expertcut.edits.splits import profiled_quiz, questions_for
+from expertcut.edits.splits import profiled_on, questions_for
 from expertcut.models import hooks
 from expertcut.models.devices import free_bytes, runs_on
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recorder import NAMES, TokenSums, check_finite
 from expertcut.profiling.schema import CHUNK_QUESTIONS
-from expertcut.profiling.statistics import LayerStatistics
+from expertcut.profiling.statistics import LayerSums
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
-from expertcut.scoring.packing import Encoded, Pass
+from expertcut.scoring.packing import Encoded, EncodedRows, Pass
 from expertcut.scoring.passes import Decoders
 from expertcut.stats import Array
 
@@ -57,23 +57,21 @@ def rank_sequentially(
     decoder layers are stored, by default half of the free memory.
     """
     by, n_layers = CRITERIA[ranking.settings.by], len(ranking.blocks)
-    relay = None
+    running = None
     if by.needs == "profile":
         chunks = list(calibration_chunks(profile, engine))
-        relay = Relay(engine, chunks, kept_bytes)
+        running = relay(engine, chunks, kept_bytes)
         engine.n_scored, engine.n_asked = 0, (n_layers - 1) * sum(map(len, chunks))
     edits: list[Edit] = []
     for layer in range(1, n_layers):
         edits += _cut_of_layer(profile, cut(ranking, n_keep).draft, layer - 1, engine)
         block, before = engine.moe.blocks[layer], profile.layers[layer]
-        if relay is None:
-            with simulated(engine.moe, edits, is_as_written=True):
+        with simulated(engine.moe, edits, is_as_written=True):
+            if running is None:
                 x_TD = calibration_inputs(profile, engine)[layer]
-            score_E = after_removals(profile, by, block, x_TD)
-        else:
-            with simulated(engine.moe, edits, is_as_written=True):
-                measured = _with_sums(before, relay.sums(layer))
-            score_E = by.of_layer(measured, "all")
+                score_E = after_removals(profile, by, block, x_TD)
+            else:
+                score_E = by.of_layer(_with_sums(before, running.sums(layer)), "all")
         scores, orders = [*ranking.scores], [*ranking.orders]
         scores[layer], orders[layer] = score_E, ranked(score_E, before.alpha_mean_E)
         ranking = replace(ranking, scores=tuple(scores), orders=tuple(orders))
@@ -82,8 +80,8 @@ def rank_sequentially(
 
 
 def calibration_chunks(profile: Profile, engine: Engine) -> Iterator[Encoded]:
-    """The questions of a profile that are not held out, in chunks as it was measured."""
-    for encoded in engine.encode_all(profiled_quiz(profile)):
+    """The questions or rows of a profile that are not held out, in chunks as it was measured."""
+    for encoded in engine.encode_all(profiled_on(profile)):
         for start in range(0, len(encoded), CHUNK_QUESTIONS):
             yield encoded.part(range(start, min(start + CHUNK_QUESTIONS, len(encoded))))
 
@@ -98,7 +96,7 @@ def _cut_of_layer(profile: Profile, draft: EditPlan, layer: int, engine: Engine)
     return fit_edits(profile, alone, questions, engine)
 
 
-def _with_sums(layer: LayerStatistics, sums: dict[str, Array]) -> LayerStatistics:
+def _with_sums(layer: LayerSums, sums: dict[str, Array]) -> LayerSums:
     """The statistics with measured sums in place of the profile's, where it has them."""
     before, n_experts = all_tokens(layer), layer.n_experts
     own: dict[str, Any] = {
@@ -112,23 +110,16 @@ def _with_sums(layer: LayerStatistics, sums: dict[str, Array]) -> LayerStatistic
 class Relay:
     """Chunks that run layer after layer; each run starts from what the run before it stored."""
 
-    def __init__(
-        self, engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None
-    ) -> None:
-        self.engine, self.chunks = engine, chunks
-        moe = engine.moe
-        self.kept_bytes = free_bytes(moe.device) // 2 if kept_bytes is None else kept_bytes
-        self.decoders = Decoders(moe.model, moe.blocks)
+    def __init__(self, engine: Engine, chunks: Sequence[Encoded], kept_bytes: int) -> None:
+        self.engine, self.chunks, self.kept_bytes = engine, chunks, kept_bytes
+        self.decoders = Decoders(engine.moe.model, engine.moe.blocks)
         self.number = 0  # of the decoder layer whose inputs are stored
         self.stored: list[list[Any]] = [[] for _ in chunks]  # by pass; empty if they do not fit
-        if self.kept_bytes and not self._is_exact():
-            logger.warning("layers do not reproduce the same bits alone: each run starts anew")
-            self.kept_bytes = 0
 
     def sums(self, layer: int) -> dict[str, Array]:
         """All-token sums (E,) of a MoE block by name, as if every prompt had run alone.
 
-        Layers come in ascending order, and those before are changed as they stay.
+        Layers come in ascending order; what changes those before stays as it is.
         """
         block, number = self.engine.moe.blocks[layer], self.decoders.number_of.get(layer, 0)
         room, total_AE = self.kept_bytes, np.zeros(())
@@ -147,21 +138,27 @@ class Relay:
         self.number = number
         return dict(zip(NAMES, total_AE, strict=True))
 
-    def _is_exact(self) -> bool:
-        """Whether two prompts have the same sums layer after layer as in one run of the model."""
-        config = self.engine.moe.model.config.get_text_config(decoder=True)
-        if not self.decoders.number_of or getattr(config, "num_kv_shared_layers", None):
-            return False  # layers that read keys of others cannot run without them
-        few = self.chunks[0].part(range(min(_CHECKED_PROMPTS, len(self.chunks[0]))))
-        blocks = self.engine.moe.blocks
-        together_ALE = _sums(self.engine, few, blocks)
-        alone, whole = self.chunks, self.stored
-        self.chunks, self.stored = [few], [[]]
-        try:
-            found = [list(self.sums(block.layer).values()) for block in blocks]
-        finally:
-            self.chunks, self.stored, self.number = alone, whole, 0
-        return np.array_equal(np.stack(found, axis=1), together_ALE)
+
+def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None) -> Relay:
+    """A relay that stores up to `kept_bytes`; nothing where layers compute other bits alone."""
+    if kept_bytes is None:
+        kept_bytes = free_bytes(engine.moe.device) // 2
+    few = chunks[0].part(range(min(_CHECKED_PROMPTS, len(chunks[0]))))
+    if kept_bytes and not _is_exact(Relay(engine, [few], kept_bytes)):
+        logger.warning("layers do not compute the same bits alone: each run starts at layer 0")
+        kept_bytes = 0
+    return Relay(engine, chunks, kept_bytes)
+
+
+def _is_exact(trial: Relay) -> bool:
+    """Whether its chunk has the same sums layer after layer as in one run of the model."""
+    engine = trial.engine
+    config, blocks = engine.moe.model.config.get_text_config(decoder=True), engine.moe.blocks
+    if getattr(config, "num_kv_shared_layers", None):
+        return False  # layers that read the keys of others cannot run without them
+    together_ALE = _sums(engine, trial.chunks[0], blocks)
+    alone = [list(trial.sums(block.layer).values()) for block in blocks]
+    return np.array_equal(np.stack(alone, axis=1), together_ALE)
 
 
 def _sums(engine: Engine, chunk: Encoded, blocks: Sequence[MoeBlock]) -> Array:
@@ -174,6 +171,8 @@ def _sums(engine: Engine, chunk: Encoded, blocks: Sequence[MoeBlock]) -> Array:
     def begin(step: Pass) -> None:
         nonlocal valid_T
         valid_T = None if step.valid_T is None else step.valid_T.to(device)
+        if isinstance(chunk, EncodedRows):  # --assistant-only counts some tokens
+            valid_T = chunk.of_pass(step)[1].to(device)
         tokens.begin(0 if step.is_prefix else 1)
 
     def route(routing: hooks.Routing) -> None:

@@ -32,7 +32,7 @@ from expertcut.settings import (
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
-    from expertcut.data.corpus import Corpus
+    from expertcut.data.corpus import Corpus, TextSelection
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
@@ -232,12 +232,18 @@ class TextSettings(Settings):
             if not self.text and getattr(self, name):
                 raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
 
-    def load_corpus(self, tokenizer: Any) -> "Corpus":
-        """The texts, tokenized."""
-        from expertcut.data.corpus import TextSelection, load_corpus
+    def text_selection(self) -> "TextSelection":
+        """Which texts, and how they become rows."""
+        from expertcut.data.corpus import TextSelection
 
         names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
-        return load_corpus(TextSelection(*names), tokenizer)
+        return TextSelection(*names)
+
+    def load_corpus(self, tokenizer: Any) -> "Corpus":
+        """The texts, tokenized."""
+        from expertcut.data.corpus import load_corpus
+
+        return load_corpus(self.text_selection(), tokenizer)
 
 
 class ProfiledSettings(ModelSettings):

@@ -100,7 +100,7 @@ def _say(sweep: "Sweep", settings: SweepSettings, profile: "Profile", folder: Pa
     words = ["prune", "--sparsity", f"{1 - cell.fraction:g}", "--by", cell.by]
     for name in (n for n in given if n in edit_settings.RankSettings.model_fields and n != "by"):
         for value in given[name] if isinstance(given[name], list) else [given[name]]:
-            words += [flag_of(SweepSettings, name), str(value)]
+            words += [flag_of(SweepSettings, name), *([] if value is True else [str(value)])]
     for named in settings.profile or [str(profile.path)]:
         words += ["--profile", named]
     words += ["--blend", settings.blend] if settings.blend else []

@@ -269,12 +269,12 @@ def _counted(document: Document) -> Array:
     return np.ones(len(document), bool) if is_whole else np.asarray(document.counts_T)
 
 
-def chunk_rows(rows: Sequence[Row]) -> list[Sequence[Row]]:
-    """Consecutive rows of at most 65,536 tokens, or one longer row."""
+def chunk_rows(rows: Sequence[Row], most: int = CHUNK_TOKENS) -> list[Sequence[Row]]:
+    """Consecutive rows of at most so many tokens, or one longer row."""
     chunks: list[list[Row]] = []
     size = 0
     for row in rows:
-        if not chunks or size + len(row.ids) > CHUNK_TOKENS:
+        if not chunks or size + len(row.ids) > most:
             chunks.append([])
             size = 0
         chunks[-1].append(row)

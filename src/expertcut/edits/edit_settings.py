@@ -203,14 +203,14 @@ class CutSettings(RankSettings, KeepSettings):
             raise SettingsError(
                 f"--keep-fraction {self.keep_fraction:g} must be above 0, at most 1"
             )
-        self.check_layout()
-        if self.keep_active and self.budget == "global":
-            raise SettingsError("--budget global ranks experts: give it without --keep-active")
         if self.keep_active and self.sequential:
             raise SettingsError(
                 "--keep-active keeps what the unedited model routes to: give --sequential with "
                 "--keep N or another number"
             )
+        self.check_layout()
+        if self.keep_active and self.budget == "global":
+            raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
 
 def read_size(text: str) -> int:

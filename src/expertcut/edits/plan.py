@@ -15,6 +15,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
+from expertcut.data.ngrams import NGRAMS_FILE
 from expertcut.documents import Format1, Identified, Record
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
@@ -29,7 +30,8 @@ PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
 HEALING_FILE = "healing.json"
-RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, HEALING_FILE)  # of one edit, in its folder
+# Of one edit, in its folder.
+RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE)
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -86,7 +88,8 @@ class BlendedProfile(Record):
     profile: str  # its short hash
     quiz: str
     split: str
-    questions: int
+    questions: int | None  # None of texts
+    tokens: int | None  # None without all-token sums
     weight: FiniteFloat
     kept: dict[BlendRule, FiniteFloat]
 

@@ -300,7 +300,14 @@ def profiled_corpus(profile: Profile) -> Corpus:
 
 
 def profiled_quiz(profile: Profile, *, is_held_out: bool = False) -> Quiz:
-    """The quiz of a profile without its held-out questions, or these alone."""
+    """The quiz of a profile without its held-out questions, or these alone.
+
+    Raises ProfileError: the profile is of texts.
+    """
+    if isinstance(profile, TextProfile):
+        raise ProfileError(
+            f"{profile.path} is a profile of texts, which have no answers: profile a quiz for this"
+        )
     if not isinstance(profile, ProfilePart):
         return _whole_quiz(profile)
     quiz, held = _whole_quiz(profile.whole), profile.held_out

@@ -122,8 +122,10 @@ def save_answers(
     return record
 
 
-def described(source: Source) -> schema.ModelResult:
+def described(name: str, source: Source | None) -> schema.ModelResult:
     """A model of which nothing was asked yet: its size on disk, and where it comes from."""
+    if source is None:
+        return schema.ModelResult(path=name)
     edited = _plan_and_hashes(source)
     parameters, size_bytes = stored_size(source)
     return schema.ModelResult(

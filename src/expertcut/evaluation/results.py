@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
+from expertcut.evaluation.generation import GenerationChange, GenerationInfo, GenerationResult
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.locks import CLAIMS
 from expertcut.profiling.schema import AnyProfileInfo, Settings
@@ -52,20 +53,81 @@ class TaskResult(Record):
 class TaskComparison(Record):
     """Paired comparison on one task's documents; `delta` is other minus base, in the metric.
 
-    `ci95` is a bootstrap over documents. McNemar's test, gained and lost are null unless every
-    outcome is 0 or 1; `verdict` is null where a margin in points has no meaning (perplexities).
-    `unpaired_z` and `unpaired_p` are the harness's own test, which ignores the pairs.
+    The delta of a perplexity is that of its logarithm. Outcomes of 0 and 1 have the intervals and
+    tests of a quiz; others a bootstrap over documents, and no McNemar test. The `verdict` is
+    within `margin`; null where the metric is no share. `unpaired_z` is the harness's own test.
     """
 
     delta: float
     ci95: tuple[float, float]
-    mcnemar_p: Share | None
-    gained: Count | None
-    lost: Count | None
+    mcnemar_p: Share | None = None
+    gained: Count | None = None
+    lost: Count | None = None
     verdict: Verdict | None
     smallest_effect: float | None
-    unpaired_z: float | None
-    unpaired_p: Share | None
+    margin: Share | None
+    unpaired_z: float | None = None
+    unpaired_p: Share | None = None
+
+
+class TextResult(Record):
+    """One source of texts on one model; `ci95` is that of the perplexity, by documents.
+
+    Intervals are null where there are fewer than 10 documents.
+    """
+
+    perplexity: float
+    ci95: tuple[float, float] | None
+    bits_per_byte: float
+    bits_per_byte_ci95: tuple[float, float] | None
+    tokens: Count
+    documents: Count
+
+
+class TextComparison(Record):
+    """Other minus base on the same documents; intervals are a paired bootstrap over these.
+
+    `kl` is KL(base ‖ other) in nats per token, `top1_agreement` the share of tokens with the same
+    likeliest token, `acceptance` the mean of Σ min(p, q). `delta_loss` is in nats per token, `ci95`
+    its interval. All of these are null where the models read other tokens.
+    """
+
+    kl: float | None
+    kl_ci95: tuple[float, float] | None
+    top1_agreement: Share | None
+    top1_agreement_ci95: tuple[Share, Share] | None
+    acceptance: Share | None
+    acceptance_ci95: tuple[Share, Share] | None
+    delta_loss: float | None
+    ci95: tuple[float, float] | None
+    delta_bits_per_byte: float | None
+    delta_bits_per_byte_ci95: tuple[float, float] | None
+
+
+class JudgedSource(Record):
+    """A source that was read; `dropped` documents had a part in a model's edit."""
+
+    spec: str
+    revision: str | None
+    documents: Count
+    dropped: Count
+    content_hash: str
+
+
+class JudgedTexts(Record):
+    """The texts of an evaluation, and how they became rows.
+
+    Of the base's predictions `top_k` of `vocabulary` tokens are kept: with fewer, `kl` is a lower
+    bound and `acceptance` an upper one. Null without a model to compare.
+    """
+
+    sources: dict[str, JudgedSource] = Field(min_length=1)
+    max_tokens: int
+    tokens: int | None
+    seed: int
+    assistant_only: bool
+    top_k: Count | None
+    vocabulary: Count
 
 
 class ModelResult(Record):
@@ -90,7 +152,9 @@ class ModelResult(Record):
     bytes: Count | None = None
     chosen_on: ChosenOnResult | None = None
     healed_from: str | None = None
+    text: dict[str, TextResult] | None = None
     tasks: dict[str, TaskResult] | None = None
+    generation: GenerationResult | None = None
 
 
 class QuizModelResult(ModelResult):
@@ -132,7 +196,9 @@ class ComparisonResult(Record):
     median_abs_logprob_diff: float | None = None
     parameters_delta: int | None = None
     bytes_delta: int | None = None
+    text: dict[str, TextComparison] | None = None
     tasks: dict[str, TaskComparison] | None = None
+    generation: GenerationChange | None = None
 
 
 # Records are frozen, so a subclass may narrow a field; in JSON the indices come first.
@@ -152,6 +218,7 @@ class Part:
     key: str  # the field of `ModelResult` and `ComparisonResult`
     models: Sequence[object]
     comparisons: Sequence[object]
+    asked: object = None  # the same field of `Results`, if it has one
 
 
 class Results(Record):
@@ -168,6 +235,8 @@ class Results(Record):
     limit: Count | None = None
     chance: Share | None = None  # the accuracy of guessing; older files lack it
     content_hashes: dict[str, str] | None = None
+    text: JudgedTexts | None = None
+    generation: GenerationInfo | None = None
     models: Sequence[ModelResult] = Field(min_length=1)
     comparisons: Sequence[ComparisonResult]
 
@@ -180,13 +249,14 @@ class Results(Record):
     def with_part(self, part: Part) -> Self:
         """A copy with one more part."""
         values = {"models": part.models, "comparisons": part.comparisons}
-        changed = {
+        changed: dict[str, object] = {
             name: [
                 record.model_copy(update={part.key: value})
                 for record, value in zip(getattr(self, name), values[name], strict=True)
             ]
             for name in values
         }
+        changed |= {} if part.asked is None else {part.key: part.asked}
         return self.model_copy(update=changed)
 
 
@@ -205,8 +275,21 @@ class QuizResults(Results):
 
 def results_of(models: Sequence[ModelResult]) -> Results:
     """Results without a quiz, each model compared with the first; `with_part` fills them."""
-    comparisons = [ComparisonResult(base=0, other=other) for other in range(1, len(models))]
+    base, *others = models
+    comparisons = [
+        ComparisonResult(
+            base=0,
+            other=index,
+            parameters_delta=_minus(other.parameters, base.parameters),
+            bytes_delta=_minus(other.bytes, base.bytes),
+        )
+        for index, other in enumerate(others, start=1)
+    ]
     return Results(models=list(models), comparisons=comparisons)
+
+
+def _minus(a: int | None, b: int | None) -> int | None:
+    return None if a is None or b is None else a - b
 
 
 def load_results(path: Path) -> Results:

@@ -12,6 +12,7 @@ import numpy as np
 from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.sequential import rank_sequentially
 from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
 from expertcut.data import Quiz, without
 from expertcut.edits.criteria import CRITERIA
@@ -75,6 +76,7 @@ class SweepRun:
             removed=drafts[0].removed if "removed" in layout_options else None,
             fold=drafts[0].fold if "fold" in layout_options else None,
             protect=tuple(settings.protect),
+            sequential=settings.sequential or None,
             chosen_by=len(profile.subjects()) if is_part else None,
             blend=profile.key if isinstance(profile, Blend) else None,
         )
@@ -86,7 +88,10 @@ class SweepRun:
         earlier = schema.load_earlier(file, schema.Sweep, self.sweep.asked)
         self.sweep = earlier or self.sweep
         # Criteria that need no model are ranked first: they fail before anything runs.
-        at_once = {by: self._cuts(by) for by in self.grid.by if not CRITERIA[by].needs_model}
+        run_the_model = {by for by in self.grid.by if CRITERIA[by].needs_model}
+        if self.settings.sequential:
+            run_the_model = {*self.grid.by}
+        at_once = {by: self._cuts(by) for by in self.grid.by if by not in run_the_model}
         if earlier is None:
             self.sweep.save(file)  # by every process: it claims the folder
         base = folder / "cells" / "base"
@@ -119,8 +124,13 @@ class SweepRun:
             return {}
         settings = self.settings.updated(by=by)
         ranking = rank(self.profile, settings, self.engine if CRITERIA[by].needs_model else None)
-        kept = {f: self.grid.n_keep(f, ranking.blocks, settings) for f in missing}
-        return {f: cut(ranking, n_keep).draft for f, n_keep in kept.items()}
+        drafts = {}
+        for fraction in missing:
+            n_keep, own = self.grid.n_keep(fraction, ranking.blocks, settings), ranking
+            if settings.sequential:
+                own = rank_sequentially(self.profile, ranking, n_keep, self.engine)
+            drafts[fraction] = cut(own, n_keep).draft
+        return drafts
 
     def _run(self, draft: EditPlan, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)

@@ -270,6 +270,11 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     return MoeModel(source, model, tokenizer, _blocks(source, model))
 
 
+def load_config(source: Source, options: LoadOptions) -> Any:
+    """Loads the config alone, checked against the headers of the weights."""
+    return _checked_config(source, options)[0]
+
+
 @contextmanager
 def _loading(source: Source) -> Iterator[None]:
     """Reports the share of tensors that are loaded, as bytes of the files."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.storage import CUT, Arrays, load_profile
-from expertcut.profiling.text_recorder import TextRecorder
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
@@ -79,10 +78,20 @@ class ChunkedRun:
         raise NotImplementedError
 
 
+class PassRecorder(Protocol):
+    """What records the passes of a chunk."""
+
+    def begin(self, step: Pass) -> None:
+        """Called before each pass."""
+
+    def undo(self, step: Pass) -> None:
+        """Called after a pass that ran out of memory."""
+
+
 class PassCounter:
     """Counts the tokens of a chunk's passes, and those that ran out of memory."""
 
-    def __init__(self, what: str, on_pass: OnPass, recorder: Recorder | TextRecorder) -> None:
+    def __init__(self, what: str, on_pass: OnPass, recorder: PassRecorder) -> None:
         self.what, self.on_pass, self.recorder = what, on_pass, recorder
         self.n_tokens = self.n_halved = 0
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from expertcut import __version__
-from expertcut.data.corpus import Corpus, Row, chunk_rows, rows_hash
+from expertcut.data.corpus import CHUNK_TOKENS, Corpus, Row, chunk_rows, rows_hash
 from expertcut.errors import TextError
 from expertcut.files import recall, remember
 from expertcut.models.checkpoint_dir import read_config
@@ -50,6 +50,7 @@ class TextMeasurement(ChunkedRun):
         *,
         has_loss: bool = True,
         rows: Mapping[str, Sequence[Row]] | None = None,
+        judged: schema.JudgedInfo | None = None,
     ) -> None:
         self.moe, self.corpus, self.waits = moe, corpus, options.waits
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
@@ -65,7 +66,7 @@ class TextMeasurement(ChunkedRun):
         self._check_once()
         self.info = schema.TextProfileInfo(
             model=model_info(moe),
-            text=text_info(corpus, self.rows, has_loss=has_loss),
+            text=text_info(corpus, self.rows, has_loss=has_loss, judged=judged),
             settings=engine_settings(self.engine, options.stats or "all", None),
         )
 
@@ -95,7 +96,8 @@ class TextMeasurement(ChunkedRun):
 
     def work(self) -> dict[str, Work]:
         """Chunks of rows by file name."""
-        chunks = {name: iter(chunk_rows(rows)) for name, rows in self.rows.items()}
+        most = _chunk_tokens(self.info.text.judged)
+        chunks = {name: iter(chunk_rows(rows, most)) for name, rows in self.rows.items()}
         work = {}
         for file, source, _ in self.info.chunks():
             rows = next(chunks[source])
@@ -137,11 +139,19 @@ def _checked(row: Row) -> Row:
     return Row(row.document, ids, np.append(ids[1:], -1).astype(np.int32), np.ones(len(ids), bool))
 
 
+def _chunk_tokens(judged: schema.JudgedInfo | None) -> int:
+    return CHUNK_TOKENS if judged is None else judged.chunk_tokens
+
+
 def text_info(
-    corpus: Corpus, rows: Mapping[str, Sequence[Row]], *, has_loss: bool
+    corpus: Corpus,
+    rows: Mapping[str, Sequence[Row]],
+    *,
+    has_loss: bool,
+    judged: schema.JudgedInfo | None = None,
 ) -> schema.TextInfo:
     """The entry of the texts in a profile."""
-    selection = corpus.selection
+    selection, most = corpus.selection, _chunk_tokens(judged)
     sources = {
         source.name: schema.TextSourceInfo(
             spec=source.spec,
@@ -149,7 +159,7 @@ def text_info(
             weight=source.weight,
             documents=len(source.documents),
             tokens=source.n_tokens,
-            chunks=tuple(map(len, chunk_rows(rows[source.name]))),
+            chunks=tuple(map(len, chunk_rows(rows[source.name], most))),
             content_hash=rows_hash(rows[source.name]),
         )
         for source in corpus.sources
@@ -161,6 +171,7 @@ def text_info(
         seed=selection.seed,
         assistant_only=selection.assistant_only,
         has_loss=has_loss,
+        judged=judged,
     )
 
 

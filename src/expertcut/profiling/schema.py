@@ -105,6 +105,19 @@ class TextSourceInfo(Record):
     content_hash: str
 
 
+class JudgedInfo(Record):
+    """How rows of `eval` become chunks, and what these keep.
+
+    `prefix` stands before each document, `top` tokens of each position are kept; `base` is the hash
+    of the run that the predictions are compared with.
+    """
+
+    prefix: int | None
+    top: int = Field(ge=0)
+    chunk_tokens: int = Field(ge=1)
+    base: str | None
+
+
 class TextInfo(Record):
     """The texts of a profile, and how they became rows; see `data.corpus.TextSelection`."""
 
@@ -114,6 +127,7 @@ class TextInfo(Record):
     seed: int
     assistant_only: bool
     has_loss: bool
+    judged: JudgedInfo | None = None  # of `eval`; a profile has none
 
     @property
     def id(self) -> str:
@@ -215,8 +229,11 @@ class TextProfileInfo(_Info):
     def chunk_hash(self, chunk: str, source: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other source and no path."""
         content, settings = self.text.sources[source].content_hash, self.settings
-        lines = (chunk, content, self.model.fingerprint, settings.model_dump_json())
-        return hashlib.sha256("\n".join((*lines, str(self.text.has_loss))).encode()).hexdigest()
+        lines: tuple[str, ...] = (chunk, content, self.model.fingerprint)
+        lines += (settings.model_dump_json(),)
+        judged = self.text.judged
+        lines += (str(self.text.has_loss), *([judged.model_dump_json()] if judged else []))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:
         """(file name, source, number of rows) of every chunk, in order."""

@@ -10,7 +10,7 @@ from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
-from expertcut.reporting import task_tables
+from expertcut.reporting import generation_tables, task_tables, text_tables
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns, signed
@@ -51,9 +51,8 @@ def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
     if blend is not None:
-        others = blend.profiles[1:]
-        text += f" and {sum(own.questions for own in others):,} of {len(others)} more profile"
-        text += "s" if len(others) > 1 else ""
+        n_more = len(blend.profiles) - 1
+        text += f" and what {n_more} more profile{'s' if n_more > 1 else ''} read"
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return text
@@ -84,22 +83,30 @@ def results_table(results: QuizResults, margin: float = MARGIN) -> Table:
 
 
 def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
-    """A table for each part: the quiz, the tasks."""
+    """A table for each part: the quiz, the texts, the tasks, what models write."""
     tables = [results_table(results, margin)] if isinstance(results, QuizResults) else []
-    return [*tables, *task_tables.tasks_tables(results, model_names(results))]
+    names = model_names(results)
+    tables += text_tables.judged_tables(results, names)
+    tables += task_tables.tasks_tables(results, names)
+    return [*tables, *generation_tables.generation_tables(results, names, margin)]
 
 
 def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
-    return [*facts, *task_tables.tasks_facts(results, model_names(results), margin)]
+    names = model_names(results)
+    facts += text_tables.judged_facts(results, names)
+    facts += task_tables.tasks_facts(results, names)
+    return [*facts, *generation_tables.generation_facts(results, names, margin)]
 
 
 def evaluation_csv(results: Results) -> Table:
     """The quiz alone by subject; with further parts one row per model and figure of a part."""
-    if isinstance(results, QuizResults) and not task_tables.has_tasks(results):
+    rows = text_tables.judged_rows(results) + task_tables.tasks_rows(results)
+    rows += generation_tables.generation_rows(results, MARGIN)
+    if isinstance(results, QuizResults) and not rows:
         return results_csv(results)
-    return Table("results", columns(task_tables.FLAT), task_tables.tasks_rows(results))
+    return Table("results", columns(task_tables.FLAT), rows)
 
 
 def results_csv(results: QuizResults) -> Table:

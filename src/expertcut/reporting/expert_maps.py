@@ -9,7 +9,7 @@ import numpy as np
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import TextProfile
-from expertcut.reporting import page_sections, text_tables
+from expertcut.reporting import page_sections, text_profile_tables
 from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
 from expertcut.reporting.page_sections import Explorer, Facts, Folded, Section, edits_of, key_of
@@ -75,8 +75,10 @@ def _text_parts(document: NamedDocument[TextProfile], key: str) -> list[page_sec
             low, column = 0.0 if name == "tokens" else low, Column(title.lower(), spec)
             map_key = f"{key}-{name.replace('_', '-')}"
             maps.append(Heat(map_key, title, note, rows, column, low=low, high=high))
-    facts = Facts([*text_tables.profile_facts(profile), *text_tables.expert_facts(profile)])
-    sources, *paper_tables = text_tables.text_tables(profile)
+    facts = Facts(
+        [*text_profile_tables.profile_facts(profile), *text_profile_tables.expert_facts(profile)]
+    )
+    sources, *paper_tables = text_profile_tables.text_tables(profile)
     note = "2:21 is expert 21 of layer 2. Layers are MoE layers, counted from 0."
     title = "Tables 1 to 7 of the paper (arXiv 2502.17187), over all tokens"
     return [facts, note, sources, *maps, Folded(title, paper_tables)]

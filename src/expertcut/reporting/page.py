@@ -16,6 +16,7 @@ from expertcut.errors import OutputError
 from expertcut.files import without_secrets, write_atomically
 from expertcut.reporting import page_sections
 from expertcut.reporting.expert_maps import expert_sections
+from expertcut.reporting.generation_page import generation_sections
 from expertcut.reporting.page_sections import Explorer, Section, figures_of
 from expertcut.reporting.plots import colour_stops, draw
 from expertcut.reporting.tables import as_csv, printable
@@ -23,6 +24,7 @@ from expertcut.reporting.views import Run, gather
 
 SECTIONS = (
     page_sections.outcome_sections,
+    generation_sections,
     page_sections.change_sections,
     page_sections.search_sections,
     expert_sections,

@@ -19,12 +19,19 @@ from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
-from expertcut.reporting import edit_tables, eval_tables, views
+from expertcut.reporting import (
+    edit_tables,
+    eval_tables,
+    generation_tables,
+    task_tables,
+    text_tables,
+    views,
+)
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
 from expertcut.reporting.tables import Cell, Column, Table, columns
-from expertcut.reporting.text_tables import profile_facts, texts_line
+from expertcut.reporting.text_profile_tables import profile_facts, texts_line
 from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
@@ -72,7 +79,17 @@ class Explorer:
     table: Table
 
 
-Part = str | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer  # str: a paragraph
+@dataclass(frozen=True)
+class Pair:
+    """Two texts side by side by the lines that are equal, and the lines from where they differ."""
+
+    title: str
+    above: Sequence[str]  # lines of what both go on from
+    sides: Sequence[tuple[str, Sequence[str], Sequence[str]]]  # name, equal, different
+
+
+# A str is a paragraph.
+Part = str | Summary | Facts | Lines | Table | Heat | Curves | Folded | Explorer | Pair
 
 
 @dataclass(frozen=True)
@@ -134,8 +151,10 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
 
 def tasks_headline(results: Results) -> Headline:
     """The first findings of an evaluation without a quiz."""
-    facts = eval_tables.evaluation_facts(results)[:_HEADLINES]
-    return Headline([(text, "") for _, text in facts])
+    names = eval_tables.model_names(results)
+    facts = [(text, "") for _, text in task_tables.tasks_facts(results, names)]
+    facts += generation_tables.generation_findings(results, names, MARGIN)
+    return Headline(facts[:_HEADLINES])
 
 
 def _asked_of(model: QuizModelResult) -> str:
@@ -349,7 +368,9 @@ def _results_parts(results: Results, key: str) -> list[Part]:
             Summary(table.narrow(unless=False)),
             Folded(f"All figures: {table.title}", [table]),
         ]
-    return parts
+    names = eval_tables.model_names(results)
+    said = [f"{text}." for _, text in text_tables.judged_facts(results, names)]
+    return [*parts, *said, *([text_tables.judged_note(results.text)] if said else [])]
 
 
 def _quiz_parts(results: QuizResults, key: str) -> list[Part]:

@@ -12,11 +12,6 @@ FLAT = (
 )
 
 
-def has_tasks(results: Results) -> bool:
-    """Whether any model was judged on tasks."""
-    return any(model.tasks for model in results.models)
-
-
 def _judged(
     results: Results,
 ) -> Iterator[tuple[int, str, TaskResult, TaskComparison | None]]:
@@ -61,32 +56,36 @@ def tasks_rows(results: Results) -> list[list[Cell]]:
     return rows
 
 
-def tasks_facts(results: Results, names: Sequence[str], margin: float) -> list[tuple[str, str]]:
+def tasks_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
     """What each model lost or kept, task by task."""
     judged = list(_judged(results))
     if len(results.models) == 1:
         return [("task", f"{t}: {r.metric} {r.value:.4f}") for _, t, r, _ in judged]
     return [
-        ("task", f"{task}: {names[index]} {_sentence(found, c, margin)}")
+        ("task", f"{task}: {names[index]} {_sentence(found, c)}")
         for index, task, found, c in judged
         if c is not None
     ]
 
 
-def _sentence(found: TaskResult, c: TaskComparison, margin: float) -> str:
-    if c.gained is None:
-        text = f"{signed(c.delta, '+.4f')} ({_interval(c.ci95)}) of {found.metric}"
+def _sentence(found: TaskResult, c: TaskComparison) -> str:
+    """The change with its interval and test, and the verdict within the margin it was made at."""
+    if c.gained is None or c.lost is None:
+        of = f"ln {found.metric}" if "perplexity" in found.metric else found.metric
+        text = f"{signed(c.delta, '+.4f')} ({_interval(c.ci95)}) of {of}"
     else:
         text = f"{edits.points(c.delta)} points ({edits.span(c.ci95)}) of {found.metric}"
         text += f", {c.gained:,} gained, {c.lost:,} lost (McNemar p = {c.mcnemar_p:.2g})"
+    within = "" if c.margin is None else edits.margin_text(c.margin)
     words = {
         "better": "better than the base",
         "worse": "worse than the base",
-        "holds": f"holds within {edits.margin_text(margin)} of the base",
-        "undecided": f"undecided at a margin of {edits.margin_text(margin)}",
+        "holds": f"holds within {within} of the base",
+        "undecided": f"undecided at a margin of {within}" if within else "undecided",
     }
-    text += f" on {found.documents:,} documents: {words[c.verdict] if c.verdict else 'no verdict'}"
-    return text
+    n = found.documents
+    judged = words[c.verdict] if c.verdict else "no verdict from one document"
+    return f"{text} on {n:,} document{'s' if n != 1 else ''}: {judged}"
 
 
 def _interval(ends: Sequence[float]) -> str:

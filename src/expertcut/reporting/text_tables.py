@@ -1,162 +1,155 @@
-"""Tables and sentences of what models read and predict in texts."""
+"""Tables and sentences of models judged on texts."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from expertcut.profiling.schema import TextInfo
-from expertcut.profiling.statistics import TextLayer, TextScore, text_experts
-from expertcut.profiling.storage import Profile, TextProfile
-from expertcut.reporting.edit_tables import interval_text, rows_tables
-from expertcut.reporting.profile_tables import (
-    ENTROPY_HEADS,
-    FROM_0,
-    gate_text,
-    hashed_note,
-    next_commands,
-    ranked_contributions,
-)
-from expertcut.reporting.tables import Cell, Column, Table, columns, labelled
+from expertcut.evaluation.results import JudgedTexts, Results, TextComparison, TextResult
+from expertcut.reporting.tables import Cell, Table, columns, labelled, signed
+from expertcut.stats import TextChange
 
-MIN_TOKENS = 0.01  # the paper's tables list experts in at least 1 % of questions: here, of tokens
-_KINDS = ("top", "all")
-_OVER_DOCUMENTS = (
-    "Intervals: 95 %, a bootstrap over documents; none below 10 of them. Experts have none: their "
-    "sums are not kept by document, and tokens of one document depend on each other."
-)
+Ends = tuple[float, float] | None
 
 
-def texts_line(text: TextInfo) -> str:
-    """How much was read, and of what."""
-    shares = ", ".join(
-        f"{name} {100 * source.tokens / text.n_tokens:.0f} %"
-        for name, source in text.sources.items()
+def _judged(
+    results: Results,
+) -> Iterator[tuple[int, str, TextResult, TextComparison | None]]:
+    """Source by source, every model by index with its comparison, None of the base."""
+    compared = {c.other: c.text or {} for c in results.comparisons}
+    for source in results.models[0].text or {}:
+        for index, model in enumerate(results.models):
+            if found := (model.text or {}).get(source):
+                yield index, source, found, compared.get(index, {}).get(source)
+
+
+def judged_tables(results: Results, names: Sequence[str]) -> list[Table]:
+    """One row per source and model, compared with the first; no table without texts."""
+    rows: list[list[Cell]] = []
+    for index, source, found, c in _judged(results):
+        row: list[Cell] = [source, names[index], found.perplexity]
+        row += [c.delta_loss, _span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
+        row += [found.bits_per_byte, _span(found.ci95, ".3f"), found.tokens, found.documents]
+        if c is None:
+            rows.append([*row, *[None] * 6])
+            continue
+        row += [_span(c.kl_ci95, ".4f"), c.top1_agreement, _span(c.top1_agreement_ci95, ".1%")]
+        row += [c.acceptance, _span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
+        rows.append(row)
+    heads = columns(
+        "text; model; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f | "
+        "bits per byte::.4f; interval of perplexity; tokens::,d; documents::,d; interval of KL; "
+        "same top token::.1%; interval of it; acceptance::.1%; interval of acceptance; "
+        "Δ bits per byte::+.4f"
     )
-    whose = " of the assistant" if text.assistant_only else ""
-    of = shares if len(text.sources) > 1 else next(iter(text.sources))
-    return f"{text.n_tokens:,} tokens{whose} in {text.n_documents:,} documents: {of}"
+    return [Table("Texts", heads, rows, judged_note(results.text))] if rows else []
 
 
-def profile_facts(profile: Profile) -> list[tuple[str, str]]:
-    """The headline of a profile of texts."""
-    assert isinstance(profile, TextProfile), "a quiz has another headline"
-    facts = [("text", texts_line(profile.info.text))]
-    if profile.info.text.has_loss:
-        facts.append(("predicts", score_text(profile.score)))
+def judged_note(asked: JudgedTexts | None) -> str:
+    """What the figures of texts mean."""
+    text = (
+        "Δ loss is in nats per token, KL is that of the base and the model, in nats per token. "
+        "Intervals are those of 95 %, by a paired bootstrap over documents."
+    )
+    if asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary:
+        text += (
+            f" All but the base's {asked.top_k:,} likeliest tokens count as one: the KL is a lower "
+            "bound, the acceptance an upper one."
+        )
+    return text
+
+
+def judged_rows(results: Results) -> list[list[Cell]]:
+    """One row per source, model and figure, in the columns of `task_tables.FLAT`.
+
+    The base's own KL is 0, its agreement and acceptance are 1, so each of them has a change too.
+    """
+    rows: list[list[Cell]] = []
+    for index, source, found, c in _judged(results):
+        head: list[Cell] = [results.models[index].path, "text", source]
+        loss = math.log(found.perplexity)
+        changes: dict[str, tuple[float, float | None, Ends]] = {
+            "perplexity": (found.perplexity, None, None),
+            "loss": (loss, c.delta_loss if c else None, c.ci95 if c else None),
+            "bits_per_byte": (
+                found.bits_per_byte,
+                c.delta_bits_per_byte if c else None,
+                c.delta_bits_per_byte_ci95 if c else None,
+            ),
+        }
+        if c and c.kl is not None and c.top1_agreement is not None and c.acceptance is not None:
+            changes["kl"] = c.kl, c.kl, c.kl_ci95
+            for name, own, ends in (
+                ("top1_agreement", c.top1_agreement, c.top1_agreement_ci95),
+                ("acceptance", c.acceptance, c.acceptance_ci95),
+            ):
+                changes[name] = own, own - 1, ends and (ends[0] - 1, ends[1] - 1)
+        for metric, (value, delta, ends) in changes.items():
+            change: list[Cell] = [delta, *(ends or (None, None))]
+            rows.append([*head, metric, value, None, found.documents, *change, *[None] * 7])
+    return rows
+
+
+def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
+    """What each model lost on each source; of a single model its perplexity."""
+    facts = []
+    for index, source, found, c in _judged(results):
+        n = f"{found.tokens:,} tokens in {found.documents:,} documents"
+        if c is None and len(results.models) == 1:
+            text = f"{found.perplexity:.3f}{_behind(found.ci95, '.3f')}"
+            facts.append(
+                (
+                    "text",
+                    f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte: {n}",
+                )
+            )
+        elif c is not None:
+            base = (results.models[0].text or {})[source]
+            lost = _lost(base, found, c, _is_bound(results.text))
+            facts.append(("text", f"{source}: {names[index]} {lost}, on {n}"))
     return facts
 
 
-def score_text(score: TextScore) -> str:
-    """Perplexity and accuracy with their intervals over documents, where there are enough."""
-    if not score.scored:
-        return "nothing: no document has two tokens that count, so no next token is scored"
-    text, right = f"perplexity {score.perplexity:.3f}", f"{score.accuracy:.2%}"
-    if score.perplexity_ci95 is not None and score.accuracy_ci95 is not None:
-        low, high = score.perplexity_ci95
-        text += f" ({low:.3f} … {high:.3f})"
-        right += f" ({interval_text(score.accuracy_ci95)})"
-    return f"{text}, next token right {right} of {score.scored:,}"
+def _is_bound(asked: JudgedTexts | None) -> bool:
+    return asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary
 
 
-def expert_facts(profile: TextProfile) -> list[tuple[str, str]]:
-    """Experts by their part in the output, and the gate."""
-    layers = profile.layers
-    n_experts, n_used = sum(x.n_experts for x in layers), sum(x.n_activated for x in layers)
-    listed = ranked_contributions(profile, [x.over_tokens.weighted_norm_E for x in layers])
-    numbers = [layer.routing_json() for layer in layers]
-    flat_L = [
-        found["entropy_all_mean"] / math.log(max(layer.n_experts, 2))
-        for found, layer in zip(numbers, layers, strict=True)
-    ]
-    where = f"in {len(layers)} layers of {profile.info.model.label}"
-    return [
-        ("experts", f"{n_used:,} of {n_experts:,} are chosen by any token, {where}"),
-        ("most", f"{', '.join(listed[:5])} of the gate weight·‖f(x)‖ of their layers"),
-        ("least", f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all"),
-        ("gate", gate_text(flat_L)),
-    ]
+def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
+    """A sentence with the changes and their intervals."""
+    perplexities = f"perplexity {base.perplexity:.3f} → {found.perplexity:.3f}"
+    if c.delta_loss is None or c.kl is None:
+        text = f"reads other tokens than the base: bits per byte {base.bits_per_byte:.4f} → "
+        text += f"{found.bits_per_byte:.4f}"
+        if c.delta_bits_per_byte is None:
+            return text
+        delta = signed(c.delta_bits_per_byte, "+.4f")
+        return f"{text}, {delta}{_behind(c.delta_bits_per_byte_ci95, '+.4f')}"
+    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{_behind(c.ci95, '+.4f')}"
+    if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
+        loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
+    ratio = math.exp(min(c.delta_loss, 700.0))
+    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
+    text += f"{_behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
+    text += f"{_behind(c.top1_agreement_ci95, '.1%')}, acceptance "
+    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{_behind(c.acceptance_ci95, '.1%')}"
 
 
-def headline(profile: TextProfile) -> list[str]:
-    """All facts, with the profile's folder and what to do next."""
-    (_, text), *others = profile_facts(profile)
-    facts = [("profile", f"{profile.path}: {text}"), *others, *expert_facts(profile)]
-    lines = next_commands(profile, ("--by", "reap"))
-    return [*(labelled(*fact) for fact in facts), *lines]
+def _span(ends: Ends, spec: str) -> str | None:
+    return None if ends is None else " … ".join(signed(end, spec) for end in ends)
 
 
-def sources_table(profile: TextProfile) -> Table:
-    """One row per source."""
-    info, rows = profile.info.text, []
-    for name, known in info.sources.items():
-        row: list[Cell] = [name, known.documents, known.tokens]
-        if score := profile.scores.get(name):
-            low, high = score.perplexity_ci95 or (None, None)
-            right = score.accuracy_ci95
-            row += [score.perplexity, low, high, score.accuracy]
-            row.append(None if right is None else interval_text(right))
-        rows.append(row)
-    heads = "source; documents::,d; tokens::,d"
-    if info.has_loss:
-        heads += "; perplexity::.3f; low::.3f; high::.3f; next token right::.2%; 95 % interval"
-    note = f"{texts_line(info)}. {_OVER_DOCUMENTS if info.has_loss else ''}".strip()
-    return Table("Texts", columns(heads), rows, note)
+def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
+    """Perplexity and distance on held-out texts, against the first base that was compared with."""
+    lines = []
+    for change in (c for c in changes if c.against == changes[0].against):
+        text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
+        text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
+        text += f"{change.source}: loss {signed(change.delta_loss, '+.4f')} nats per token"
+        lines.append(labelled("predicts", f"{text}{_behind(change.ci95, '+.4f')}"))
+        text = f"KL {change.kl:.4f}, top-1 agreement {100 * change.top1_agreement:.1f} %, "
+        text += f"acceptance {100 * change.acceptance:.1f} %, against {change.against}"
+        lines.append(labelled("distance", text))
+    return lines
 
 
-def text_tables(profile: TextProfile) -> list[Table]:
-    """The sources, and Tables 1 to 7 of the paper over all tokens instead of answers."""
-    layers = profile.layers
-    numbers = [layer.routing_json() for layer in layers]
-    last, top_k = layers[-1], layers[0].top_k
-    activated: list[Sequence[Cell]] = []
-    entropies: list[Sequence[Cell]] = []
-    for layer, found in zip(layers, numbers, strict=True):
-        top, every = ([found[f"entropy_{of}_{kind}"] for kind in ("mean", "std")] for of in _KINDS)
-        counts = (layer.layer, layer.n_activated, layer.n_experts)
-        activated.append([*counts, *top, math.log(layer.top_k)])
-        entropies.append([layer.layer, *every, math.log(layer.n_experts)])
-    pairs = zip(*(numbers[-1][f"rank_probability_{k}"] for k in ("mean", "std")), strict=True)
-    ranks = [[rank, *pair] for rank, pair in enumerate(pairs, start=1)]
-    heads = columns(f"layer; activated experts; of; {ENTROPY_HEADS}")
-    title = f"Table 3: normalised probability of each rank in the last layer ({last.layer})"
-    note = f"Over all tokens that count. {FROM_0}{hashed_note(profile)}"
-    return [
-        sources_table(profile),
-        Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", heads, activated, note),
-        Table(title, columns("rank; mean::.4f; std::.4f"), ranks),
-        *[_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
-        Table(
-            "Tables 6–7: entropy over all experts",
-            columns(f"layer; {ENTROPY_HEADS}"),
-            entropies,
-            FROM_0,
-        ),
-        *rows_tables(profile),
-    ]
-
-
-def _expert_table(layer: TextLayer) -> Table:
-    tokens_E = layer.over_tokens.tokens_E
-    n_tokens = max(float(tokens_E.sum()) / layer.top_k, 1.0)
-    rows = [
-        [*list(row.values())[:2], row["tokens"] / n_tokens, *list(row.values())[2:]]
-        for row in text_experts(layer)
-        if row["tokens"] >= MIN_TOKENS * n_tokens
-    ]
-    heads = "expert; tokens::,d; share::.1%"
-    if layer.next is not None:
-        heads += "; next token right::.1%; weighted accuracy::.1%; mean loss::.3f"
-    which = "4: experts of the first" if layer.layer == 0 else "5: experts of the last"
-    title = f"Table {which} layer ({layer.layer}) at 1 % of the tokens or more"
-    note = "The share of the tokens that chose the expert; the others over those of its tokens "
-    note += "whose next token is scored: Σα·1(ŷ = y)/Σα is the paper's weighted accuracy."
-    return Table(title, columns(heads), rows, note)
-
-
-def text_experts_csv(profile: TextProfile) -> Table:
-    """Every expert of every layer, one row each, for a data frame."""
-    rows = [
-        {"layer": layer.layer, "block": layer.block, **row}
-        for layer in profile.layers
-        for row in text_experts(layer)
-    ]
-    return Table("experts", tuple(map(Column, rows[0])), [list(row.values()) for row in rows])
+def _behind(ends: Ends, spec: str) -> str:
+    """The interval in brackets, or why there is none."""
+    return f" ({_span(ends, spec)})" if ends else " (too few documents for an interval)"

@@ -24,7 +24,7 @@ from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, S
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
 from expertcut.profiling.storage import TextProfile, load_profile
-from expertcut.reporting import edit_tables, eval_tables, profile_tables, text_tables
+from expertcut.reporting import edit_tables, eval_tables, profile_tables, text_profile_tables
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
 
@@ -233,10 +233,10 @@ def _text_profile(profile: TextProfile, by_subject: bool) -> Shown:
             "option out, --tables shows each source"
         )
     return Shown(
-        partial(text_tables.text_tables, profile),
-        partial(text_tables.text_experts_csv, profile),
+        partial(text_profile_tables.text_tables, profile),
+        partial(text_profile_tables.text_experts_csv, profile),
         partial(text_json, profile),
-        headline=partial(text_tables.headline, profile),
+        headline=partial(text_profile_tables.headline, profile),
     )
 
 

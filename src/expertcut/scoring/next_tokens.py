@@ -99,7 +99,9 @@ def _predictions(
         if base is not None:
             own = TopLogprobs(*(t[chunk].to(best_N.device) for t in (base.ids_MR, base.logprob_MR)))
             kl_N, shared_N = kl_divergence(logprob_NV, own), acceptance(logprob_NV, own)
-            changes.append((kl_N.cpu(), (best_N == own.ids_MR[:, 0]).cpu(), shared_N.cpu()))
+            # By log p, not by id: of equal logits `argmax` and `topk` take different ones.
+            same_N = logprob_NV.gather(1, own.ids_MR[:, :1])[:, 0] >= logprob_NV.amax(dim=-1)
+            changes.append((kl_N.cpu(), same_N.cpu(), shared_N.cpu()))
     if not losses:
         nothing_M = torch.zeros(0)
         losses, hits = [nothing_M], [nothing_M.bool()]

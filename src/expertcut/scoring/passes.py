@@ -70,6 +70,14 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [rope for rope in (parameters, *by_kind) if "rope_type" in rope]
 
 
+def reset_rope(model: Any) -> None:
+    """Makes a dynamic RoPE, which remembers the longest prompt, as it was loaded."""
+    for module in model.modules():
+        if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
+            module.inv_freq = module.original_inv_freq
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
 def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
     """The number of the last decoder layer, if it ends in the last MoE block."""
     match = re.fullmatch(r"(?P<list>.+)\.(?P<number>\d+)\.[^.]+", blocks[-1].name)
@@ -177,11 +185,8 @@ class Run:
             return packing.prefix_pass(self.encoded.prompts[0][: self.n_prefix])
         if self.mode == "packed":
             return packed_pass(self.encoded, questions, self.n_prefix, is_masked=not self.splits)
-        if self.mode == "single":  # a dynamic RoPE remembers the longest prompt
-            for module in self.moe.model.modules():
-                if hasattr(module, "original_inv_freq") and hasattr(module, "max_seq_len_cached"):
-                    module.inv_freq = module.original_inv_freq
-                    module.max_seq_len_cached = module.original_max_seq_len
+        if self.mode == "single":
+            reset_rope(self.moe.model)
         pad_id = self.moe.model.config.get_text_config().pad_token_id or 0
         return padded_pass(self.encoded, questions, pad_id)
 

@@ -1,0 +1,464 @@
+"""The stage behind `eval --text`: losses on held-out texts, and divergence from the base.
+
+D are documents, N rows of a chunk, M scored positions, K the likeliest tokens that are kept.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertcut.data import ngrams
+from expertcut.data.corpus import Corpus, Row, TextSelection, judged_rows, load_corpus
+from expertcut.data.questions import hashes_in
+from expertcut.edits.plan import lineage, load_hashes
+from expertcut.errors import SettingsError, TextError
+from expertcut.evaluation.results import (
+    JudgedSource,
+    JudgedTexts,
+    Part,
+    TextComparison,
+    TextResult,
+    profile_hash,
+)
+from expertcut.models.load import LoadOptions, MoeModel, Source, load
+from expertcut.profiling.measure import HALVED, MeasureOptions, PassCounter
+from expertcut.profiling.measure_text import TextMeasurement
+from expertcut.profiling.schema import JudgedInfo, TextProfileInfo
+from expertcut.profiling.storage import Arrays, read_chunk
+from expertcut.profiling.workers import Work
+from expertcut.scoring.engine import context_length
+from expertcut.scoring.next_tokens import NextTokens, predict
+from expertcut.scoring.packing import Pass, encode_rows
+from expertcut.scoring.passes import OnPass, PassObserver
+from expertcut.scoring.projection import TopLogprobs
+from expertcut.stats import Array, bootstrap_ci95
+
+logger = logging.getLogger(__name__)
+
+MAX_DROPPED_SHARE = 0.05
+FEWEST_DOCUMENTS = 10  # for an interval: of fewer, a bootstrap is too narrow
+_NAMED = 3  # dropped documents in a message
+_CHUNK_BYTES = 8 << 20  # of the base's predictions
+_MOST_CHUNK_TOKENS = 1 << 14
+_DRAWN = 10**8  # documents of a bootstrap, in all draws
+_SUMS = ("loss_N", "scored_N", "right_N")
+_CHANGES = ("kl_N", "agrees_N", "accepted_N")
+_IDS, _LOGPROBS = "top_ids_MK", "top_logprob_MK"
+
+
+@dataclass(frozen=True)
+class TextScoring:
+    """The texts, how many of the base's likeliest tokens are kept, and how models are run."""
+
+    selection: TextSelection
+    top_k: int
+    load_as: LoadOptions
+    options: MeasureOptions
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """The finished chunks of the base, with what it predicts."""
+
+    folder: Path
+    info: TextProfileInfo
+
+    def chunk(self, file: str, source: str) -> Arrays:
+        """The arrays of a chunk."""
+        return read_chunk(self.folder / "chunks" / file, self.info.chunk_hash(file, source))
+
+
+class TextJudgement(TextMeasurement):
+    """One model on the rows of all documents; with a `base` also beside its predictions."""
+
+    def __init__(
+        self,
+        moe: MoeModel,
+        corpus: Corpus,
+        options: MeasureOptions,
+        rows: Mapping[str, Sequence[Row]],
+        judged: JudgedInfo,
+        base: BaseRun | None = None,
+    ) -> None:
+        options = replace(options, stats="none")
+        super().__init__(moe, corpus, options, rows=rows, judged=judged)
+        self.top, self.base = judged.top, base
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(map(len, self.rows.values()))
+
+    def work(self) -> dict[str, Work]:
+        """Chunks of rows by file name, which tells `measure` the base's chunk."""
+        work = super().work()
+        self.files = {id(own): name for name, own in work.items()}
+        return work
+
+    def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """Sums by row, and the base's predictions or what differs from them."""
+        rows = encode_rows([row for row in work.questions if isinstance(row, Row)])
+        recorder, base_of = _RowSums(len(rows)), None
+        if self.base is not None:
+            base_of = _Predictions(self.base.chunk(self.files[id(work)], work.subject))
+        counter = PassCounter(work.subject, on_pass, recorder)
+        observer = PassObserver(counter.begin, counter.undo)
+        for _, found in predict(self.engine, rows, observer, n_top=self.top, base_of=base_of):
+            recorder.add(found)
+        arrays = recorder.arrays()
+        arrays["tokens_N"] = np.array([len(ids) for ids in rows.prompts])
+        if counter.n_halved:
+            arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)
+        return arrays, counter.n_tokens
+
+
+class _RowSums:
+    """Sums over the scored positions of each row, added in float64."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.sums = {name: torch.zeros(n_rows, dtype=torch.float64) for name in _SUMS + _CHANGES}
+        self.tops: list[TopLogprobs] = []
+        self.is_compared = False
+
+    def begin(self, _step: Pass) -> None:
+        """Sums are added behind a pass, so before it there is nothing to do."""
+
+    def undo(self, _step: Pass) -> None:
+        """Nor behind one that ran out of memory."""
+
+    def add(self, found: NextTokens) -> None:
+        values = dict(zip(_SUMS, (found.loss_M, found.loss_M >= 0, found.is_right_M), strict=True))
+        values["scored_N"] = torch.ones_like(found.loss_M)
+        if found.change is not None:
+            self.is_compared, own = True, found.change
+            of_change = (own.kl_M, own.agrees_M, own.acceptance_M)
+            values |= dict(zip(_CHANGES, of_change, strict=True))
+        for name, value_M in values.items():
+            self.sums[name].index_add_(0, found.row_M, value_M.double())
+        if found.top is not None:
+            self.tops.append(found.top)
+
+    def arrays(self) -> Arrays:
+        names = _SUMS + (_CHANGES if self.is_compared else ())
+        arrays = {name: self.sums[name].numpy() for name in names}
+        if self.tops:
+            arrays[_IDS] = torch.cat([top.ids_MR for top in self.tops]).int().numpy()
+            logprobs = torch.cat([top.logprob_MR for top in self.tops])
+            arrays[_LOGPROBS] = logprobs.float().numpy()
+        return arrays
+
+
+class _Predictions:
+    """The base's predictions for one chunk."""
+
+    def __init__(self, chunk: Arrays) -> None:
+        self.ends_N = chunk["scored_N"].astype(np.int64).cumsum()
+        self.ids_MK, self.logprob_MK = chunk[_IDS], chunk[_LOGPROBS]
+
+    def __call__(self, row_M: Tensor) -> TopLogprobs:
+        """Those at the scored positions of consecutive rows."""
+        if not len(row_M):
+            at = slice(0, 0)
+        else:
+            first, last = int(row_M[0]), int(row_M[-1])
+            at = slice(int(self.ends_N[first - 1]) if first else 0, int(self.ends_N[last]))
+        assert at.stop - at.start == len(row_M), "the rows are those of the base"
+        ids_MK = torch.from_numpy(self.ids_MK[at]).long()
+        return TopLogprobs(ids_MK, torch.from_numpy(self.logprob_MK[at]))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The documents as one tokenizer reads them, and the rows in which each is scored once."""
+
+    corpus: Corpus
+    rows: Mapping[str, Sequence[Row]]
+    prefix: int | None
+    key: object  # of the tokenizer and the length of the rows
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over what the model reads and predicts."""
+        digest = hashlib.sha256()
+        for row in (row for rows in self.rows.values() for row in rows):
+            digest.update(row.ids.tobytes() + row.next_T.tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class _Judged:
+    """Sums by document (D,) of one model, by source and name, and its documents' contents."""
+
+    source: Source
+    sums: dict[str, dict[str, Array]]
+    contents: dict[str, list[str]]
+    is_compared: bool = False
+
+
+@dataclass
+class TextEvaluation:
+    """Judges models one after the other on the same texts; the first is the base."""
+
+    sources: Sequence[Source]
+    scoring: TextScoring
+    folder: Path
+    reading: Reading | None = None  # of the newest model
+    judged: list[_Judged] = field(default_factory=list)
+    dropped: dict[str, int] = field(default_factory=dict)  # by source
+    base: BaseRun | None = None
+    base_reading: tuple[Corpus, str, int] | None = None  # of the base, its digest, its vocabulary
+
+    def prepare(self, source: Source) -> tuple[TextJudgement, Path]:
+        """Loads a model; what is to be measured, and the folder of its chunks."""
+        if self.scoring.options.threads is not None:
+            torch.set_num_threads(self.scoring.options.threads)
+        moe = load(source, self.scoring.load_as)
+        reading = self._read(moe)
+        n_logits = int(moe.model.config.get_text_config().vocab_size)
+        base, top = None, 0
+        if self.base_reading is None:
+            self.base_reading = reading.corpus, reading.digest, n_logits
+            top = min(self.scoring.top_k, n_logits) if len(self.sources) > 1 else 0
+        elif self.base_reading[1:] == (reading.digest, n_logits):
+            base = self.base
+        else:
+            logger.warning(
+                "%s reads other tokens than %s: bits per byte compares them, KL, agreement and "
+                "acceptance do not",
+                *(source.name, self.sources[0].name),
+            )
+        widest = self.scoring.top_k if len(self.sources) > 1 else 0
+        chunk_tokens = min(_MOST_CHUNK_TOKENS, max(1, _CHUNK_BYTES // (8 * max(widest, 1))))
+        base_hash = None if base is None else profile_hash(base.info.called("base"))
+        judged = JudgedInfo(
+            prefix=reading.prefix, top=top, chunk_tokens=chunk_tokens, base=base_hash
+        )
+        measurement = TextJudgement(
+            moe, reading.corpus, self.scoring.options, reading.rows, judged, base
+        )
+        info = measurement.info
+        store = self.folder / f"{source.name}-text-{info.called(source.id).short_hash}"
+        if self.base is None:
+            self.base = BaseRun(store, info)
+        return measurement, store
+
+    def note(self, measurement: TextJudgement, store: Path) -> None:
+        """Keeps the sums of a model whose chunks are all there."""
+        corpus, rows = measurement.corpus, measurement.rows
+        run = BaseRun(store, measurement.info)
+        parts: dict[str, list[Arrays]] = {}
+        for file, name_of_source, _ in measurement.info.chunks():
+            chunk = run.chunk(file, name_of_source)
+            kept = {name: chunk[name] for name in _SUMS + _CHANGES if name in chunk}
+            parts.setdefault(name_of_source, []).append(kept)
+        sums = {}
+        for source in corpus.sources:
+            numbers = {id(document): at for at, document in enumerate(source.documents)}
+            at_N = [numbers[id(row.document)] for row in rows[source.name]]
+            own = parts[source.name]
+            sums[source.name] = {
+                name.removesuffix("_N"): np.bincount(
+                    at_N, np.concatenate([part[name] for part in own]), len(numbers)
+                )
+                for name in own[0]
+            }
+            sums[source.name]["bytes"] = np.array([float(d.n_bytes) for d in source.documents])
+        contents = {s.name: [d.content_hash for d in s.documents] for s in corpus.sources}
+        is_compared = measurement.base is not None
+        self.judged.append(_Judged(measurement.moe.source, sums, contents, is_compared))
+
+    def part(self) -> Part:
+        """The results of all models."""
+        assert self.base_reading is not None, "there is a base"
+        corpus, _, vocabulary = self.base_reading
+        selection, base = corpus.selection, self.judged[0]
+        asked = JudgedTexts(
+            sources={
+                source.name: JudgedSource(
+                    spec=source.spec if source.revision else Path(source.spec).name,
+                    revision=source.revision,
+                    documents=len(source.documents),
+                    dropped=self.dropped.get(source.name, 0),
+                    content_hash=_hash(base.contents[source.name]),
+                )
+                for source in corpus.sources
+            },
+            max_tokens=selection.max_tokens,
+            tokens=selection.tokens,
+            seed=selection.seed,
+            assistant_only=selection.assistant_only,
+            top_k=min(self.scoring.top_k, vocabulary) if len(self.sources) > 1 else None,
+            vocabulary=vocabulary,
+        )
+        models = [
+            {name: text_result(sums) for name, sums in one.sums.items()} for one in self.judged
+        ]
+        comparisons = [
+            {
+                name: text_comparison(
+                    base.sums[name],
+                    sums,
+                    is_same_rows=other.is_compared,
+                    has_pairs=other.contents[name] == base.contents[name],
+                )
+                for name, sums in other.sums.items()
+            }
+            for other in self.judged[1:]
+        ]
+        return Part("text", models, comparisons, asked)
+
+    def _read(self, moe: MoeModel) -> Reading:
+        """The texts in this model's tokens, without those that had a part in any model's edit."""
+        tokenizer, selection = moe.tokenizer, self.scoring.selection
+        context = context_length(moe.model.config, tokenizer) or selection.max_tokens
+        selection = replace(selection, max_tokens=min(selection.max_tokens, context))
+        key = (_tokenizer_key(tokenizer), selection.max_tokens)
+        if self.reading is not None and self.reading.key == key:
+            return self.reading
+        if self.reading is not None and selection.tokens is not None:
+            raise SettingsError(
+                f"--tokens {selection.tokens:,} counts tokens of one tokenizer, and "
+                f"{moe.source.name} reads others than {self.sources[0].name}: leave it out"
+            )
+        corpus = self._without_known(load_corpus(selection, tokenizer))
+        prefix, rows = prefix_token(tokenizer), {}
+        for source in corpus.sources:
+            own = [
+                row
+                for document in source.documents
+                for row in judged_rows(
+                    document,
+                    selection.max_tokens,
+                    None if prefix is None or document.ids[0] == prefix else prefix,
+                )
+            ]
+            if not any((row.next_T >= 0).any() for row in own):
+                raise TextError(f"{source.spec} holds no token that another one precedes")
+            rows[source.name] = own
+        self.reading = Reading(corpus, rows, prefix, key)
+        return self.reading
+
+    def _without_known(self, corpus: Corpus) -> Corpus:
+        """Drops documents that a plan was chosen, tuned or healed on; TextError if too many."""
+        documents, known = list(corpus), set[int]()
+        for source in self.sources:
+            hashes, runs = known_texts(source)
+            found = ngrams.overlapping(documents, hashes, runs) if hashes or len(runs) else []
+            known |= set(found)
+            if found:
+                places = ", ".join(documents[at].where for at in found[:_NAMED])
+                text = f"{len(found):,} of {len(documents):,} documents, or most of their text, "
+                text += f"had a part in {source.name}: {places}" + ", …" * (len(found) > _NAMED)
+                if len(found) > MAX_DROPPED_SHARE * len(documents):
+                    raise TextError(f"{text}: at most 5 % may: judge on others")
+                logger.warning("%s: left out", text)
+        if not known:
+            return corpus
+        kept = corpus.only([at for at in range(len(documents)) if at not in known])
+        left = {source.name: len(source.documents) for source in kept.sources}
+        for read in corpus.sources:
+            self.dropped[read.name] = len(read.documents) - left.get(read.name, 0)
+        return kept
+
+
+def known_texts(source: Source) -> tuple[frozenset[str], ngrams.NGrams]:
+    """Hashes and runs of words of all that a checkpoint or one it was made from was edited on."""
+    folder, hashes, runs = source.path, frozenset[str](), ngrams.NOTHING
+    for plan, base in lineage(source.path):
+        hashes |= hashes_in(load_hashes(folder, plan))
+        runs |= ngrams.load(folder)
+        folder = base or folder
+    return hashes, runs
+
+
+def prefix_token(tokenizer: Any) -> int | None:
+    """What lm-evaluation-harness puts before the first token: BOS, else EOS; None without both."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return int(bos) if bos is not None else None if eos is None else int(eos)
+
+
+def _tokenizer_key(tokenizer: Any) -> object:
+    """Equal for tokenizers that read every text alike; else no two are."""
+    if not getattr(tokenizer, "is_fast", False):
+        return object()
+    special = (tokenizer.bos_token_id, tokenizer.eos_token_id, str(tokenizer.chat_template))
+    text = json.dumps([tokenizer.backend_tokenizer.to_str(), special])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_result(sums: Mapping[str, Array]) -> TextResult:
+    """Perplexity and bits per byte of sums by document."""
+    loss_D, scored_D, bytes_D = sums["loss"], sums["scored"], sums["bytes"]
+    ci95, bits_D = _interval(loss_D, scored_D), loss_D / math.log(2)
+    return TextResult(
+        perplexity=_exp(loss_D.sum() / scored_D.sum()),
+        ci95=ci95 and (_exp(ci95[0]), _exp(ci95[1])),
+        bits_per_byte=float(bits_D.sum() / bytes_D.sum()),
+        bits_per_byte_ci95=_interval(bits_D, bytes_D),
+        tokens=int(scored_D.sum()),
+        documents=len(loss_D),
+    )
+
+
+def text_comparison(
+    base: Mapping[str, Array], other: Mapping[str, Array], *, is_same_rows: bool, has_pairs: bool
+) -> TextComparison:
+    """Sums by document of two models, compared; null where they read other tokens or documents."""
+    found = dict.fromkeys(TextComparison.model_fields)
+    if is_same_rows:
+        scored_D = base["scored"]
+        changes = {"kl": "kl", "top1_agreement": "agrees", "acceptance": "accepted"}
+        for name, of_sum in changes.items():
+            found[name] = float(other[of_sum].sum() / scored_D.sum())
+            found[f"{name}_ci95"] = _interval(other[of_sum], scored_D)
+        lost_D = other["loss"] - base["loss"]
+        found["delta_loss"] = float(lost_D.sum() / scored_D.sum())
+        found["ci95"] = _interval(lost_D, scored_D)
+    if has_pairs:
+        # Each model's own bytes: a chat template is part of what is read.
+        own, first = (one["loss"].sum() / one["bytes"].sum() / math.log(2) for one in (other, base))
+        found["delta_bits_per_byte"] = float(own - first)
+        found["delta_bits_per_byte_ci95"] = _difference(base, other)
+    return TextComparison(**found)
+
+
+def _interval(sum_D: Array, weight_D: Array) -> tuple[float, float] | None:
+    """95 % interval of Σ sum / Σ weight by a bootstrap over documents; None if there are few."""
+    n_documents = len(sum_D)
+    if n_documents < FEWEST_DOCUMENTS:
+        return None
+    return bootstrap_ci95(sum_D, weight_D, draws=min(10_000, max(1000, _DRAWN // n_documents)))
+
+
+def _difference(
+    base: Mapping[str, Array], other: Mapping[str, Array]
+) -> tuple[float, float] | None:
+    """The same of the difference in bits per byte, linearised where the bytes differ."""
+    if (base["bytes"] == other["bytes"]).all():
+        return _interval((other["loss"] - base["loss"]) / math.log(2), base["bytes"])
+    ratios = [one["loss"].sum() / one["bytes"].sum() for one in (base, other)]
+    shifts = [
+        one["loss"] - ratio * one["bytes"] for one, ratio in zip((base, other), ratios, strict=True)
+    ]
+    scales = [one["bytes"].sum() for one in (base, other)]
+    change_D = (shifts[1] / scales[1] - shifts[0] / scales[0]) * len(base["bytes"])
+    ends = _interval(change_D, np.ones(len(change_D)))
+    delta = ratios[1] - ratios[0]
+    return ends and ((delta + ends[0]) / math.log(2), (delta + ends[1]) / math.log(2))
+
+
+def _exp(nats: float) -> float:
+    return float(math.exp(min(nats, 709.0)))  # JSON holds no infinity
+
+
+def _hash(contents: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()

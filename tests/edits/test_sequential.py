@@ -1,0 +1,328 @@
+"""`--sequential`: a layer is scored as it is once the layers before it are cut."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.checkpoints.sequential import calibration_chunks, rank_sequentially, relay
+from expertcut.data import Quiz, Selection, load_quiz, prompt
+from expertcut.edits.calibrate import rescaling_at_answers, rescaling_over_tokens
+from expertcut.edits.criteria import CRITERIA, after_removals, calibration_inputs
+from expertcut.edits.edit_settings import CutSettings
+from expertcut.edits.selection import Ranking, cut, rank
+from expertcut.evaluation.search_results import Grid
+from expertcut.evaluation.sweep_run import SweepRun
+from expertcut.models.load import LoadOptions, MoeModel
+from expertcut.models.moe_block import MoeBlock
+from expertcut.profiling.recorder import NAMES
+from expertcut.profiling.storage import Profile
+from expertcut.recipes.recipe_schema import Recipe
+from expertcut.recipes.stages import stages_of
+from expertcut.scoring.engine import Engine
+from tests.conftest import FAMILIES, Commands, make_tokenizer, open_model, write_quiz
+from tests.evaluation.test_sweep import asking
+from tests.profiling.test_profile import profiled
+from tests.support import loaded_stock
+
+Checkpoints = Callable[..., Path]
+KEEP, LAYERS, WIDTH = 4, 3, 32  # the third layer is the first that starts from stored outputs
+# Packed, in groups with a shared expert, with pads, fused with biases.
+FEW = ("olmoe", "deepseek_v3", "lfm2_moe", "gpt_oss")
+
+
+def deeper(family: str) -> dict[str, object]:
+    """What gives a family one layer more."""
+    types: Any = FAMILIES[family].get("layer_types")
+    return {"num_hidden_layers": LAYERS} | ({"layer_types": [*types, types[0]]} if types else {})
+
+
+@pytest.fixture(scope="module")
+def quiz(tmp_path_factory: pytest.TempPathFactory) -> Quiz:
+    folder = write_quiz(tmp_path_factory.mktemp("quiz"), {"dev": 1, "test": 4, "val": 4}, seed=5)
+    return load_quiz(Selection(str(folder), shots=1))
+
+
+def engine_of(profile: Profile) -> Engine:
+    return engine_as_profiled(profile, profiled_source(profile), LoadOptions())
+
+
+def sequential(profile: Profile, settings: CutSettings, **options: int) -> tuple[Ranking, Ranking]:
+    """The ranking of the profile, and the one with earlier layers cut."""
+    once = rank(profile, settings)
+    return once, rank_sequentially(profile, once, KEEP, engine_of(profile), **options)
+
+
+def reap_by_hand(moe: MoeModel, block: MoeBlock, quiz: Quiz) -> np.ndarray:
+    """Mean gate weight · ‖f(x)‖ of each expert, prompt by prompt, by a hook of this file alone."""
+    total, n_tokens = np.zeros(block.n_experts), np.zeros(block.n_experts)
+
+    def see(_module: nn.Module, args: tuple[Tensor, ...], output: tuple[Tensor, ...]) -> None:
+        x_TD = args[0].reshape(-1, args[0].shape[-1])
+        for e in range(block.n_experts):
+            at_T, slot_T = (output[2] == e).nonzero(as_tuple=True)
+            if len(at_T):
+                chosen, ones = torch.full((len(at_T), 1), e), torch.ones(len(at_T), 1)
+                norm_T = block.experts(x_TD[at_T], chosen, ones).double().norm(dim=1)
+                total[e] += float((norm_T * output[1][at_T, slot_T].double()).sum())
+                n_tokens[e] += len(at_T)
+
+    handle = block.router.register_forward_hook(see)
+    for question in quiz:
+        text = prompt(question, quiz.shots_by_subject[question.subject])
+        with torch.no_grad():
+            moe.model(torch.tensor([moe.tokenizer(text)["input_ids"]]), use_cache=False)
+    handle.remove()
+    return total / n_tokens.clip(1)
+
+
+def really_cut(block: MoeBlock, keep: Sequence[int], settings: CutSettings, fold: Any) -> None:
+    """Slices the tensors of a loaded block, or zeroes what removed experts give."""
+    if settings.layout == "exact":
+        removed = [e for e in range(block.n_experts) if e not in keep]
+        for name, parameter in block.experts.named_parameters():
+            if name.startswith("down_proj"):
+                parameter.data[removed] = 0
+        return
+    if fold is not None:
+        factors = dict(zip(keep, map(float, fold), strict=True))
+        loaded_stock.scale_outputs(block, factors)
+    loaded_stock.cut(block, tuple(keep))
+
+
+# The law
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *((family, {}) for family in FEW),
+        ("olmoe", {"fold": "all"}),
+        ("olmoe", {"layout": "exact"}),
+        ("qwen3_moe", {"layout": "exact"}),
+    ],
+    ids=str,
+)
+def test_every_layer_is_scored_as_behind_layers_that_are_really_cut(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str, options: dict[str, Any]
+):
+    scores_as_by_hand(checkpoint(family, **deeper(family)), quiz, tmp_path, options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted({*FAMILIES} - {*FEW}))
+def test_every_family_is_scored_as_behind_layers_that_are_really_cut(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
+):
+    scores_as_by_hand(checkpoint(family, **deeper(family)), quiz, tmp_path, {})
+
+
+def scores_as_by_hand(path: Path, quiz: Quiz, folder: Path, options: dict[str, Any]) -> None:
+    settings = CutSettings(by="reap", keep=KEEP, sequential=True, **options)
+    profile = profiled(path, quiz, folder / "p")
+    once, found = sequential(profile, settings)
+    edits = cut(found, KEEP).draft.edits
+    folds: dict[int, Any] = {}
+    if settings.layout == "stock":
+        folds = rescaling_at_answers(profile, edits)
+        if settings.fold == "all":
+            folds = rescaling_over_tokens(engine_of(profile), quiz, edits)
+    moe = open_model(path)
+    assert np.array_equal(found.scores[0], once.scores[0])
+    for block, score_E in zip(moe.blocks, found.scores, strict=True):
+        np.testing.assert_allclose(score_E, reap_by_hand(moe, block, quiz), rtol=2e-5, atol=1e-7)
+        really_cut(block, edits[block.name].keep, settings, folds.get(block.layer))
+    for layer in range(1, LAYERS):
+        usual_E = once.scores[layer]
+        assert np.abs(found.scores[layer] - usual_E).max() > 1e-3 * usual_E.max()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jamba"])
+def test_layers_that_run_alone_give_the_sums_of_the_profile(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
+):
+    profile = profiled(checkpoint(family, **deeper(family)), quiz, tmp_path / "p")
+    engine = engine_of(profile)
+    running = relay(engine, list(calibration_chunks(profile, engine)))
+    assert running.kept_bytes
+    for layer in range(LAYERS):
+        for name, sum_E in running.sums(layer).items():
+            wanted_LE = profile.token_sum(name)
+            assert wanted_LE is not None and wanted_LE[layer].any()
+            if layer < LAYERS - 1:
+                assert np.array_equal(sum_E, wanted_LE[layer]), name
+            else:  # the profile adds answers and other tokens in another order there
+                np.testing.assert_allclose(sum_E, wanted_LE[layer], rtol=1e-6, err_msg=name)
+    assert set(NAMES) == {*running.sums(0)}
+
+
+def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    profile = profiled(checkpoint("olmoe", **deeper("olmoe")), quiz, tmp_path / "p")
+    settings = CutSettings(by="reap", keep=KEEP, sequential=True)
+    once, chunks = rank(profile, settings), list(calibration_chunks(profile, engine_of(profile)))
+    one_chunk = max(sum(map(len, chunk.prompts)) for chunk in chunks) * WIDTH * 4
+    calls: list[int] = []
+
+    def counted(work: Callable[[Engine], Any]) -> Any:
+        engine = engine_of(profile)
+        first: Any = engine.moe.model.model.layers[0].self_attn
+        with first.register_forward_pre_hook(lambda *_: calls.append(1)):
+            return work(engine)
+
+    counted(lambda engine: relay(engine, chunks, 1 << 30))
+    n_runs, n_checking, scores = [], len(calls), []
+    for kept_bytes in (1 << 30, one_chunk, 0):
+        calls.clear()
+        again = counted(lambda e: rank_sequentially(profile, once, KEEP, e, kept_bytes))  # noqa: B023
+        n_runs.append(len(calls) - (n_checking if kept_bytes else 0))
+        scores.append(np.stack(again.scores))
+    assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
+    assert 0 < n_runs[0] < n_runs[1] < n_runs[2]
+    assert n_runs[2] == 2 * n_runs[0]
+
+
+def test_reconstruction_is_tried_on_inputs_behind_the_cut_layers(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    profile = profiled(checkpoint("olmoe", **deeper("olmoe")), quiz, tmp_path / "p")
+    settings = CutSettings(by="reconstruction", keep=KEEP, sequential=True, fold="off")
+    engine = engine_of(profile)
+    once = rank(profile, settings, engine)
+    found = rank_sequentially(profile, once, KEEP, engine)
+    edits = cut(found, KEEP).draft.edits
+    assert found.orders[0] == once.orders[0] and found.orders[1:] != once.orders[1:]
+    for block in engine.moe.blocks:
+        x_TD = calibration_inputs(profile, engine)[block.layer]
+        by_hand_E = after_removals(profile, CRITERIA["reconstruction"], block, x_TD)
+        assert found.scores[block.layer].tolist() == by_hand_E.tolist()
+        loaded_stock.cut(block, edits[block.name].keep)
+
+
+# A planted case
+
+
+def planted(path: Path, folder: Path) -> Path:
+    """OLMoE in which expert 3 of layer 1 is routed to where expert 5 of layer 0 has written.
+
+    The latter writes little, and into a direction of its own; the former answers loudly.
+    """
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
+    inner = model.model
+    inner.embed_tokens.weight.data[:, 0], inner.embed_tokens.weight.data[:, 1] = 0, 1
+    for layer in inner.layers:
+        layer.self_attn.o_proj.weight.data[:2] = 0
+        layer.mlp.experts.down_proj.data[:, :2] = 0
+    inner.layers[0].mlp.gate.weight.data[5] = 0
+    inner.layers[0].mlp.gate.weight.data[5, 1] = 2  # to which many tokens are routed
+    written_DF = inner.layers[0].mlp.experts.down_proj.data[5]
+    written_DF[1:], written_DF[0] = 0, 1e-4
+    reader = inner.layers[1].mlp
+    reader.gate.weight.data[3] = 0
+    reader.gate.weight.data[3, :2] = torch.tensor([1e7, -20.0])
+    reader.experts.down_proj.data[3] *= 20
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_an_expert_that_only_a_removed_one_feeds_goes_with_it(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    profile = profiled(planted(checkpoint("olmoe"), tmp_path / "m"), quiz, tmp_path / "p")
+    settings = CutSettings(by="reap", keep=KEEP)
+    once, found = sequential(profile, settings)
+    one_shot, after = (cut(ranking, KEEP).draft.edits for ranking in (once, found))
+    first, second = one_shot
+    assert 5 not in one_shot[first].keep and one_shot[first] == after[first]
+    assert int(once.scores[1].argmax()) == 3 and 3 in one_shot[second].keep
+    assert found.scores[1][3] == 0 and 3 not in after[second].keep
+
+
+# The command
+
+
+def test_the_plan_says_so_and_comes_again_with_the_same_bytes(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
+):
+    profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    line = "prune --keep 4 --by reap --profile p --no-verify"
+    expertcut(f"{line} --plan-only --out usual")
+    expertcut(f"{line} --plan-only --out plan --sequential")
+    expertcut(f"{line} --out made --sequential")
+    usual, plan, made = (
+        json.loads((tmp_path / name / "plan.json").read_text())
+        for name in ("usual", "plan", "made")
+    )
+    assert plan["action"] == "prune --keep 4 --sequential" == made["action"]
+    assert plan["blocks"] == made["blocks"] != usual["blocks"]
+    assert {k for k in plan if plan[k] != usual[k]} <= {"action", "blocks"}
+    said = expertcut(f"{line} --plan-only --out again --sequential")
+    assert "sequential" in expertcut("show again") and "written" in said
+    for name in ("plan.json", "chosen_on.txt"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "plan" / name).read_bytes()
+
+
+def test_a_size_bounds_a_sequential_cut_too(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
+):
+    path = checkpoint("olmoe")
+    profiled(path, quiz, tmp_path / "p")
+    most = (path / "model.safetensors").stat().st_size * 4 // 5
+    for layout in ("stock", "exact"):
+        given = f"--max-bytes {most} --by reap --layout {layout} --sequential"
+        expertcut(f"prune --profile p --no-verify --out {layout} {given}")
+        written = (tmp_path / layout / "model.safetensors").stat().st_size
+        assert most * 0.8 < written <= most
+
+
+@pytest.mark.parametrize(
+    ("given", "because"),
+    [
+        ("--keep 6 --by random", "looks at no tokens"),
+        ("--keep 6 --by aimer", "looks at no tokens"),
+        ("--keep 6", "counts answers: add --tokens all"),
+        ("--keep 6 --by weighted_accuracy", "counts answers: take another criterion"),
+        ("--keep 6 --by reap --layout exact --budget global", "one after the other"),
+        ("--keep-active --tokens all", "what the unedited model routes to"),
+    ],
+)
+def test_what_cannot_be_measured_layer_after_layer_is_refused_in_a_line(
+    expertcut: Commands, given: str, because: str
+):
+    said = expertcut(f"prune {given} --sequential", status=2)
+    assert because in said and len(said.splitlines()) == 1
+
+
+def test_a_sweep_cuts_as_prune_does_and_never_mixes_with_another(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    profile = profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    settings = CutSettings(by="reap", sequential=True)
+    sweeping = SweepRun(profile, Grid(("reap",), (KEEP / 8,)), settings, asking(quiz))
+    for step in sweeping.steps(tmp_path / "s"):
+        list(step.run(lambda _step: None))
+    _, found = sequential(profile, settings)
+    assert sweeping.sweep.cells[0].keep == {
+        name: edit.keep for name, edit in cut(found, KEEP).draft.edits.items()
+    }
+    usual = SweepRun(profile, sweeping.grid, settings.updated(sequential=False), asking(quiz))
+    assert b"sequential" in sweeping.sweep.json_bytes()
+    assert b"sequential" not in usual.sweep.json_bytes()
+
+
+def test_a_recipe_without_it_keeps_its_hash():
+    own = {"usual": {}, "changed": {"sequential": True, "by": "reap"}}
+    variants = [{"name": n, "prune": {"keep": 6} | more} for n, more in own.items()]
+    stages = stages_of(Recipe.of_recipe({"model": "m/m", "variants": variants}))
+    by_name = {stage.name: stage.settings.get("prune") for stage in stages}
+    assert "sequential" not in by_name["usual"]
+    assert by_name["changed"]["sequential"] is True
