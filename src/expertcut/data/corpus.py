@@ -19,11 +19,11 @@ from expertcut.data.texts import (
     Text,
     TextReader,
     content_hash,
+    exists,
     find_blocks,
     hub_parts,
     hub_records,
-    local_parts,
-    path_exists,
+    local_source,
     records_of,
 )
 from expertcut.errors import ProfileError, TextError
@@ -284,9 +284,11 @@ def chunk_rows(rows: Sequence[Row], most: int = CHUNK_TOKENS) -> list[Sequence[R
 
 
 def rows_hash(rows: Iterable[Row]) -> str:
-    """SHA-256 over all that a chunk's bytes depend on: tokens, masks, and what is held out."""
-    digest = hashlib.sha256()
+    """SHA-256 over all that the bytes of chunks depend on: tokens, masks, documents, their part."""
+    digest, document = hashlib.sha256(), None
     for row in rows:
+        digest.update(b"goes on" if row.document is document else b"begins")
+        document = row.document
         digest.update(np.ascontiguousarray(row.ids, np.int32).tobytes())
         digest.update(row.next_T.tobytes() + row.counts_T.tobytes())
         digest.update(b"held out" if row.document.is_held_out else b"chooses")
@@ -300,7 +302,7 @@ def load_corpus(selection: TextSelection, tokenizer: Any) -> Corpus:
     without `tokens` this ends where one source does. Raises TextError: nothing to read, or a fault
     in a file.
     """
-    named = [Weighted(s) if path_exists(Path(s)) else Weighted.read(s) for s in selection.specs]
+    named = [Weighted(s) if exists(Path(s)) else Weighted.read(s) for s in selection.specs]
     readers = [_Reader(weighted, selection, tokenizer) for weighted in named]
     specs = [reader.spec for reader in readers]  # by the place of a file, however it was named
     if twice := [spec for spec in specs if specs.count(spec) > 1]:
@@ -368,7 +370,7 @@ class _Reader:
         self.tokenizer, self.assistant_only = tokenizer, selection.assistant_only
         self.n_empty, self.revision = 0, None
         seed = None if selection.tokens is None else selection.seed
-        path, field = local_parts(self.spec)
+        path, field = local_source(self.spec)
         records: Iterator[tuple[str, Any]]
         if path is not None:
             self.spec = str(path.resolve()) + (f":{field}" if field else "")
