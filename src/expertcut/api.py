@@ -31,7 +31,7 @@ from expertcut.errors import SettingsError
 from expertcut.profiling import storage
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.results import Results
+    from expertcut.evaluation.results import ModelResult, Results
     from expertcut.hub.upload import Published
 
 PathLike = str | os.PathLike[str]
@@ -296,7 +296,10 @@ class Evaluation(_Shown):
 
     @property
     def models(self) -> pd.DataFrame:
-        """One row per model: accuracy (0 to 1) with its 95 % interval, parameters, bytes."""
+        """One row per model: accuracy (0 to 1) with its 95 % interval, parameters, bytes.
+
+        The columns of a quiz are empty where none was asked.
+        """
         names = ["path", "accuracy", "ci95", "questions"]
         names += ["parameters", "active_parameters", "bytes"]
         rows = [model.model_dump(include=set(names)) for model in self.results.models]
@@ -307,21 +310,38 @@ class Evaluation(_Shown):
         """One row per model but the first, compared with it question by question."""
         models, rows = self.results.models, [c.model_dump() for c in self.results.comparisons]
         found = pd.DataFrame([{"path": models[row["other"]].path, **row} for row in rows])
-        return found.drop(columns=["base", "other"], errors="ignore")
+        return found.drop(columns=["base", "other", "tasks"], errors="ignore")
+
+    @property
+    def tasks(self) -> pd.DataFrame:
+        """One row per task and model: its metric, compared with the first document by document."""
+        from expertcut.reporting import task_tables
+
+        columns = task_tables.FLAT.split("; ")
+        found = pd.DataFrame(task_tables.tasks_rows(self.results), columns=columns)
+        return found.drop(columns="part").rename(columns={"name": "task", "n": "documents"})
 
     @property
     def first(self) -> Comparison:
-        """The second model against the first."""
-        base, other = self.results.models[:2]
+        """The second model against the first, in the quiz."""
+        from expertcut.evaluation.results import QuizResults
+
+        if not isinstance(results := self.results, QuizResults):
+            raise SettingsError("no quiz was asked: see `results`, or give quiz=")
+        base, other = results.models[:2]
         row = self.results.comparisons[0].model_dump()
         change = {name: row[name] for name in Comparison.__dataclass_fields__ if name in row}
         return Comparison(base.questions, base.accuracy, other.accuracy, **change)
 
     def _facts(self) -> Mapping[str, str]:
-        return {
-            model.path: f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
-            for model in self.results.models
-        }
+        return {model.path: _figures(model) for model in self.results.models}
+
+
+def _figures(model: "ModelResult") -> str:
+    """The accuracy in a quiz, or the values of tasks."""
+    if model.accuracy is not None and model.ci95 is not None:
+        return f"{model.accuracy:.2%} ({model.ci95[0]:.2%} … {model.ci95[1]:.2%})"
+    return ", ".join(f"{task} {found.value:.4f}" for task, found in (model.tasks or {}).items())
 
 
 def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:

@@ -10,7 +10,8 @@ from expertcut.errors import ExpertcutError
 from expertcut.files import parse_json, read_file, write_atomically
 
 # Left out of JSON if None: hashes and bytes stay those of older versions.
-_OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from", "chance"}
+_OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from", "chance", "sequential"}
+_OMITTED |= {"text", "tasks", "generation"}  # of results that were not asked for them
 
 
 def _no_bool(value: object) -> object:

@@ -17,6 +17,10 @@ class SplitError(QuizError):
     """A quiz has no questions in the requested split."""
 
 
+class TextError(ExpertcutError):
+    """A text, a chat or a file of them cannot be used."""
+
+
 class ModelError(ExpertcutError):
     """A checkpoint cannot be found, loaded or trusted."""
 

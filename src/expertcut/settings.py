@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Self
+from typing import Annotated, Any, Literal, NoReturn, Self
 
 import pydantic
 from pydantic_core import PydanticCustomError
@@ -140,8 +140,15 @@ class Settings(pydantic.BaseModel):
 
     def recipe_values(self) -> dict[str, Any]:
         """The recorded fields as JSON values, in the order in which a recipe hashes them."""
-        names = {n for n in type(self).model_fields if option_details(type(self), n)["is_recorded"]}
+        names = {name for name in type(self).model_fields if self._is_recorded(name)}
         return self.model_dump(mode="json", include=names)
+
+    def _is_recorded(self, name: str) -> bool:
+        how = option_details(type(self), name)["is_recorded"]
+        return bool(how) and (how != "set" or getattr(self, name) != self._default(name))
+
+    def _default(self, name: str) -> Any:
+        return type(self).model_fields[name].default
 
 
 def fault_text(fault: Mapping[str, Any]) -> str:
@@ -163,7 +170,7 @@ def option(
     separator: str | None = None,
     is_argument: bool = False,
     in_recipe: bool = True,
-    is_recorded: bool = True,
+    is_recorded: bool | Literal["set"] = True,
     **limits: Any,
 ) -> Any:
     """A field of settings: its default, its help, and where it is shown.
@@ -172,7 +179,8 @@ def option(
     `--no-…` turns off a field that is true by default. `aliases` are older spellings, hidden. A
     list is given by repeating the flag, by one value with a `separator`, or as two values by a
     `metavar` of two words. `in_recipe` makes it a key of the recipe's section, and unless
-    `is_recorded` is False a part of the section's hash. `limits` are pydantic's.
+    `is_recorded` is False a part of the section's hash; "set" records it only where it differs from
+    its default, so that a new option keeps the hashes of older runs. `limits` are pydantic's.
     """
     extra: dict[str, Any] = {
         **{"panel": panel, "flags": flags, "aliases": aliases, "metavar": metavar},

@@ -152,6 +152,23 @@ def _score_accepts(change: float, gained: int, lost: int, n: int) -> bool:
     return (gained - lost - n * change) ** 2 <= Z95**2 * n * variance
 
 
+def bootstrap_ci95(
+    sum_N: Array, weight_N: Array, seed: int = 0, draws: int = 10_000
+) -> tuple[float, float]:
+    """95 % percentile interval of Σ sum / Σ weight, by redrawing the N documents with replacement.
+
+    Efron (1979). Paired: `sum_N` are differences of two models on the same documents.
+    """
+    n, rng = len(sum_N), np.random.default_rng(seed)
+    rows = max(1, 2**22 // n)  # draws in memory at once
+    ratios = []
+    for start in range(0, draws, rows):
+        drawn_BN = rng.integers(0, n, (min(rows, draws - start), n))
+        ratios.append(sum_N[drawn_BN].sum(axis=1) / weight_N[drawn_BN].sum(axis=1))
+    low, high = np.quantile(np.concatenate(ratios), [LEVEL / 2, 1 - LEVEL / 2])
+    return float(low), float(high)
+
+
 def smallest_effect(gained: int, lost: int, n: int) -> float:
     """2.8 standard errors of the paired difference (80 % power at 5 %), and no less than 3/N.
 

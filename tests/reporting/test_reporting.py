@@ -33,9 +33,9 @@ from expertcut.errors import OutputError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
 from expertcut.evaluation.results import (
     ChosenOnResult,
-    ComparisonResult,
-    ModelResult,
-    Results,
+    QuizComparison,
+    QuizModelResult,
+    QuizResults,
     SubjectResult,
 )
 from expertcut.profiling import findings, schema
@@ -285,7 +285,7 @@ def test_the_csv_has_every_expert_of_every_layer(profile: Profile):
 # Results
 
 
-def model(path: str = "models/base", right: int = 50, **changes: Any) -> ModelResult:
+def model(path: str = "models/base", right: int = 50, **changes: Any) -> QuizModelResult:
     fields = {
         "path": path,
         "accuracy": right / 100,
@@ -298,10 +298,10 @@ def model(path: str = "models/base", right: int = 50, **changes: Any) -> ModelRe
         "bytes": 13_838_323_712,
         "chosen_on": None,
     }
-    return ModelResult(**{**fields, **changes})
+    return QuizModelResult(**{**fields, **changes})
 
 
-def comparison(**changes: Any) -> ComparisonResult:
+def comparison(**changes: Any) -> QuizComparison:
     fields = {
         "base": 0,
         "other": 1,
@@ -316,11 +316,11 @@ def comparison(**changes: Any) -> ComparisonResult:
         "parameters_delta": 0,
         "bytes_delta": 0,
     }
-    return ComparisonResult(**{**fields, **changes})
+    return QuizComparison(**{**fields, **changes})
 
 
-def results(other: ModelResult, *compared: ComparisonResult) -> Results:
-    return Results(
+def results(other: QuizModelResult, *compared: QuizComparison) -> QuizResults:
+    return QuizResults(
         quiz="birds",
         revision=None,
         split="test",
@@ -378,7 +378,7 @@ def test_what_healing_won_back_is_said_where_the_cut_was_scored_too():
     won = comparison(other=2, delta=-0.05, ci95=(-0.1, 0.01), gained=3, lost=8, mcnemar_p=0.2)
     cut, healed = model("cut", 30, fingerprint="c"), model("healed", 45, healed_from="c")
 
-    def said(cut: ModelResult, lost: ComparisonResult) -> str:
+    def said(cut: QuizModelResult, lost: QuizComparison) -> str:
         found = results(cut, lost)
         found = found.model_copy(update={"models": [*found.models, healed]})
         return result_sentences(found.model_copy(update={"comparisons": [lost, won]}))[2]

@@ -10,9 +10,9 @@ import numpy as np
 from expertcut.edits.plan import BlockEdit, ChosenOn, PlanFile, PlanModel, Point, save_plan
 from expertcut.evaluation.results import (
     ChosenOnResult,
-    ComparisonResult,
-    ModelResult,
-    Results,
+    QuizComparison,
+    QuizModelResult,
+    QuizResults,
     SubjectResult,
 )
 from expertcut.profiling.storage import Profile
@@ -99,12 +99,12 @@ def curve() -> tuple[Point, ...]:
     )
 
 
-def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: Any) -> Results:
+def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: Any) -> QuizResults:
     """A base that is right half of the time, and a cut that is three questions worse."""
     n = sum(subjects.values())
 
-    def model(path: str, right: float, parameters: int) -> ModelResult:
-        return ModelResult(
+    def model(path: str, right: float, parameters: int) -> QuizModelResult:
+        return QuizModelResult(
             path=path,
             accuracy=right / n,
             stderr=0.05,
@@ -120,7 +120,7 @@ def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: 
             chosen_on=ChosenOnResult(split="val", overlap=0) if "cut" in path else None,
         )
 
-    compared = ComparisonResult(
+    compared = QuizComparison(
         base=0,
         other=1,
         delta=-3 / n,
@@ -147,7 +147,7 @@ def make_results(file: Path, subjects: Mapping[str, int] = SUBJECTS, **changes: 
         ],
         "comparisons": [compared],
     }
-    found = Results(**{**fields, **changes})
+    found = QuizResults(**{**fields, **changes})
     found.save(file)
     return found
 

@@ -10,12 +10,23 @@ from torch import nn
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS, cut_rewrite
+from expertcut.checkpoints.sequential import rank_sequentially
 from expertcut.checkpoints.shards import lay_out
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import EditPlan
-from expertcut.edits.selection import Pruning, Ranking, choose, counts, cut, expressions_of, rank
+from expertcut.edits.selection import (
+    Pruning,
+    Ranking,
+    check_wanted,
+    choose,
+    counts,
+    cut,
+    expressions_of,
+    rank,
+    wanted_count,
+)
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
 from expertcut.profiling.storage import Profile
@@ -103,14 +114,28 @@ def choose_cut(
 ) -> tuple[Pruning, tuple[str, ...]]:
     """The experts that stay, and messages."""
     settings.check()
-    needs_model = CRITERIA[settings.by].needs_model
-    most = settings.size_bytes
+    blocks, most, is_sequential = (
+        profile.info.model.blocks,
+        settings.size_bytes,
+        settings.sequential,
+    )
+    needs_model = CRITERIA[settings.by].needs_model or is_sequential
     source = profiled_source(profile) if most or needs_model else None
     engine = engine_as_profiled(profile, source, load_as) if source and needs_model else None
-    if source is None or most is None:
+    if source is None or (most is None and not is_sequential):
         return choose(profile, settings, engine), ()
-    size_of = size_of_cuts(source, settings.layout, profile.info.model.blocks[0].experts)
-    pruning = largest(rank(profile, settings, engine), size_of)
+    check_wanted(settings, blocks)  # before a criterion runs the model
+    ranking, size_of = rank(profile, settings, engine), None
+    if most is None:
+        pruning = cut(ranking, wanted_count(settings, blocks))
+    else:
+        size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
+        pruning = largest(ranking, size_of)
+    if engine is not None and is_sequential:
+        n_keep = len(next(iter(pruning.draft.edits.values())).keep)
+        pruning = cut(rank_sequentially(profile, ranking, n_keep, engine), n_keep)
+    if size_of is None:
+        return pruning, ()
     note = f"the weights will have {size_of(pruning.draft):,} bytes, of at most {most:,}"
     return pruning, (note,)
 

@@ -248,10 +248,10 @@ class Bars:
 
 
 class Line:
-    """The bar of a run: questions, tokens per second, time left."""
+    """The bar of a run: questions or rows, tokens per second, time left."""
 
-    def __init__(self, what: str, total: int, bars: Bars) -> None:
-        self.what, self.total, self.bars = what, total, bars
+    def __init__(self, what: str, total: int, bars: Bars, unit: str) -> None:
+        self.what, self.total, self.bars, self.unit = what, total, bars, unit
         self.started = time.monotonic()
         self.done = self.tokens = self.n_running = 0
 
@@ -278,7 +278,7 @@ class Line:
     def _show(self) -> None:
         elapsed_s = max(time.monotonic() - self.started, 1e-9)
         pace = f"{self.tokens / elapsed_s:,.0f} tokens/s"
-        self.bars.advance(self.what, self.done, self.total, "questions", pace)
+        self.bars.advance(self.what, self.done, self.total, self.unit, pace)
 
 
 class TerminalUI(UI):
@@ -339,10 +339,12 @@ class TerminalUI(UI):
         with self.bars.hidden():
             print(text, end="")
 
-    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
+    def watch(
+        self, run: Watched[T], what: str, total: int, where: Path, unit: str = "questions"
+    ) -> list[T]:
         """Shows a line of progress; a stop says what is kept."""
         with self._kept(what, "finished chunks are", where):
-            line = Line(what, total, self.bars)
+            line = Line(what, total, self.bars, unit)
             return list(line.follow(run(line.see)))
 
     @contextmanager

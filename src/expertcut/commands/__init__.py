@@ -6,17 +6,18 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats, without
 from expertcut.edits.edit_settings import HeldOut
 from expertcut.errors import QuizError, SettingsError
 from expertcut.files import read_file
 from expertcut.reporting.tables import Table, labelled, next_lines
-from expertcut.settings import Count, FilePath, Folder, Settings, Source, Texts, like, option
+from expertcut.settings import Count, FilePath, Folder, Settings, Source, Text, Texts, like, option
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
+    from expertcut.data.corpus import Corpus
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
@@ -36,6 +37,14 @@ quiz_option = partial(option, panel=QUIZ, in_recipe=False)
 profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
+text_option = partial(option, panel="Text", is_recorded="set")
+_AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or 1M")
+
+
+def read_amount(text: str) -> int:
+    """The number of `200k`, `1M` or `2B`."""
+    factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1].lower(), 1)
+    return max(1, round(float(text.rstrip("kKmMbB")) * factor))
 
 
 class UI:
@@ -60,8 +69,10 @@ class UI:
     def text(self, text: str) -> None:
         """Prints output for other programs, unchanged."""
 
-    def watch(self, run: Watched[T], what: str, total: int, where: Path) -> list[T]:
-        """All results of a run over `total` questions, which keeps finished chunks in `where`."""
+    def watch(
+        self, run: Watched[T], what: str, total: int, where: Path, unit: str = "questions"
+    ) -> list[T]:
+        """All results of a run over `total` units, which keeps finished chunks in `where`."""
         found = []
         with self.parts(what, where) as report:
             for step in run(lambda step: None):
@@ -163,6 +174,44 @@ class SplitSettings(BatchSettings, QuizSettings):
         quiz = load_quiz(self.selection(self.split, self.limit))
         warn_of_repeats(quiz)
         return quiz
+
+
+class TextSettings(Settings):
+    """Texts, and how they become rows."""
+
+    text: Texts = text_option(
+        [],
+        "Texts: a .jsonl (text, messages, prompt and completion), .parquet or text file, a folder, "
+        "or org/name[:config][:split][:field] of the Hub; =W weighs by tokens; repeatable.",
+        metavar="SPEC[=W]",
+    )
+    assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
+    tokens: Annotated[Text, _AMOUNT] | None = text_option(
+        None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
+        metavar="N",
+    )  # fmt: skip
+    max_tokens: int = text_option(
+        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
+    )
+    seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
+
+    @property
+    def n_tokens(self) -> int | None:
+        """`tokens` as a number."""
+        return None if self.tokens is None else read_amount(self.tokens)
+
+    def check_text(self) -> None:
+        """Refuses options of texts without a text."""
+        for name in ("assistant_only", "tokens"):
+            if not self.text and getattr(self, name):
+                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
+
+    def load_corpus(self, tokenizer: Any) -> "Corpus":
+        """The texts, tokenized."""
+        from expertcut.data.corpus import TextSelection, load_corpus
+
+        names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
+        return load_corpus(TextSelection(*names), tokenizer)
 
 
 class ProfiledSettings(ModelSettings):

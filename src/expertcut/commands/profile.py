@@ -5,21 +5,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut import commands
-from expertcut.commands import SILENT, UI, SplitSettings, model_option, output_option
+from expertcut.commands import (
+    SILENT,
+    UI,
+    SplitSettings,
+    TextSettings,
+    model_option,
+    output_option,
+    text_option,
+)
 from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
+    from expertcut.models.load import LoadOptions
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
 
 
-class ProfileSettings(SplitSettings):
-    """Measure what experts do in a quiz."""
+class ProfileSettings(TextSettings, SplitSettings):
+    """Measure what experts do in a quiz or in texts."""
 
     examples: ClassVar = (
         "expertcut profile MODEL --quiz my.jsonl --shots 0",
         "expertcut profile allenai/OLMoE-1B-7B-0125-Instruct --split val --device cuda",
-        "expertcut profile MODEL --perturb shuffle-choices --out profiles/mine",
+        "expertcut profile MODEL --text code.jsonl=0.7 --text chat.jsonl=0.3 --tokens 1M",
     )
 
     model: str = option(
@@ -34,13 +44,38 @@ class ProfileSettings(SplitSettings):
     perturb: list[Literal["shuffle-choices", "bf16"]] = option(
         [], "Ask again with choices shuffled or in bfloat16; repeatable.", panel="Profile"
     )
+    loss: bool = text_option(
+        True, "Do not predict next tokens of --text, which is faster.", flags=("--no-loss",)
+    )
     out: FilePath | None = output_option(
         None, "Output folder; a run started there is resumed.  [default: in profiles/]"
     )
 
+    def measuring(self, ui: UI) -> "tuple[LoadOptions, MeasureOptions]":
+        """How to load and to measure, as recorded where a run is resumed."""
+        from expertcut.profiling.measure import MeasureOptions, resumed
+
+        options = MeasureOptions(self.stats, self.batch_tokens, self.threads, waits=ui.is_first)
+        load_as = self.load_as()
+        return (load_as, options) if self.out is None else resumed(self.out, load_as, options)
+
+    def check_without_quiz(self) -> None:
+        """Refuses options of a quiz beside texts: one command makes one profile."""
+        names = ("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision")
+        for name in (*names, "stats", "perturb"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise SettingsError(
+                    f"--{name.replace('_', '-')} is for a quiz, and --text reads texts: profile "
+                    "each in a run of its own, and blend them in prune"
+                )
+
 
 def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
-    """Profiles the model, resuming an interrupted run."""
+    """Profiles the model on a quiz or on texts, resuming an interrupted run."""
+    settings.check_text()
+    if settings.text:
+        settings.check_without_quiz()
+        return _profile_text(settings, ui)
     ui.quiet()
     from expertcut.models.load import find_source
     from expertcut.profiling import measure
@@ -49,12 +84,7 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     from expertcut.reporting.edit_tables import accuracy_text
     from expertcut.reporting.profile_tables import cut_text
 
-    load_as = settings.load_as()
-    options = measure.MeasureOptions(
-        settings.stats, settings.batch_tokens, settings.threads, waits=ui.is_first
-    )
-    if settings.out is not None:
-        load_as, options = measure.resumed(settings.out, load_as, options)
+    load_as, options = settings.measuring(ui)
     source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
     measurement = measure.measure(source, quiz, settings.limit, load_as, options)
     if "bf16" in settings.perturb and measurement.info.settings.dtype == "bfloat16":
@@ -78,6 +108,33 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
         by = () if profile.info.settings.stats == "answer" else ("--by", "reap")
         prune = ["prune", "--sparsity", "0.5", *by, "--profile", str(folder)]
         ui.end(facts, folder, ["show", str(folder)], prune)
+    return profile
+
+
+def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
+    """Profiles the model on texts."""
+    ui.quiet()
+    import torch
+
+    from expertcut.models.load import find_source, load
+    from expertcut.profiling.measure_text import TextMeasurement, default_folder
+    from expertcut.profiling.storage import load_profile
+    from expertcut.reporting.text_tables import profile_facts
+
+    load_as, options = settings.measuring(ui)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    moe = load(find_source(settings.model, settings.revision), load_as)
+    corpus = settings.load_corpus(moe.tokenizer)
+    measurement = TextMeasurement(moe, corpus, options, has_loss=settings.loss)
+    folder: Path = settings.out or default_folder(measurement.info, moe.source)
+    n_rows = sum(map(len, corpus.rows.values()))
+    steps = partial(measurement.run, folder)
+    ui.watch(steps, f"profiling {moe.source.name}", n_rows, folder, "rows")
+    profile = load_profile(folder)
+    if ui.is_first:
+        prune = ["prune", "--sparsity", "0.5", "--by", "reap", "--profile", str(folder)]
+        ui.end(profile_facts(profile), folder, ["show", str(folder)], prune)
     return profile
 
 

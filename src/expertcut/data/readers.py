@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from urllib.parse import quote
 
 from expertcut.data.questions import LETTERS, Question
-from expertcut.errors import QuizError
+from expertcut.errors import ExpertcutError, QuizError
 from expertcut.files import MARK_BYTES, open_file, parse_json, wide_encoding
 
 _MAX_BYTES = 512 << 20  # of one file; the largest of MMLU has a third
@@ -62,7 +62,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Position (file:line) and cells of each row that is not blank."""
     # 1,285 rows of MMLU have newlines inside a cell and 4 have \r\n: newline="" keeps them.
     try:
-        with _opened(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
+        with opened(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             for cells in reader:
                 if cells and (len(cells) > 1 or cells[0].strip()):
@@ -72,7 +72,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str]]]:
                     yield where, cells
     except UnicodeDecodeError:
         # The decoder counts from the start of its buffer, so its position is not the file's.
-        with _opened(path) as lines:
+        with opened(path) as lines:
             is_utf8 = (line == line.decode(errors="ignore").encode() for line in lines)
             number = next((n for n, is_sound in enumerate(is_utf8, start=1) if not is_sound), 0)
         raise QuizError(f"{path}:{number}: not UTF-8 text: save it as UTF-8") from None
@@ -133,35 +133,43 @@ def read_records(
 
 def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Position (file:line) and JSON object (`question`, `choices`, …) of each line not blank."""
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, start=1):
             text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
             if not text.strip():
                 continue
             where = f"{path}:{number}"
-            try:
-                record = parse_json(text)
-            except UnicodeDecodeError:
-                raise QuizError(f"{where}: not UTF-8 text: save it as UTF-8") from None
-            except ValueError as error:
-                raise QuizError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
-            if not isinstance(record, dict):
-                raise QuizError(f"{where}: a {type(record).__name__}, must be a JSON object")
-            yield where, record
+            yield where, read_object(text, where)
+
+
+def read_object(text: bytes, where: str, kind: type[ExpertcutError] = QuizError) -> dict[str, Any]:
+    """The JSON object of a line; an error of the kind names the position."""
+    try:
+        record = parse_json(text)
+    except UnicodeDecodeError:
+        raise kind(f"{where}: not UTF-8 text: save it as UTF-8") from None
+    except ValueError as error:
+        raise kind(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
+    if not isinstance(record, dict):
+        raise kind(f"{where}: a {type(record).__name__}, must be a JSON object")
+    return record
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def opened(
+    path: Path, most_bytes: int = _MAX_BYTES, kind: type[ExpertcutError] = QuizError
+) -> Iterator[BinaryIO]:
+    """A file of UTF-8 text; an error of the kind says why it cannot be read."""
     try:
         with open_file(path) as file:
             if (encoding := wide_encoding(file.read(MARK_BYTES))) is not None:
-                raise QuizError(f"{path}: {encoding} text, must be UTF-8: save it as UTF-8")
-            if file.seek(0, io.SEEK_END) > _MAX_BYTES:
-                raise OSError(errno.EFBIG, f"More than {_MAX_BYTES >> 20} MiB", str(path))
+                raise kind(f"{path}: {encoding} text, must be UTF-8: save it as UTF-8")
+            if file.seek(0, io.SEEK_END) > most_bytes:
+                raise OSError(errno.EFBIG, f"More than {most_bytes >> 20} MiB", str(path))
             file.seek(0)
             yield file
     except OSError as error:
-        raise QuizError(f"{path}: cannot be read: {error.strerror}") from None
+        raise kind(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _make_question(

@@ -23,6 +23,7 @@ from expertcut.stats import Array, spearman
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from expertcut.models.moe_block import MoeBlock
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.engine import Engine
 
@@ -296,25 +297,34 @@ def scores(
 
 
 def _after_calibration(profile: Profile, chosen: Criterion, engine: Engine) -> list[Array]:
-    from expertcut.edits.calibrate import RemovalTrial, sample_inputs
-    from expertcut.edits.plan import least_per_group
+    inputs = calibration_inputs(profile, engine)
+    return [
+        after_removals(profile, chosen, block, inputs[block.layer]) for block in engine.moe.blocks
+    ]
+
+
+def calibration_inputs(profile: Profile, engine: Engine) -> dict[int, Tensor]:
+    """Inputs (T, D) of every block, by layer, at a sample of tokens of the tuning questions."""
+    from expertcut.edits.calibrate import sample_inputs
     from expertcut.edits.splits import questions_for
 
-    kept = sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
-    by_layer = []
-    infos = profile.info.model.blocks
-    for block, info, layer in zip(engine.moe.blocks, infos, profile.layers, strict=True):
-        if info.is_hashed:  # no expert can go
-            by_layer.append(np.zeros(info.experts))
-            continue
-        size = info.experts // info.groups
-        groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
-        least = info.top_k if info.groups == 1 else least_per_group(info)
-        use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
-        before = ranked(use_E, layer.alpha_mean_E)
-        trial = RemovalTrial(block, kept[block.layer])
-        by_layer.append(chosen.function(trial.change, groups, least, before))
-    return by_layer
+    return sample_inputs(engine, questions_for(profile, is_fitting=True).tuning)
+
+
+def after_removals(profile: Profile, chosen: Criterion, block: MoeBlock, x_TD: Tensor) -> Array:
+    """Scores (E,) by what removals of a block's experts change at these inputs."""
+    from expertcut.edits.calibrate import RemovalTrial
+    from expertcut.edits.plan import least_per_group
+
+    info, layer = profile.info.model.blocks[block.layer], profile.layers[block.layer]
+    if info.is_hashed:  # no expert can go
+        return np.zeros(info.experts)
+    size = info.experts // info.groups
+    groups = [range(g * size, (g + 1) * size) for g in range(info.groups)]
+    least = info.top_k if info.groups == 1 else least_per_group(info)
+    use_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
+    before = ranked(use_E, layer.alpha_mean_E)
+    return chosen.function(RemovalTrial(block, x_TD).change, groups, least, before)
 
 
 def positions_of(by: str, wanted: Positions | None) -> Positions:

@@ -102,6 +102,9 @@ class RankSettings(Settings):
     )
     by: Criterion = _rank("activations", f"Criterion that ranks the experts: {CRITERIA_HERE}.")
     positions: Positions | None = positions_option()
+    sequential: bool = _rank(
+        False, "Score each layer with the layers before it already cut.", is_recorded="set"
+    )
     protect: Texts = _rank(
         [], "Always keep super experts (super), expert L:E, or nothing (none); repeatable.  "
         "[default: super, none with --keep-active]", metavar="WHAT",
@@ -144,6 +147,29 @@ class RankSettings(Settings):
             )
         if self.min_keep is not None and self.budget != "global":
             raise SettingsError(f"--min-keep {self.min_keep} needs --budget global: add it")
+        if self.sequential:
+            self._check_sequential()
+
+    def _check_sequential(self) -> None:
+        """Refuses what cannot be measured layer after layer."""
+        from expertcut.edits.criteria import CRITERIA, positions_of, read_criteria
+
+        if self.budget == "global":
+            raise SettingsError(
+                "--budget global compares all layers before any is cut, --sequential cuts one "
+                "after the other: leave one out"
+            )
+        for by in read_criteria(self.by):
+            if not (choice := CRITERIA[by].positions):
+                raise SettingsError(
+                    f"--sequential changes nothing for --by {by}, which looks at no tokens: leave "
+                    "it out"
+                )
+            if positions_of(by, self.positions) == "answer":
+                do = "add --tokens all" if "all" in choice else "take another criterion"
+                raise SettingsError(
+                    f"--sequential measures over all tokens, and {by} counts answers: {do}"
+                )
 
 
 class CutSettings(RankSettings, KeepSettings):
@@ -180,6 +206,11 @@ class CutSettings(RankSettings, KeepSettings):
         self.check_layout()
         if self.keep_active and self.budget == "global":
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
+        if self.keep_active and self.sequential:
+            raise SettingsError(
+                "--keep-active keeps what the unedited model routes to: give --sequential with "
+                "--keep N or another number"
+            )
 
 
 def read_size(text: str) -> int:

@@ -102,6 +102,8 @@ def empty_draft(settings: CutSettings, slug: str, action: str, criterion: str) -
     marks = "".join(f"-{m}" for m, value in unusual.items() if value == m != usual)
     if "fold" in LAYOUTS[settings.layout].options and fold != "answer":
         marks += f"-fold-{fold}"
+    if settings.sequential:
+        marks, action = f"{marks}-sequential", f"{action} --sequential"
     return plan.EditPlan(
         f"{slug}{marks}",
         action,

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from expertcut.checkpoints.size import size
+from expertcut.checkpoints.size import size, stored_size
 from expertcut.data import without
 from expertcut.edits.plan import PlanFile, load_hashes, plan_in
 from expertcut.errors import OutputError
@@ -62,14 +62,14 @@ def score(
     yield scored
 
 
-def results(scoring: Scoring, scored: Sequence[Scored]) -> schema.Results:
+def results(scoring: Scoring, scored: Sequence[Scored]) -> schema.QuizResults:
     """The record of all models, each compared with the first."""
     subjects, base = [q.subject for q in scoring.quiz], scored[0]
     info = quiz_info(scoring.quiz, scoring.limit)
     comparisons = []
     for index, other in enumerate(scored[1:], start=1):
         largest, median = logprob_shift(base.answers.logprob_NC, other.answers.logprob_NC)
-        change = schema.ComparisonResult(
+        change = schema.QuizComparison(
             base=0,
             other=index,
             **compare(base.answers.is_correct_N, other.answers.is_correct_N).model_dump(),
@@ -79,7 +79,7 @@ def results(scoring: Scoring, scored: Sequence[Scored]) -> schema.Results:
             bytes_delta=other.size.size_bytes - base.size.size_bytes,
         )
         comparisons.append(change)
-    return schema.Results(
+    return schema.QuizResults(
         quiz=info.id,
         **info.model_dump(include={"revision", "split", "shots", "limit"}),
         chance=base.answers.chance,
@@ -107,10 +107,10 @@ def check_places(out: Path, harness_file: Path | None) -> None:
         )
 
 
-def save(
+def save_answers(
     scoring: Scoring, scored: Sequence[Scored], out: Path, harness_file: Path | None = None
-) -> schema.Results:
-    """Writes predictions, the harness's files if requested, and the results last."""
+) -> schema.QuizResults:
+    """Writes predictions beside the results, and the harness's files if requested."""
     record = results(scoring, scored)
     name = "predictions" if out.stem == "results" else f"{out.stem}.predictions"
     content = export.predictions_bytes(scoring.quiz, scored)
@@ -119,8 +119,21 @@ def save(
         places = export.harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):
             write_atomically(place, export.harness_bytes(scoring, one, result))
-    record.save(out)
     return record
+
+
+def described(source: Source) -> schema.ModelResult:
+    """A model of which nothing was asked yet: its size on disk, and where it comes from."""
+    edited = _plan_and_hashes(source)
+    parameters, size_bytes = stored_size(source)
+    return schema.ModelResult(
+        path=source.id,
+        revision=source.revision,
+        fingerprint=source.fingerprint,
+        parameters=parameters,
+        bytes=size_bytes,
+        healed_from=edited[0].healed_from if edited else None,
+    )
 
 
 def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
@@ -129,9 +142,9 @@ def _plan_and_hashes(source: Source) -> tuple[PlanFile, frozenset[str]] | None:
     return None if plan is None else (plan, load_hashes(source.path, plan))
 
 
-def _model_result(scored: Scored, subjects: Sequence[str]) -> schema.ModelResult:
+def _model_result(scored: Scored, subjects: Sequence[str]) -> schema.QuizModelResult:
     measured, source = accuracy(scored.answers.is_correct_N, subjects), scored.source
-    return schema.ModelResult(
+    return schema.QuizModelResult(
         path=source.id,
         revision=source.revision,
         fingerprint=source.fingerprint,

@@ -18,7 +18,7 @@ from expertcut import __version__
 from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, header
 from expertcut.data.sources import MMLU_HUB_ID
-from expertcut.evaluation.results import ModelResult, Scored, Scoring
+from expertcut.evaluation.results import QuizModelResult, Scored, Scoring
 from expertcut.files import parse_json, read_file
 from expertcut.stats import pooled_stderr
 
@@ -49,7 +49,7 @@ def is_harness_file(file: Path) -> bool:
     return isinstance(content, dict) and {"results", "configs"} <= content.keys()
 
 
-def harness_bytes(scoring: Scoring, scored: Scored, result: ModelResult) -> bytes:
+def harness_bytes(scoring: Scoring, scored: Scored, result: QuizModelResult) -> bytes:
     """The file of one model: a task for each subject, and a group of all."""
     quiz = scoring.quiz
     name = Path(quiz.id).name.removesuffix(".jsonl").removesuffix(".csv")

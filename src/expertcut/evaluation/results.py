@@ -1,7 +1,8 @@
 """`results.json`, and records in the folder of a long run. Does not import torch."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -10,9 +11,10 @@ from pydantic import Field, model_validator
 
 from expertcut.documents import Format1, Record
 from expertcut.errors import OutputError
+from expertcut.files import parse_json, read_file
 from expertcut.profiling.locks import CLAIMS
-from expertcut.profiling.schema import ProfileInfo, Settings
-from expertcut.stats import Comparison, Count, Share
+from expertcut.profiling.schema import AnyProfileInfo, Settings
+from expertcut.stats import Comparison, Count, Share, Verdict
 
 if TYPE_CHECKING:
     from expertcut.checkpoints.size import Size
@@ -38,27 +40,71 @@ class ChosenOnResult(Record):
     overlap: Count
 
 
-class ModelResult(Record):
-    """One model; `bytes` and `fingerprint` are those of its weights and config.json.
+class TaskResult(Record):
+    """One task of lm-evaluation-harness on one model: the mean of its metric over documents."""
 
-    `cut` prompts were truncated on the left, None without `--truncate`. `healed_from` is the
-    fingerprint of the checkpoint that was healed, None where healing was not the last step.
+    metric: str  # with its filter, as the harness names it: `exact_match,strict-match`
+    value: float
+    stderr: float | None
+    documents: Count
+
+
+class TaskComparison(Record):
+    """Paired comparison on one task's documents; `delta` is other minus base, in the metric.
+
+    `ci95` is a bootstrap over documents. McNemar's test, gained and lost are null unless every
+    outcome is 0 or 1; `verdict` is null where a margin in points has no meaning (perplexities).
+    `unpaired_z` and `unpaired_p` are the harness's own test, which ignores the pairs.
+    """
+
+    delta: float
+    ci95: tuple[float, float]
+    mcnemar_p: Share | None
+    gained: Count | None
+    lost: Count | None
+    verdict: Verdict | None
+    smallest_effect: float | None
+    unpaired_z: float | None
+    unpaired_p: Share | None
+
+
+class ModelResult(Record):
+    """One model, with what was asked of it; null is what was not asked or is not known.
+
+    `bytes` and `fingerprint` are those of its weights and config.json. `cut` prompts were
+    truncated on the left, None without `--truncate`. `healed_from` is the fingerprint of the
+    checkpoint that was healed, None where healing was not the last step.
     """
 
     path: str
     revision: str | None = None
     fingerprint: str | None = None
+    accuracy: Share | None = None
+    stderr: Share | None = None
+    ci95: tuple[Share, Share] | None = None
+    questions: Count | None = None
+    cut: Count | None = None
+    subjects: dict[str, SubjectResult] | None = None
+    parameters: Count | None = None
+    active_parameters: Count | None = None
+    bytes: Count | None = None
+    chosen_on: ChosenOnResult | None = None
+    healed_from: str | None = None
+    tasks: dict[str, TaskResult] | None = None
+
+
+class QuizModelResult(ModelResult):
+    """One model that answered the quiz."""
+
     accuracy: Share
     stderr: Share | None
     ci95: tuple[Share, Share]
     questions: Count
-    cut: Count | None = None
     subjects: dict[str, SubjectResult]
     parameters: Count
     active_parameters: Count
     bytes: Count
     chosen_on: ChosenOnResult | None
-    healed_from: str | None = None
 
     @model_validator(mode="after")
     def _is_the_sum_of_its_subjects(self) -> Self:
@@ -71,13 +117,27 @@ class ModelResult(Record):
         return self
 
 
-class _ModelPair(Record):
+class ComparisonResult(Record):
+    """Two models, by index, in what was asked of both; deltas are other minus base."""
+
     base: int
     other: int
+    delta: float | None = None
+    ci95: tuple[float, float] | None = None
+    gained: Count | None = None
+    lost: Count | None = None
+    mcnemar_p: Share | None = None
+    smallest_effect: float | None = None
+    max_abs_logprob_diff: float | None = None
+    median_abs_logprob_diff: float | None = None
+    parameters_delta: int | None = None
+    bytes_delta: int | None = None
+    tasks: dict[str, TaskComparison] | None = None
 
 
-class ComparisonResult(Comparison, _ModelPair):  # in JSON the indices come first
-    """Two models, by index; deltas are other minus base."""
+# Records are frozen, so a subclass may narrow a field; in JSON the indices come first.
+class QuizComparison(Comparison, ComparisonResult):  # type: ignore[misc]
+    """Two models that answered the quiz."""
 
     max_abs_logprob_diff: float
     median_abs_logprob_diff: float
@@ -85,19 +145,31 @@ class ComparisonResult(Comparison, _ModelPair):  # in JSON the indices come firs
     bytes_delta: int
 
 
+@dataclass(frozen=True)
+class Part:
+    """What is asked beside the quiz, such as `tasks`: its value for each model and comparison."""
+
+    key: str  # the field of `ModelResult` and `ComparisonResult`
+    models: Sequence[object]
+    comparisons: Sequence[object]
+
+
 class Results(Record):
-    """`results.json`; the first model is the base of every comparison."""
+    """`results.json`; the first model is the base of every comparison.
+
+    Without a quiz all that belongs to it is null; with one, the class is `QuizResults`.
+    """
 
     format: Format1 = 1
-    quiz: str
-    revision: str | None
-    split: str
-    shots: Count
-    limit: Count | None
+    quiz: str | None = None
+    revision: str | None = None
+    split: str | None = None
+    shots: Count | None = None
+    limit: Count | None = None
     chance: Share | None = None  # the accuracy of guessing; older files lack it
-    content_hashes: dict[str, str]
-    models: list[ModelResult] = Field(min_length=1)
-    comparisons: list[ComparisonResult]
+    content_hashes: dict[str, str] | None = None
+    models: Sequence[ModelResult] = Field(min_length=1)
+    comparisons: Sequence[ComparisonResult]
 
     @model_validator(mode="after")
     def _comparisons_name_models(self) -> Self:
@@ -105,10 +177,46 @@ class Results(Record):
             raise ValueError("a comparison names a model that is missing")
         return self
 
+    def with_part(self, part: Part) -> Self:
+        """A copy with one more part."""
+        values = {"models": part.models, "comparisons": part.comparisons}
+        changed = {
+            name: [
+                record.model_copy(update={part.key: value})
+                for record, value in zip(getattr(self, name), values[name], strict=True)
+            ]
+            for name in values
+        }
+        return self.model_copy(update=changed)
+
+
+class QuizResults(Results):
+    """Results with a quiz, all of whose figures are there."""
+
+    quiz: str
+    revision: str | None
+    split: str
+    shots: Count
+    limit: Count | None
+    content_hashes: dict[str, str]
+    models: list[QuizModelResult] = Field(min_length=1)
+    comparisons: list[QuizComparison]
+
+
+def results_of(models: Sequence[ModelResult]) -> Results:
+    """Results without a quiz, each model compared with the first; `with_part` fills them."""
+    comparisons = [ComparisonResult(base=0, other=other) for other in range(1, len(models))]
+    return Results(models=list(models), comparisons=comparisons)
+
 
 def load_results(path: Path) -> Results:
-    """Results from their file, an OutputError where it is missing or not valid."""
-    return Results.load(path, OutputError, "holds no results")
+    """Results from their file, of a quiz `QuizResults`; OutputError if missing or not valid."""
+    kind: type[Results] = QuizResults
+    with suppress(OSError, ValueError):  # `load` says what is wrong
+        content = parse_json(read_file(path))
+        if isinstance(content, dict) and content.get("quiz", "") is None:
+            kind = Results
+    return kind.load(path, OutputError, "holds no results")
 
 
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
@@ -142,7 +250,7 @@ def check_same(folder: Path, theirs: Record, ours: Record, kind: str) -> None:
             raise OutputError(f"{folder} is another {kind}: its {key} {how}: name another --out")
 
 
-def profile_hash(info: ProfileInfo) -> str:
+def profile_hash(info: AnyProfileInfo) -> str:
     """SHA-256 of everything that a profile's bytes depend on."""
     return hashlib.sha256(info.model_dump_json().encode()).hexdigest()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Literal, Self, TypeVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -44,6 +44,7 @@ class SweepRequest(Record):
     protect: tuple[str, ...]
     seed: int
     chosen_by: int | None = None
+    sequential: Literal[True] | None = None
 
 
 class SweptModel(Record):

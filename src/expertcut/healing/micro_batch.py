@@ -20,10 +20,10 @@ from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.files import write_atomically
 from expertcut.healing.data import Rows, TrainingData
 from expertcut.healing.heal_settings import HealSettings
-from expertcut.healing.objectives import Projection
 from expertcut.healing.state import random_states, set_random_states
 from expertcut.models.devices import free_bytes, give_back, unless_out_of_memory
 from expertcut.models.load import MoeModel
+from expertcut.scoring.projection import Projection
 
 logger = logging.getLogger(__name__)
 

@@ -26,6 +26,7 @@ from expertcut.files import write_atomically
 from expertcut.healing import objectives
 from expertcut.healing.data import Row
 from expertcut.healing.objectives import Batch
+from expertcut.scoring.projection import TopLogprobs
 
 _ROWS = TypeAdapter(dict[str, tuple[NonNegativeInt, NonNegativeInt]])
 
@@ -61,7 +62,7 @@ class CachedTeacher:
                 ) from None
             self.places |= {name: (opened, *place) for name, place in rows.items()}
 
-    def __call__(self, batch: Batch, at_BS: Tensor) -> objectives.TopLogprobs:
+    def __call__(self, batch: Batch, at_BS: Tensor) -> TopLogprobs:
         """As LiveTeacher."""
         ids, logprobs = [], []
         lengths_B = batch["attention_mask"].sum(dim=1)
@@ -71,7 +72,7 @@ class CachedTeacher:
             ids.append(file.get_slice("ids")[rows][at])
             logprobs.append(file.get_slice("logprob")[rows][at])
         ids_MR, logprob_MR = torch.cat(ids).long(), torch.cat(logprobs)
-        return objectives.TopLogprobs(ids_MR.to(at_BS.device), logprob_MR.to(at_BS.device))
+        return TopLogprobs(ids_MR.to(at_BS.device), logprob_MR.to(at_BS.device))
 
 
 def _digest(ids: Sequence[int]) -> str:

@@ -26,6 +26,7 @@ from expertcut.models.devices import trim, unless_out_of_memory
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.projection import Projection, TopLogprobs
 
 T = TypeVar("T")
 Report = Callable[[int, int], None]  # steps done, all steps
@@ -106,7 +107,7 @@ class HealTrainer(Trainer):
     ) -> None:
         super().__init__(**more)
         self.moe, self.objective, self.teacher = moe, objective, teacher
-        self.projection = objectives.Projection(moe)
+        self.projection = Projection(moe)
         self.n_processes: int = self.accelerator.num_processes
         self.balance_weight = balance_weight
         balance = Balance(moe.blocks, lambda t: self.accelerator.reduce(t, "sum"))
@@ -204,9 +205,7 @@ class HealTrainer(Trainer):
         trim()
         return hidden_BSH
 
-    def _objective(
-        self, hidden_BSH: Tensor, batch: Batch, taught: objectives.TopLogprobs | None
-    ) -> Tensor:
+    def _objective(self, hidden_BSH: Tensor, batch: Batch, taught: TopLogprobs | None) -> Tensor:
         at_BS = batch["labels"] != objectives.IGNORED
         next_M, weight_M = batch["labels"][at_BS], batch["weight_BS"][at_BS]
 

@@ -19,7 +19,7 @@ from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
-from expertcut.evaluation.results import ModelResult, Results, load_results
+from expertcut.evaluation.results import QuizModelResult, QuizResults, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
@@ -126,11 +126,11 @@ class Evaluated:
     """An evaluation of checkpoint and base, without local paths."""
 
     file: str  # its name on the Hub
-    results: Results
+    results: QuizResults
     source: Path  # where it was read
 
     @property
-    def model(self) -> ModelResult:
+    def model(self) -> QuizModelResult:
         """The checkpoint's own result."""
         return self.results.models[-1]
 
@@ -140,7 +140,7 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
 
     It may lie in the folder, in the one above, in the run's, and in the working directory.
     """
-    folder, found = checkpoint.folder, dict[Path, Results]()
+    folder, found = checkpoint.folder, dict[Path, QuizResults]()
     above = folder.resolve().parents
     runs = [place for place in above if (place / "manifest.json").is_file()]
     places = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
@@ -157,8 +157,8 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
             found[file] = own
         elif own is None and named:
             raise SettingsError(
-                f"{file} holds no results of {folder}, known by the hash of its weights: evaluate "
-                "it again with `expertcut eval`"
+                f"{file} holds no results of {folder} in a quiz, known by the hash of its weights: "
+                "evaluate it again with `expertcut eval`"
             )
     return tuple(
         Evaluated(RESULTS_FILE if i == 1 else f"results-{i}.json", results, file)
@@ -166,8 +166,10 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
     )
 
 
-def of_model(results: Results, fingerprint: str) -> Results | None:
-    """Results of the base and of the model with these weights; None without that model."""
+def of_model(results: Results, fingerprint: str) -> QuizResults | None:
+    """Results of the base and of the model with these weights; None without it or a quiz."""
+    if not isinstance(results, QuizResults):
+        return None
     own = (i for i, m in enumerate(results.models) if m.fingerprint == fingerprint)
     if (place := max(own, default=None)) is None:
         return None

@@ -36,6 +36,11 @@ class Routing:
     weights_TK: Tensor
     experts_TK: Tensor
 
+    def on(self, device: torch.device) -> "Routing":
+        """The same with its tensors on a device."""
+        tensors = (self.input_TD, self.logits_TE, self.weights_TK, self.experts_TK)
+        return Routing(self.layer, *(tensor.to(device) for tensor in tensors))
+
 
 @dataclass(frozen=True)
 class ExpertCall:

@@ -217,18 +217,23 @@ class MoeModel:
         return runs_on(self.model.get_input_embeddings())
 
 
+def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
+    """The tokenizer of a checkpoint; ModelError for files that it cannot be read from."""
+    for file in (source.path / name for name in _JSON):
+        if file.exists():
+            read_object(file, 500_000_000)  # the largest known has 33 MB
+    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+        return AutoTokenizer.from_pretrained(
+            source.path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+
+
 def load(source: Source, options: LoadOptions) -> MoeModel:
     """Loads a model in eval mode, without gradients, with reproducible kernels."""
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
-    for file in (source.path / name for name in _JSON):
-        if file.exists():
-            read_object(file, 500_000_000)  # the largest known has 33 MB
-    with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=options.trust_remote_code, local_files_only=True
-        )
+    tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     # The config was tested without weights before, so an error here may be in any file.
     with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
         model, info = _MODELS.from_pretrained(

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.storage import CUT, Arrays, load_profile
+from expertcut.profiling.text_recorder import TextRecorder
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
@@ -44,8 +46,68 @@ class MeasureOptions:
     waits: bool = True  # ends when all chunks exist, else when none is left for this process
 
 
-class Measurement:
-    """One quiz and one model with fixed settings; `run` measures the missing chunks."""
+class ChunkedRun:
+    """A model and what it reads, in chunks of a profile's folder; `run` measures missing ones."""
+
+    moe: MoeModel
+    info: schema.AnyProfileInfo
+    waits: bool
+
+    def work(self) -> dict[str, Work]:
+        """Chunks by file name."""
+        raise NotImplementedError
+
+    def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
+        """Measures the missing chunks, yields after each; `on_pass` precedes each forward pass."""
+        work = self.work()
+        tally = Tally(work)
+        longest_first = sorted(work, key=lambda name: -work[name].cost)
+        with SharedFolder(folder, self.info).opened() as shared:
+            tally.was_there = {name for name in work if shared.is_done(name)}
+            for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
+                if is_to_measure:
+                    arrays, n_tokens = self.measure(work[name], on_pass)
+                    shared.write(name, arrays)
+                    tally.tokens_by_mine[name] = n_tokens
+                else:
+                    yield tally.note_done(name)
+            if len(tally.done) == len(work):
+                shared.finish(time.monotonic() - tally.started, tally.mine, tally.others)
+
+    def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """The arrays of a chunk, and the number of tokens that were run."""
+        raise NotImplementedError
+
+
+class PassCounter:
+    """Counts the tokens of a chunk's passes, and those that ran out of memory."""
+
+    def __init__(self, what: str, on_pass: OnPass, recorder: Recorder | TextRecorder) -> None:
+        self.what, self.on_pass, self.recorder = what, on_pass, recorder
+        self.n_tokens = self.n_halved = 0
+
+    def begin(self, step: Pass) -> None:
+        """Called before each pass."""
+        self.n_tokens += step.n_tokens
+        self.on_pass(step)
+        self.recorder.begin(step)
+
+    def undo(self, step: Pass) -> None:
+        """Called after a pass that ran out of memory."""
+        self.n_tokens -= step.n_tokens
+        self.n_halved += 1
+        self.recorder.undo(step)
+        logger.warning(
+            "%s: a pass of %d tokens ran out of memory and comes again in halves: the bytes of "
+            "this chunk may differ from those of another run",
+            *(self.what, step.n_tokens),
+        )
+
+
+class Measurement(ChunkedRun):
+    """One quiz and one model with fixed settings."""
+
+    info: schema.ProfileInfo
 
     def __init__(self, moe: MoeModel, quiz: Quiz, limit: int | None, options: MeasureOptions):
         self.moe = moe
@@ -80,54 +142,25 @@ class Measurement:
         if settings == engine_settings(self.engine, stats, quiz.truncate):
             remember(key, "agrees")
 
-    def run(self, folder: Path, on_pass: OnPass = ignore) -> Iterator[Progress]:
-        """Measures the missing chunks, yields after each; `on_pass` precedes each forward pass."""
-        work = chunks_of_work(self.info, self.quiz)
-        tally = Tally(work)
-        longest_first = sorted(work, key=lambda name: -work[name].cost)
-        with SharedFolder(folder, self.info).opened() as shared:
-            tally.was_there = {name for name in work if shared.is_done(name)}
-            for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
-                if is_to_measure:
-                    arrays, n_tokens = self._measure(work[name], on_pass)
-                    shared.write(name, arrays)
-                    tally.tokens_by_mine[name] = n_tokens
-                else:
-                    yield tally.note_done(name)
-            if len(tally.done) == len(work):
-                shared.finish(time.monotonic() - tally.started, tally.mine, tally.others)
+    def work(self) -> dict[str, Work]:
+        """Chunks of questions by file name."""
+        return chunks_of_work(self.info, self.quiz)
 
-    def _measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
-        questions, stats = work.questions, self.info.settings.stats
+    def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """The arrays of a chunk of questions, and the number of tokens that were run."""
+        questions: Any = work.questions
+        stats = self.info.settings.stats
         encoded = self.engine.encode(self.quiz, work.subject, questions)
         of_calibration = [not is_held_out(q) for q in questions] if self.is_one_set else None
         recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
-        n_tokens = n_halved = 0
-
-        def begin(step: Pass) -> None:
-            nonlocal n_tokens
-            n_tokens += step.n_tokens
-            on_pass(step)
-            recorder.begin(step)
-
-        def undo(step: Pass) -> None:
-            nonlocal n_tokens, n_halved
-            n_tokens -= step.n_tokens
-            n_halved += 1
-            recorder.undo(step)
-            logger.warning(
-                "%s: a pass of %d tokens ran out of memory and comes again in halves: the bytes of "
-                "this chunk may differ from those of another run",
-                *(work.subject, step.n_tokens),
-            )
-
-        observer = PassObserver(begin, undo, recorder.on_rows, stats == "all")
+        counter = PassCounter(work.subject, on_pass, recorder)
+        observer = PassObserver(counter.begin, counter.undo, recorder.on_rows, stats == "all")
         with recorder.listening():
             logprob_NC = self.engine.score(encoded, watch=observer)
         arrays = recorder.arrays()
         check_finite(self.moe, work.subject, arrays)
-        if n_halved:
-            arrays[HALVED] = np.array([n_halved], dtype=np.uint16)
+        if counter.n_halved:
+            arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)
         if encoded.n_cut:
             arrays[CUT] = np.array(encoded.cut_N, dtype=np.int32)
         arrays["choice_logprob_NC"] = logprob_NC.numpy()
@@ -137,7 +170,7 @@ class Measurement:
             most = max(len(q.choices) for q in questions)
             orders = [[*q.order, *[schema.NO_CHOICE] * (most - len(q.order))] for q in questions]
             arrays["order_NC"] = np.array(orders, dtype=np.uint8)
-        return arrays, n_tokens
+        return arrays, counter.n_tokens
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:

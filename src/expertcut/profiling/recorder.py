@@ -1,10 +1,7 @@
 """Records what a profile stores of a chunk: routing at answers, and sums over all tokens."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +10,7 @@ from torch import Tensor
 from expertcut.errors import ModelError
 from expertcut.models import hooks
 from expertcut.models.devices import runs_on
+from expertcut.models.hooks import Scope
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.schema import Stats
@@ -72,17 +70,12 @@ class Recorder:
         self.unread_gap_N = self.gap_N.clone()
         self.unread_prefix_gap = self.prefix_gap.clone()
 
-    def listening(self) -> AbstractContextManager[None]:
+    def listening(self) -> Scope:
         """Hooks the routers, and for all-token sums the experts."""
         blocks, tokens = self.blocks, self.tokens
         observers = [] if self.stats == "none" else [hooks.observe_routers(blocks, self._route)]
         if self.stats == "all":
-            observers += [
-                hooks.observe_residuals(blocks, tokens.read),
-                hooks.observe_experts(
-                    blocks, lambda call: tokens.expert(call, self.valid_T), tokens.combined
-                ),
-            ]
+            observers.append(tokens.listening(blocks, lambda: self.valid_T))
         return hooks.registered(observers)
 
     def begin(self, step: Pass) -> None:
@@ -133,9 +126,7 @@ class Recorder:
     def _route(self, routing: hooks.Routing) -> None:
         if not len(routing.logits_TE):
             return
-        fields: dict[str, Any] = vars(routing)
-        moved = {k: v.to(self.device) for k, v in fields.items() if k != "layer"}
-        routing = replace(routing, **moved)
+        routing = routing.on(self.device)
         block = self.blocks[routing.layer]
         alpha_TE = block.alpha(routing.logits_TE)
         score_TE = block.selection_scores(routing.logits_TE, alpha_TE)
@@ -219,6 +210,13 @@ class TokenSums:
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
         self.is_in_width = True  # False once experts have another width than the block's input
+
+    def listening(self, blocks: Sequence[MoeBlock], valid: Callable[[], Tensor | None]) -> Scope:
+        """Hooks what comes after the routers of some blocks; `valid` gives a pass's `valid_T`."""
+        experts = hooks.observe_experts(
+            blocks, lambda call: self.expert(call, valid()), self.combined
+        )
+        return hooks.registered([hooks.observe_residuals(blocks, self.read), experts])
 
     def begin(self, part: int) -> None:
         """Starts a pass of the shared prefix (0) or of the questions (1)."""

@@ -93,13 +93,77 @@ class Settings(Record):
     truncate: Truncate | None = None
 
 
-class ProfileInfo(Record):
-    """`profile.json`."""
+class TextSourceInfo(Record):
+    """One source of texts; `chunks` are the numbers of rows in each chunk."""
+
+    spec: str
+    revision: str | None
+    weight: float = Field(gt=0)
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+    chunks: tuple[int, ...] = Field(min_length=1)
+    content_hash: str
+
+
+class TextInfo(Record):
+    """The texts of a profile, and how they became rows; see `data.corpus.TextSelection`."""
+
+    sources: dict[str, TextSourceInfo] = Field(min_length=1)
+    max_tokens: int = Field(ge=1)
+    tokens: int | None
+    seed: int
+    assistant_only: bool
+    has_loss: bool
+
+    @property
+    def id(self) -> str:
+        """The names of the sources."""
+        return ", ".join(self.sources)
+
+    @property
+    def split(self) -> str:
+        """What stands for a quiz's split."""
+        return "text"
+
+    @property
+    def revision(self) -> None:
+        """None: each source has its own."""
+        return
+
+    @property
+    def shots(self) -> int:
+        """Texts have no shots."""
+        return 0
+
+    @property
+    def limit(self) -> None:
+        """Texts are limited by tokens instead."""
+        return
+
+    @property
+    def subjects(self) -> dict[str, SubjectInfo]:
+        """Rows and content of each source."""
+        return {
+            name: SubjectInfo(questions=sum(s.chunks), content_hash=s.content_hash)
+            for name, s in self.sources.items()
+        }
+
+    @property
+    def n_documents(self) -> int:
+        """Documents of all sources."""
+        return sum(source.documents for source in self.sources.values())
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens that count, of all sources."""
+        return sum(source.tokens for source in self.sources.values())
+
+
+class _Info(Record):
+    """What every `profile.json` has."""
 
     format: Format1 = 1
     model: ModelInfo
-    quiz: QuizInfo
-    settings: Settings
 
     @property
     def short_hash(self) -> str:
@@ -109,6 +173,18 @@ class ProfileInfo(Record):
     def called(self, model: str) -> Self:
         """The info with another model id."""
         return self.model_copy(update={"model": self.model.model_copy(update={"id": model})})
+
+
+class ProfileInfo(_Info):
+    """`profile.json` of a quiz."""
+
+    quiz: QuizInfo
+    settings: Settings
+
+    @property
+    def text(self) -> None:
+        """The texts; a quiz has none."""
+        return
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
@@ -123,6 +199,33 @@ class ProfileInfo(Record):
             for k, (start, end) in enumerate(pairwise(starts)):
                 # Quoted: a subject must not lead out of the folder.
                 yield f"{quote(subject, safe=' ')}-{k}.safetensors", subject, end - start
+
+
+class TextProfileInfo(_Info):
+    """`profile.json` of texts."""
+
+    text: TextInfo
+    settings: Settings
+
+    @property
+    def quiz(self) -> TextInfo:
+        """What was read in place of a quiz."""
+        return self.text
+
+    def chunk_hash(self, chunk: str, source: str) -> str:
+        """The hash in a chunk: all that its bytes depend on, no other source and no path."""
+        content, settings = self.text.sources[source].content_hash, self.settings
+        lines = (chunk, content, self.model.fingerprint, settings.model_dump_json())
+        return hashlib.sha256("\n".join((*lines, str(self.text.has_loss))).encode()).hexdigest()
+
+    def chunks(self) -> Iterator[tuple[str, str, int]]:
+        """(file name, source, number of rows) of every chunk, in order."""
+        for name, source in self.text.sources.items():
+            for k, n_rows in enumerate(source.chunks):
+                yield f"{quote(name, safe=' ')}-{k}.safetensors", name, n_rows
+
+
+AnyProfileInfo = ProfileInfo | TextProfileInfo
 
 
 def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
@@ -166,6 +269,29 @@ def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Ite
         yield from _wrong_routing(arrays, blocks)
     for name in sums:
         if not np.isfinite(arrays[name]).all():
+            yield f"{name} holds a value that is not finite"
+
+
+def text_arrays_faults(arrays: Mapping[str, Array], info: TextProfileInfo, n: int) -> Iterator[str]:
+    """The errors in the arrays of a chunk of n rows."""
+    blocks = info.model.blocks
+    needed: dict[str, tuple[int, ...]] = {"tokens_N": (n,)}
+    if info.text.has_loss:
+        needed |= dict.fromkeys(("scored_N", "loss_N", "right_N"), (n,))
+    if info.settings.stats != "none":
+        shape_LE = (len(blocks), max(block.experts for block in blocks))
+        kinds = ["tokens", "weight", "norm", "weighted_norm", "votes", "largest", "probability"]
+        kinds += ["predicted", "right", "loss", "alpha", "alpha_right"] * info.text.has_loss
+        every = [f"{prefix}{kind}_LE" for kind in kinds for prefix in ("", "calibration_")]
+        needed |= {"calibration_N": (n,), **dict.fromkeys(every, shape_LE)}
+        needed["moments_2LX"] = (2, len(blocks), 2 + blocks[0].top_k)
+    for name, shape in needed.items():
+        if name not in arrays:
+            yield f"it has no {name}"
+        elif arrays[name].shape != shape:
+            yield f"{name} has shape {list(arrays[name].shape)}, not {list(shape)}"
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
             yield f"{name} holds a value that is not finite"
 
 

@@ -47,14 +47,108 @@ class Answers:
         return chance(self.logprob_NC)
 
 
-@dataclass(frozen=True)
-class LayerStatistics:
-    """One MoE block over the N questions of a profile."""
+@dataclass(frozen=True, kw_only=True)
+class LayerSums:
+    """One MoE block over the tokens of a profile."""
 
     layer: int
     block: str
     n_experts: int
     top_k: int
+    alpha_mean_E: Array
+    over_tokens: OverTokens | None = None
+
+    @property
+    def tokens_E(self) -> Array | None:
+        """Tokens that chose each expert; None without all-token sums."""
+        return None if self.over_tokens is None else self.over_tokens.tokens_E
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextTokenStatistics:
+    """Sums over the tokens routed to an expert whose next token is scored."""
+
+    predicted_E: Array
+    right_E: Array
+    loss_E: Array
+    alpha_E: Array
+    alpha_right_E: Array
+
+    @property
+    def accuracy_E(self) -> Array:
+        """Share of the tokens whose next token the model predicts."""
+        return share(self.right_E, self.predicted_E)
+
+    @property
+    def weighted_accuracy_E(self) -> Array:
+        """Σ α·1(ŷ = y) / Σ α."""
+        return share(self.alpha_right_E, self.alpha_E)
+
+    @property
+    def mean_loss_E(self) -> Array:
+        """Mean −log p of the next token."""
+        return share(self.loss_E, self.predicted_E)
+
+
+@dataclass(frozen=True)
+class TextScore:
+    """Σ −log p of next tokens (nats), how many were scored, and how many predicted."""
+
+    loss: float
+    scored: int
+    right: int
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean −log p in nats; NaN where nothing was scored."""
+        return self.loss / self.scored if self.scored else float("nan")
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean loss; infinite beyond what a float holds."""
+        return float(np.exp(np.minimum(self.mean_loss, 709.0)))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of the scored tokens that were predicted."""
+        return self.right / self.scored if self.scored else float("nan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextLayer(LayerSums):
+    """One MoE block over the tokens of texts; moments are Σ and Σ² over those tokens.
+
+    X is the entropy over the chosen experts, the one over all, and the probability by rank.
+    """
+
+    over_tokens: OverTokens
+    moments_2X: Array
+    next: NextTokenStatistics | None = None  # None without losses
+
+    @property
+    def n_activated(self) -> int:
+        """Number of experts that at least one token activated."""
+        return int((self.over_tokens.tokens_E > 0).sum())
+
+    def routing_json(self) -> dict[str, Any]:
+        """Entropies and rank probabilities, as of a quiz."""
+        n = max(float(self.moments_2X[0, 2:].sum()), 1.0)  # a token's probabilities sum to 1
+        mean_X = self.moments_2X[0] / n
+        std_X = np.sqrt(np.maximum(self.moments_2X[1] / n - mean_X**2, 0))
+        numbers: dict[str, Any] = {}
+        for name, x in (
+            ("entropy_top", 0),
+            ("entropy_all", 1),
+            ("rank_probability", slice(2, None)),
+        ):
+            numbers |= {f"{name}_mean": mean_X[x].tolist(), f"{name}_std": std_X[x].tolist()}
+        return numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerStatistics(LayerSums):
+    """One MoE block over the N questions of a profile."""
+
     entropy_top_N: Array
     entropy_all_N: Array
     rank_probability_NK: Array
@@ -63,14 +157,7 @@ class LayerStatistics:
     weighted_accuracy_E: Array
     n_effective_E: Array  # (Σα)²/Σα², the effective number of questions of a weighted accuracy
     contribution_pct_E: Array
-    alpha_mean_E: Array
     weight_E: Array | None = None  # Σ gate weight over the questions that chose an expert
-    over_tokens: OverTokens | None = None
-
-    @property
-    def tokens_E(self) -> Array | None:
-        """Tokens that chose each expert; None without all-token sums."""
-        return None if self.over_tokens is None else self.over_tokens.tokens_E
 
     @cached_property
     def appearances_E(self) -> Array:
@@ -135,6 +222,27 @@ def layer_json(layer: LayerStatistics) -> dict[str, Any]:
         "activated": layer.n_activated,
         **routing_json(layer, slice(None)),
         "expert": [expert_json(layer, expert) for expert in range(layer.n_experts)],
+    }
+
+
+def text_layer_json(layer: TextLayer) -> dict[str, Any]:
+    """The numbers of a layer and its experts over texts, undefined shares as None."""
+    experts: list[dict[str, Any]] = []
+    for expert in range(layer.n_experts):
+        own: dict[str, Any] = {"expert": expert, "tokens": int(layer.over_tokens.tokens_E[expert])}
+        if layer.next is not None:
+            values = (layer.next.accuracy_E, layer.next.weighted_accuracy_E, layer.next.mean_loss_E)
+            names = ("next_token_accuracy", "weighted_accuracy", "mean_loss")
+            own |= {n: or_none(v[expert]) for n, v in zip(names, values, strict=True)}
+        experts.append(own)
+    return {
+        "layer": layer.layer,
+        "block": layer.block,
+        "experts": layer.n_experts,
+        "top_k": layer.top_k,
+        "activated": layer.n_activated,
+        **layer.routing_json(),
+        "expert": experts,
     }
 
 

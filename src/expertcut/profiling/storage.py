@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Hashable
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property, partial, reduce, wraps
 from pathlib import Path
@@ -16,8 +17,23 @@ from expertcut.data import Quiz, Truncate
 from expertcut.data.sources import is_held_out
 from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file, write_atomically
-from expertcut.profiling.schema import NO_CHOICE, ProfileInfo, arrays_faults
-from expertcut.profiling.statistics import Answers, LayerStatistics, OverTokens, layers_of
+from expertcut.profiling.schema import (
+    NO_CHOICE,
+    AnyProfileInfo,
+    ProfileInfo,
+    TextProfileInfo,
+    arrays_faults,
+    text_arrays_faults,
+)
+from expertcut.profiling.statistics import (
+    Answers,
+    LayerStatistics,
+    NextTokenStatistics,
+    OverTokens,
+    TextLayer,
+    TextScore,
+    layers_of,
+)
 from expertcut.stats import Array
 
 Arrays = dict[str, Array]
@@ -83,7 +99,7 @@ class Profile:
 
     holds_out = True  # some of the tuning questions are held out if no other split can be
 
-    def __init__(self, path: Path, info: ProfileInfo, truncate: Truncate | None = None) -> None:
+    def __init__(self, path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> None:
         self.path = path
         self.info = info
         self.truncate = truncate or info.settings.truncate  # for further prompts
@@ -117,10 +133,14 @@ class Profile:
         for name, subject, n_questions in parts:
             path = self.path / "chunks" / name
             arrays = read_chunk(path, self.info.chunk_hash(name, subject))
-            if reason := next(arrays_faults(arrays, self.info, n_questions), ""):
+            if reason := next(self._faults(arrays, n_questions), ""):
                 raise ProfileError(f"{path} is damaged ({reason}): profile again to redo it")
             found.append(arrays)
         return found
+
+    def _faults(self, arrays: Arrays, n: int) -> Iterator[str]:
+        assert isinstance(self.info, ProfileInfo), "texts are of another class"
+        return arrays_faults(arrays, self.info, n)
 
     def array(self, name: str) -> Array:
         """A per-question array (first axis N) of all chunks; ProfileError if it was not kept."""
@@ -158,8 +178,7 @@ class Profile:
             weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
             over_tokens = None
             if sums["tokens_E"] is not None:
-                own: dict[str, Any] = {k: None if v is None else v[i, :n] for k, v in sums.items()}
-                over_tokens = OverTokens(**own)
+                over_tokens = OverTokens(**_of_layer(sums, i, n))
             layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens))
         return layers
 
@@ -187,6 +206,84 @@ class Profile:
         return np.asarray(np.sum(sums, axis=0))
 
 
+class TextProfile(Profile):
+    """A profile of texts: sums over tokens, and losses by row, without answers."""
+
+    info: TextProfileInfo
+
+    def _faults(self, arrays: Arrays, n: int) -> Iterator[str]:
+        return text_arrays_faults(arrays, self.info, n)
+
+    def array(self, name: str) -> Array:
+        """An array by row (first axis N) of all chunks; ProfileError if it was not kept."""
+        if name not in self.chunks[0]:
+            raise ProfileError(
+                f"{self.path} is a profile of texts, which hold no answers ({name}): profile a "
+                "quiz for this"
+            )
+        return super().array(name)
+
+    def token_sum(self, name: str) -> Array | None:
+        """A sum (L, E) over all tokens; None if it was not kept."""
+        if f"{name}_LE" not in self.chunks[0]:
+            return None
+        return np.asarray(np.sum([c[f"{name}_LE"] for c in self.chunks], axis=0))
+
+    @cached_property
+    def layers(self) -> list[TextLayer]:  # type: ignore[override]  # without answers
+        """Every MoE block's statistics, in layer order."""
+        sums, following = (
+            {f.name: self.token_sum(f.name.removesuffix("_E")) for f in fields(kind)}
+            for kind in (OverTokens, NextTokenStatistics)
+        )
+        alpha_LE = self.token_sum("probability")
+        if sums["tokens_E"] is None or alpha_LE is None:
+            raise ProfileError(f"{self.path} keeps losses alone, as `expertcut eval` writes them")
+        moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
+        layers = []
+        for i, block in enumerate(self.info.model.blocks):
+            own, after = (_of_layer(kinds, i, block.experts) for kinds in (sums, following))
+            over_tokens = OverTokens(**own)
+            n_tokens = max(float(over_tokens.tokens_E.sum()) / block.top_k, 1.0)
+            layers.append(
+                TextLayer(
+                    layer=i,
+                    block=block.name,
+                    n_experts=block.experts,
+                    top_k=block.top_k,
+                    alpha_mean_E=alpha_LE[i, : block.experts] / n_tokens,
+                    over_tokens=over_tokens,
+                    moments_2X=moments_2LX[:, i],
+                    next=NextTokenStatistics(**after) if self.info.text.has_loss else None,
+                )
+            )
+        return layers
+
+    @cached_property
+    def scores(self) -> dict[str, TextScore]:
+        """What was predicted of each source; empty without losses."""
+        names = self.info.text.sources if self.info.text.has_loss else ()
+        return {name: self._score({name}) for name in names}
+
+    @property
+    def score(self) -> TextScore:
+        """What was predicted of all sources."""
+        return self._score({*self.info.text.sources})
+
+    def _score(self, sources: Collection[str]) -> TextScore:
+        parts = zip(self.info.chunks(), self.chunks, strict=True)
+        own = [chunk for (_, source, _), chunk in parts if source in sources]
+        loss, scored, right = (
+            sum(float(chunk[name].sum(dtype=np.float64)) for chunk in own)
+            for name in ("loss_N", "scored_N", "right_N")
+        )
+        return TextScore(loss, int(scored), int(right))
+
+
+def _of_layer(sums: Mapping[str, Array | None], layer: int, n_experts: int) -> dict[str, Any]:
+    return {k: None if v is None else v[layer, :n_experts] for k, v in sums.items()}
+
+
 def once_per_profile(
     derive: Callable[Concatenate[Profile, Options], Derived], /
 ) -> Callable[Concatenate[Profile, Options], Derived]:
@@ -208,7 +305,17 @@ def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     file = path / "profile.json"
     if not file.exists():
         raise ProfileError(f"no profile in {path}: it has no profile.json: run `expertcut profile`")
-    return Profile(path, ProfileInfo.load(file, ProfileError, "is not a valid profile"), truncate)
+    kind: type[AnyProfileInfo] = ProfileInfo
+    with suppress(OSError, ValueError):  # said when it is loaded
+        content = parse_json(read_file(file))
+        kind = TextProfileInfo if isinstance(content, dict) and "text" in content else ProfileInfo
+    return profile_of(path, kind.load(file, ProfileError, "is not a valid profile"), truncate)
+
+
+def profile_of(path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> Profile:
+    """The profile of this kind in a folder."""
+    kind = TextProfile if isinstance(info, TextProfileInfo) else Profile
+    return kind(path, info, truncate)
 
 
 def newest_profile(root: Path = Path("profiles"), truncate: Truncate | None = None) -> Profile:
@@ -234,12 +341,38 @@ def unfinished_after(profile: Profile) -> list[Profile]:
 
 def largest_values(profile: Profile) -> list[Array] | None:
     """The largest absolute output (E,) of each expert at any token, per MoE block."""
-    if "question_largest_LE" not in profile.chunks[0]:
+    if isinstance(profile, TextProfile):
+        parts = [chunk["largest_LE"] for chunk in profile.chunks]
+    elif "question_largest_LE" not in profile.chunks[0]:
         return None
-    parts = [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")]
+    else:
+        parts = [c[f"{part}_largest_LE"] for c in profile.chunks for part in ("prefix", "question")]
     largest_LE = np.max(parts, axis=0)
     blocks = profile.info.model.blocks
     return [largest_LE[layer, : block.experts] for layer, block in enumerate(blocks)]
+
+
+class TextPart(TextProfile):
+    """A profile of texts without the documents that are held out."""
+
+    def __init__(self, whole: TextProfile) -> None:
+        super().__init__(whole.path, whole.info, whole.truncate)
+        self.whole = whole
+
+    @cached_property
+    def chunks(self) -> list[Arrays]:
+        """All chunks in order without the held-out rows; moments are of all."""
+        found = []
+        for chunk in self.whole.chunks:
+            part = {"moments_2LX": chunk["moments_2LX"]}
+            chooses_N = chunk[IN_CALIBRATION].astype(bool)
+            for name, array in chunk.items():
+                if name.startswith(f"{CALIBRATION}_") and name.endswith("_LE"):
+                    part[name.removeprefix(f"{CALIBRATION}_")] = array
+                elif name.endswith("_N"):
+                    part[name] = array[chooses_N]
+            found.append(part)
+        return found
 
 
 class ProfilePart(Profile):

@@ -14,11 +14,24 @@ from typing import Self
 
 from expertcut import __version__
 from expertcut.data import Question, Quiz
+from expertcut.data.corpus import Row
 from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS, POLL_S, Claims
-from expertcut.profiling.schema import CHUNK_QUESTIONS, ProfileInfo, Settings
-from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, load_profile, write_chunk
+from expertcut.profiling.schema import (
+    CHUNK_QUESTIONS,
+    AnyProfileInfo,
+    ProfileInfo,
+    Settings,
+    TextProfileInfo,
+)
+from expertcut.profiling.storage import (
+    Arrays,
+    chunk_or_fault,
+    load_profile,
+    profile_of,
+    write_chunk,
+)
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
 logger = logging.getLogger(__name__)
@@ -28,10 +41,13 @@ PROFILE_FILE, RUN_FILE = "profile.json", "run.json"
 
 @dataclass(frozen=True)
 class Work:
-    """One chunk to measure; `cost` is in characters of prompts."""
+    """One chunk to measure: questions of a subject, at a cost in characters of prompts.
+
+    Or rows of a source of texts, at a cost in tokens.
+    """
 
     subject: str
-    questions: tuple[Question, ...]
+    questions: Sequence[Question] | Sequence[Row]
     cost: int
 
 
@@ -104,7 +120,7 @@ class Tally:
 class SharedFolder:
     """A profile folder that this and other processes fill, each while it has it `opened`."""
 
-    def __init__(self, path: Path, info: ProfileInfo) -> None:
+    def __init__(self, path: Path, info: AnyProfileInfo) -> None:
         self.path = path
         self.info = info
         self.claims = Claims(path / CLAIMS)
@@ -173,7 +189,7 @@ class SharedFolder:
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
         """Writes `run.json` once, with questions measured here and by others, if all are done."""
-        profile = Profile(self.path, self.info)
+        profile = profile_of(self.path, self.info)
         while not profile.missing and profile.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:
                 if is_mine and profile.finished_at is None:
@@ -216,8 +232,9 @@ class SharedFolder:
                 f"{their_hash}, not {our_hash}: name another --out"
             )
         if theirs.quiz != ours.quiz:
+            what = "quiz" if ours.text is None and theirs.text is None else "text"
             raise ProfileError(
-                f"{self.path} is a profile of another quiz: {_describe(theirs)}, not "
+                f"{self.path} is a profile of another {what}: {_describe(theirs)}, not "
                 f"{_describe(ours)}: name another --out"
             )
         for key in Settings.model_fields:
@@ -229,7 +246,11 @@ class SharedFolder:
                 )
 
 
-def _describe(info: ProfileInfo) -> str:
+def _describe(info: AnyProfileInfo) -> str:
+    if isinstance(info, TextProfileInfo):
+        sources = info.text.sources.values()
+        content = hashlib.sha256("".join(s.content_hash for s in sources).encode()).hexdigest()
+        return f"{info.text.n_tokens} tokens of {info.text.id} ({content[:8]})"
     quiz, subjects = info.quiz, info.quiz.subjects.values()
     content = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
     total = sum(s.questions for s in subjects)

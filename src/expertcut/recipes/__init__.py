@@ -62,10 +62,12 @@ def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
         text = f"nothing to do, all {n_stages} stages are current ({again})"
     ui.say([], [f"{folder}: {text}"])
     if n_ran and not settings.dry_run and "eval" in outcome.stages:
-        from expertcut.evaluation.results import load_results
+        from expertcut.evaluation.results import QuizResults, load_results
         from expertcut.recipes.stages import RESULTS
         from expertcut.reporting.eval_tables import result_sentences
 
-        ui.say([], ["", *result_sentences(load_results(folder / RESULTS))])
+        results = load_results(folder / RESULTS)
+        said = result_sentences(results) if isinstance(results, QuizResults) else []
+        ui.say([], ["", *said])
     ui.say([], [f"{name} is no longer in the recipe; its files stay" for name in outcome.left_over])
     return outcome

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from expertcut.edits.plan import ChosenOn, PlanFile, ids_text
 from expertcut.evaluation import search_results as searches
-from expertcut.evaluation.results import ComparisonResult, ModelResult, Results
+from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
+from expertcut.reporting import task_tables
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns, signed
@@ -64,7 +65,7 @@ def plan_csv(plan: PlanFile) -> Table:
     return Table("plan", columns("block; expert; bias; scale"), rows)
 
 
-def results_table(results: Results, margin: float = MARGIN) -> Table:
+def results_table(results: QuizResults, margin: float = MARGIN) -> Table:
     """One row per model, compared with the first."""
     compared = {c.other: c for c in results.comparisons}
     rows: list[list[Cell]] = [
@@ -78,7 +79,26 @@ def results_table(results: Results, margin: float = MARGIN) -> Table:
     return Table("Evaluation", heads, rows, note)
 
 
-def results_csv(results: Results) -> Table:
+def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
+    """A table for each part: the quiz, the tasks."""
+    tables = [results_table(results, margin)] if isinstance(results, QuizResults) else []
+    return [*tables, *task_tables.tasks_tables(results, model_names(results))]
+
+
+def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """Verdicts and changes in each part, with labels."""
+    facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
+    return [*facts, *task_tables.tasks_facts(results, model_names(results), margin)]
+
+
+def evaluation_csv(results: Results) -> Table:
+    """The quiz alone by subject; with further parts one row per model and figure of a part."""
+    if isinstance(results, QuizResults) and not task_tables.has_tasks(results):
+        return results_csv(results)
+    return Table("results", columns(task_tables.FLAT), task_tables.tasks_rows(results))
+
+
+def results_csv(results: QuizResults) -> Table:
     """One row per model and subject, and one for all subjects (empty)."""
     rows: list[list[Cell]] = []
     for model in results.models:
@@ -87,7 +107,7 @@ def results_csv(results: Results) -> Table:
     return Table("results", columns("path; subject; accuracy; questions"), rows)
 
 
-def result_sentences(results: Results) -> list[str]:
+def result_sentences(results: QuizResults) -> list[str]:
     """A sentence per model: the change, the size, and leakage."""
     names, base = model_names(results), results.models[0]
     guess = edits.guess_clause(base.accuracy, base.questions, results.chance)
@@ -95,14 +115,14 @@ def result_sentences(results: Results) -> list[str]:
     return [first, *(f"{names[c.other]}: {_facts(results, c)}." for c in results.comparisons)]
 
 
-def verdict_sentences(results: Results, margin: float = MARGIN) -> list[str]:
+def verdict_sentences(results: QuizResults, margin: float = MARGIN) -> list[str]:
     """A verdict per model compared, within a margin (a share of questions)."""
     names, base = model_names(results), results.models[0]
     known = (base.questions, margin, base.accuracy, results.chance)
     return [f"{names[c.other]}: {edits.verdict_text(c, *known)}" for c in results.comparisons]
 
 
-def result_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+def result_facts(results: QuizResults, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Accuracy of a model alone or near guessing, verdict and change of the others, with labels."""
     said = zip(verdict_sentences(results, margin), result_sentences(results)[1:], strict=True)
     facts = []
@@ -123,7 +143,7 @@ def model_names(results: Results) -> list[str]:
     ]
 
 
-def _facts(results: Results, change: ComparisonResult) -> str:
+def _facts(results: QuizResults, change: QuizComparison) -> str:
     """The change, what healing won back, the size, and whether questions chose the model."""
     base, model = results.models[change.base], results.models[change.other]
     text = edits.change_text(change)
@@ -141,7 +161,7 @@ def _facts(results: Results, change: ComparisonResult) -> str:
     return text
 
 
-def _won_back(results: Results, healed: ComparisonResult) -> str:
+def _won_back(results: QuizResults, healed: QuizComparison) -> str:
     """The points that healing regained, if the cut was evaluated too and lost accuracy."""
     before = results.models[healed.other].healed_from
     for cut in results.comparisons if before else []:
@@ -153,7 +173,9 @@ def _won_back(results: Results, healed: ComparisonResult) -> str:
     return ""
 
 
-def _scored(m: ModelResult | SweptModel, change: Comparison | None, margin: float) -> list[Cell]:
+def _scored(
+    m: QuizModelResult | SweptModel, change: Comparison | None, margin: float
+) -> list[Cell]:
     delta, *counts = edits.change_cells(change)
     word = verdict(change.gained, change.lost, m.questions, margin) if change else None
     return [edits.unit(m.bytes, "B"), m.accuracy, delta, word, edits.interval_text(m.ci95), *counts]

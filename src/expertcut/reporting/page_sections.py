@@ -15,10 +15,10 @@ from expertcut.edits.plan import BlockEdit, PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
-from expertcut.evaluation.results import ModelResult, Results
+from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import BlockInfo, QuizInfo
+from expertcut.profiling.schema import BlockInfo, QuizInfo, TextInfo
 from expertcut.reporting import edit_tables, eval_tables, views
 from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
@@ -96,6 +96,9 @@ def headlines(run: Run) -> Iterator[Headline]:
     """One for each evaluation; without any one for each checkpoint, or else each profile."""
     for document in run.results:
         results = document.content
+        if not isinstance(results, QuizResults):
+            yield tasks_headline(results)
+            continue
         (_, context), *_ = _quiz(results, results.quiz)
         chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
         on = max((_finished(views.notes_in(file)) for file in chunks), default="")[:10]
@@ -109,7 +112,7 @@ def headlines(run: Run) -> Iterator[Headline]:
         yield Headline([right, (f"Experts: {n_answer}", others)])
 
 
-def results_headline(results: Results, context: str = "") -> Headline:
+def results_headline(results: QuizResults, context: str = "") -> Headline:
     """The size and the verdict of the first models compared, or the accuracy of the only one."""
     base, names = results.models[0], eval_tables.model_names(results)
     findings, n = [], base.questions
@@ -125,7 +128,13 @@ def results_headline(results: Results, context: str = "") -> Headline:
     return Headline(findings or [(text, names[0])], context)
 
 
-def _asked_of(model: ModelResult) -> str:
+def tasks_headline(results: Results) -> Headline:
+    """The first findings of an evaluation without a quiz."""
+    facts = eval_tables.evaluation_facts(results)[:_HEADLINES]
+    return Headline([(text, "") for _, text in facts])
+
+
+def _asked_of(model: QuizModelResult) -> str:
     used = model.chosen_on.overlap if model.chosen_on else 0
     return _asked(model.questions, used, bool(model.healed_from))
 
@@ -205,7 +214,7 @@ def key_of(name: str, used: Collection[str]) -> str:
     return next(key for key in keys if key not in used)
 
 
-def accuracies(name: str, scored: Sequence[ModelResult | SweepCell | Point | None]) -> Series:
+def accuracies(name: str, scored: Sequence[QuizModelResult | SweepCell | Point | None]) -> Series:
     """Accuracy with its interval, one value each."""
     ends = [(None, None) if each is None else each.ci95 for each in scored]
     return series_of(name, [None if each is None else each.accuracy for each in scored], ends)
@@ -321,13 +330,25 @@ def outcome_sections(run: Run) -> list[Section]:
     return [replace(s, title="Results") for s in sections] if len(sections) == 1 else sections
 
 
-def _change(base: ModelResult, model: ModelResult, subject: str) -> float | None:
+def _change(base: QuizModelResult, model: QuizModelResult, subject: str) -> float | None:
     """Points of accuracy in a subject above the base's; None where it was not scored."""
     scored = model.subjects.get(subject)
     return None if scored is None else 100 * (scored.accuracy - base.subjects[subject].accuracy)
 
 
 def _results_parts(results: Results, key: str) -> list[Part]:
+    """The quiz with its figures, and the tables and sentences of the other parts."""
+    is_quiz = isinstance(results, QuizResults)
+    parts = _quiz_parts(results, key) if isinstance(results, QuizResults) else []
+    for table in eval_tables.evaluation_tables(results)[is_quiz:]:
+        parts += [
+            Summary(table.narrow(unless=False)),
+            Folded(f"All figures: {table.title}", [table]),
+        ]
+    return parts
+
+
+def _quiz_parts(results: QuizResults, key: str) -> list[Part]:
     table, models = eval_tables.results_table(results), results.models
     names, series = eval_tables.model_names(results), [accuracies("accuracy", models)]
     if (chance := results.chance) is not None and len(models) > 1:  # a line from row to row
@@ -352,7 +373,7 @@ def _results_parts(results: Results, key: str) -> list[Part]:
     ]
 
 
-def _differences(results: Results, key: str) -> Curves:
+def _differences(results: QuizResults, key: str) -> Curves:
     base, subjects = results.models[0], tuple(results.models[0].subjects)
     others = list(zip(eval_tables.model_names(results), results.models, strict=True))[1:]
     changes = ((name, (_change(base, model, s) for s in subjects)) for name, model in others)
@@ -366,7 +387,7 @@ def _differences(results: Results, key: str) -> Curves:
     )  # fmt: skip
 
 
-def subjects_table(results: Results) -> Table:
+def subjects_table(results: QuizResults) -> Table:
     """Accuracy of every subject and model, with intervals and changes."""
     base, names = results.models[0], eval_tables.model_names(results)
     rows: list[list[Cell]] = []
@@ -485,14 +506,19 @@ def _plan(plan: PlanFile) -> Rows:
 
 
 def _results(results: Results) -> Rows:
+    asked: Rows = []
+    if isinstance(results, QuizResults):
+        asked = [
+            *_quiz(results, results.quiz),
+            ("hash of the questions", _hash(results.content_hashes)),
+        ]
     return [
-        *_quiz(results, results.quiz),
-        ("hash of the questions", _hash(results.content_hashes)),
+        *asked,
         *((f"model {i}", model.path) for i, model in enumerate(results.models)),
     ]
 
 
-def _quiz(quiz: QuizInfo | Results, name: str) -> Rows:
+def _quiz(quiz: QuizInfo | TextInfo | QuizResults, name: str) -> Rows:
     first = f", the first {quiz.limit} of each subject" if quiz.limit else ""
     questions = f"{name}, split {quiz.split}, {quiz.shots} shots{first}"
     return [("questions", questions), ("revision of the questions", quiz.revision)]

@@ -261,9 +261,9 @@ def compared_with(plan: PlanFile, folder: Path) -> tuple[str, Path | None]:
 
 def _results(path: Path, margin: float) -> Shown:
     results = load_results(path)
-    said = [labelled(*fact) for fact in eval_tables.result_facts(results, margin)]
-    table = eval_tables.results_table(results, margin)
-    return _shown(results, [table], eval_tables.results_csv, *said)
+    said = [labelled(*fact) for fact in eval_tables.evaluation_facts(results, margin)]
+    tables = eval_tables.evaluation_tables(results, margin)
+    return _shown(results, tables, eval_tables.evaluation_csv, *said)
 
 
 def _run(folder: Path, margin: float) -> Shown:

@@ -16,10 +16,10 @@ prompt runs again to find the first module with a non-finite output.
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from os.path import commonprefix
 from types import MethodType
 from typing import Any
@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, prompt
+from expertcut.data.corpus import Corpus, chunk_rows
 from expertcut.errors import ModelError
 from expertcut.files import advance
 from expertcut.models.gate_laws import check_gate, verifying
@@ -36,8 +37,9 @@ from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.validate import check_ids
 from expertcut.scoring import attention, passes
-from expertcut.scoring.packing import Encoded, encode
+from expertcut.scoring.packing import Encoded, EncodedRows, Pass, encode, encode_rows
 from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ignore
+from expertcut.scoring.projection import Projection
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +99,9 @@ def _watching(moe: MoeModel) -> Iterator[list[str]]:
         yield seen
 
 
+Scores = Callable[[Any, ScoringMode], Tensor]
+
+
 class Engine:
     """Scores chunks with one model; `check` sets `is_trusted` and `attention`.
 
@@ -154,8 +159,12 @@ class Engine:
             "or with --truncate left, which cuts them as lm-evaluation-harness does"
         )
 
-    def encode_all(self, quiz: Quiz) -> Iterator[Encoded]:
-        """Tokenizes a quiz, subject by subject; warns of truncated prompts."""
+    def encode_all(self, quiz: Quiz | Corpus) -> Iterator[Encoded]:
+        """Chunks of a quiz, subject by subject, or of texts; warns of truncated prompts."""
+        if isinstance(quiz, Corpus):
+            for rows in quiz.rows.values():
+                yield from map(encode_rows, chunk_rows(rows))
+            return
         self.check_lengths(quiz)
         n_cut, self.n_scored, self.n_asked = 0, 0, len(quiz)
         for subject, questions in quiz.questions.items():
@@ -167,24 +176,25 @@ class Engine:
             text = "%d of %d %s prompts lost tokens on their left: the context of %s has %d"
             logger.warning(text, n_cut, len(quiz), quiz.split, self.moe.source.id, self.context)
 
-    def check(self, encoded: Encoded) -> None:
+    def check(self, encoded: Encoded, scores: Scores | None = None) -> None:
         """Checks the gates, and falls back to mode single if a batch scores questions otherwise.
 
         In float32 one of them is scored alone, the shortest behind the first: a faulty mask would
-        show it tokens of others, or pads. In half precision each is, for rounding differs.
+        show it tokens of others, or pads. In half precision each is, for rounding differs. `scores`
+        gives what is compared, by default log p of the choices.
         """
         few = encoded.part(range(min(CHECKED_QUESTIONS, len(encoded))))
         mode, is_half, places = self.mode(few), self.moe.dtype.itemsize < 4, range(len(few))
         shortest = min(places[1:] or places, key=lambda q: len(few.prompts[q]))
         asked = [*places] if is_half and mode != "single" else [shortest]
+        scores = scores or self._choices
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
-            alone = self._run(few.part(asked), "single", PassObserver(), may_trim=False)
-            alone_NC = self._score(alone)
+            alone_NC = scores(few.part(asked), "single")
         if mode == "single":
             return
         tolerance = 5e-2 if is_half else 1e-4
         while True:
-            together_NC = self._score(self._run(few, mode, PassObserver(), may_trim=True))
+            together_NC = scores(few, mode)
             difference_NC = together_NC[asked, : alone_NC.shape[1]] - alone_NC
             difference = float(difference_NC.nan_to_num(0).abs().max())
             if difference <= tolerance:
@@ -197,6 +207,10 @@ class Engine:
             logger.info("attention in two parts is %s: using a mask instead, which is slower", off)
         self.is_trusted = False
         logger.warning("%s scoring is %s: scoring one prompt at a time instead", mode, off)
+
+    def _choices(self, encoded: Encoded, mode: ScoringMode) -> Tensor:
+        """Log p of each choice (N, C)."""
+        return self._score(self._run(encoded, mode, PassObserver(), may_trim=mode != "single"))
 
     def mode(self, encoded: Encoded) -> ScoringMode:
         """The mode of a chunk: a function of chunk and model alone."""
@@ -222,14 +236,30 @@ class Engine:
         return Run(self.moe, encoded, watch, mode, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
+    def run(self, encoded: Encoded, on_pass: OnPass = ignore) -> None:
+        """Runs the passes of a chunk for what hooks see of them, and scores nothing."""
+        observer, mode = PassObserver(begin=on_pass), self.mode(encoded)
+        self._check_ids(encoded.prompts)
+        for done, _ in self._run(encoded, mode, observer, may_trim=False).passes():
+            self._report(done)
+
+    def _check_ids(self, rows: Iterable[Sequence[int]]) -> None:
+        n_embeddings = len(self.moe.model.get_input_embeddings().weight)
+        for ids in rows:
+            check_ids(self.moe.source.path, ids, n_embeddings)
+
+    def _report(self, done: Pass) -> None:
+        if self.n_asked:
+            self.n_scored += len(done.questions)
+            advance(f"running {self.moe.source.name}", self.n_scored, self.n_asked, "questions")
+
+    @torch.inference_mode()
     def _score(self, run: Run) -> Tensor:
         encoded = run.encoded
-        n_embeddings = len(self.moe.model.get_input_embeddings().weight)
-        for ids in (*encoded.prompts, *encoded.choice_ids):
-            check_ids(self.moe.source.path, ids, n_embeddings)
+        self._check_ids((*encoded.prompts, *encoded.choice_ids))
         most = max(map(len, encoded.choice_ids))
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in encoded.choice_ids]
-        choice_NC = torch.tensor(padded, device=self.moe.device)
+        choice_NC = torch.tensor(padded, dtype=torch.long, device=self.moe.device)
         logprob_NC = torch.full(choice_NC.shape, -torch.inf, device=self.moe.device)
         for done, logits_NV in run.passes():
             at_N = torch.tensor(done.questions, device=logits_NV.device)
@@ -237,22 +267,35 @@ class Engine:
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
-            if self.n_asked:
-                self.n_scored += len(done.questions)
-                name = f"running {self.moe.source.name}"
-                advance(name, self.n_scored, self.n_asked, "questions")
+            self._report(done)
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
         if bool(is_bad_N.any()):
-            bad = int(is_bad_N.int().argmax())
-            alone, watch = encoded.part([bad]), PassObserver(begin=run.watch.begin)
-            with _watching(self.moe) as seen:
-                list(self._run(alone, "single", watch, may_trim=False).passes())
-            raise _not_finite(self.moe, encoded.names[bad], seen)
+            raise self.not_finite(encoded, int(is_bad_N.int().argmax()), run.watch.begin)
         return logprob_NC.cpu()
 
+    def not_finite(self, encoded: Encoded, bad: int, begin: OnPass) -> ModelError:
+        """Runs one prompt again and names the first module with a non-finite output."""
+        alone = self._run(encoded.part([bad]), "single", PassObserver(begin=begin), may_trim=False)
+        with _watching(self.moe) as seen:
+            list(alone.passes())
+        return _not_finite(self.moe, encoded.names[bad], seen)
 
-def ask(engine: Engine, quiz: Quiz, on_pass: OnPass = ignore) -> Tensor:
-    """Log p of each choice (N, C) for a whole quiz, subject by subject."""
+    @cached_property
+    def projection(self) -> Projection:
+        """The model in two halves, for the logits of all tokens."""
+        return Projection(self.moe)
+
+    def hidden_states(
+        self, rows: EncodedRows, watch: PassObserver, mode: ScoringMode | None = None
+    ) -> Iterator[tuple[Pass, Tensor]]:
+        """Each pass over the rows, and its last hidden states (T, H) as `projection` needs them."""
+        self._check_ids(rows.prompts)
+        run = self._run(rows, mode or self.mode(rows), watch, may_trim=False)
+        yield from replace(run, projection=self.projection).passes()
+
+
+def ask(engine: Engine, quiz: Quiz | Corpus, on_pass: OnPass = ignore) -> Tensor:
+    """Log p of each choice (N, C) for a whole quiz, subject by subject; C is 0 for texts."""
     return stack_scores([engine.score(encoded, on_pass) for encoded in engine.encode_all(quiz)])
 
 

@@ -1,17 +1,20 @@
-"""Turns a chunk of questions into forward passes: token ids, shared prefix and packs."""
+"""Turns a chunk of questions or rows of texts into passes: token ids, shared prefix, packs."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertcut.data import Question, prompt
+from expertcut.data.corpus import Row
 from expertcut.data.questions import LETTERS
 from expertcut.errors import ModelError
 from expertcut.models.validate import file_of, token_ids
+from expertcut.stats import Array
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,11 @@ class Encoded:
         """Number of truncated prompts."""
         return sum(n > 0 for n in self.cut_N)
 
-    def part(self, questions: Iterable[int]) -> "Encoded":
+    def part(self, questions: Iterable[int]) -> Self:
         """Some of its questions, in this order."""
         at = tuple(questions)
         picked = {name: tuple(own[q] for q in at) for name, own in vars(self).items() if own}
-        return Encoded(**picked)
+        return type(self)(**picked)
 
     def shared_prefix(self) -> int:
         """Length of the longest common prefix of all prompts, at most the shortest minus one."""
@@ -48,6 +51,33 @@ class Encoded:
         same = next((i for i, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), None)
         shortest = min(map(len, self.prompts)) - 1
         return shortest if same is None else min(same, shortest)
+
+
+@dataclass(frozen=True)
+class EncodedRows(Encoded):
+    """Rows of texts, which have no choices: the tokens to predict (−1: none) and those that count.
+
+    Each row is read by itself: a prefix that rows share is read in each of them.
+    """
+
+    next_ids: tuple[Array, ...] = ()
+    counts: tuple[Array, ...] = ()
+
+    def shared_prefix(self) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def of_pass(self, step: "Pass") -> tuple[Tensor, Tensor]:
+        """Next tokens (T,) and which tokens count (T,) of a pass; pads predict nothing."""
+        next_T = torch.full_like(step.question_T, -1)
+        counts_T = torch.zeros_like(step.question_T, dtype=torch.bool)
+        is_own_T = slice(None) if step.valid_T is None else step.valid_T
+        own_next, own_counts = (
+            torch.from_numpy(np.concatenate([kind[q] for q in step.questions]))
+            for kind in (self.next_ids, self.counts)
+        )
+        next_T[is_own_T], counts_T[is_own_T] = own_next.long(), own_counts
+        return next_T, counts_T
 
 
 @dataclass(frozen=True)
@@ -90,6 +120,17 @@ def encode(tokenizer: Any, questions: Sequence[Question], shots: Sequence[Questi
     names = tuple(f"question {q.row} of {q.subject} (counted from 0)" for q in questions)
     choice_ids = tuple(tuple(letters[: len(q.choices)]) for q in questions)
     return Encoded(tuple(prompts), choice_ids, names)
+
+
+def encode_rows(rows: Sequence[Row]) -> EncodedRows:
+    """Rows of texts, to be read in one chunk."""
+    return EncodedRows(
+        prompts=tuple(tuple(row.ids.tolist()) for row in rows),
+        choice_ids=((),) * len(rows),
+        names=tuple(row.document.where for row in rows),
+        next_ids=tuple(row.next_T for row in rows),
+        counts=tuple(row.counts_T for row in rows),
+    )
 
 
 def cut_packs(

@@ -1,6 +1,7 @@
 """Runs the forward passes of a chunk: scoring mode, memory, last-block trick and replay."""
 
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring import packing
 from expertcut.scoring.attention import Prefix, Split, attending, groups
 from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
+from expertcut.scoring.projection import Projection
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
@@ -129,7 +131,10 @@ class PassObserver:
 
 @dataclass
 class Run:
-    """The passes of one chunk; `last_layer` is the decoder layer that runs on answers only."""
+    """The passes of one chunk; `last_layer` is the decoder layer that runs on answers only.
+
+    With a `projection`, a pass gives the hidden states (T, H) of all its tokens instead of logits.
+    """
 
     moe: MoeModel
     encoded: Encoded
@@ -138,6 +143,7 @@ class Run:
     batch_tokens: int
     attention: Attention
     last_layer: int | None
+    projection: Projection | None = None
 
     def __post_init__(self) -> None:
         is_shared = self.mode == "packed"
@@ -147,7 +153,7 @@ class Run:
         self.cache = DynamicCache() if self.n_prefix and not self.splits else None
 
     def passes(self) -> Iterator[tuple[Pass, Tensor]]:
-        """Each pass with questions and its logits (N, V)."""
+        """Each pass with questions and its logits (N, V), or its hidden states (T, H)."""
         lengths = [len(ids) - self.n_prefix for ids in self.encoded.prompts]
         budget = 0 if self.mode == "single" else self.batch_tokens
         todo = list(cut_packs(lengths, budget, is_padded=self.mode != "packed"))
@@ -202,7 +208,10 @@ class Run:
                     layer.crop(-n_more)
 
     def _forward(self, step: Pass) -> Tensor:
-        """Logits (N, V) at the answer positions; only there is the vocabulary projected."""
+        """Logits (N, V) at the answer positions; only there is the vocabulary projected.
+
+        With a projection hidden states (T, H), of which it makes logits.
+        """
         device, last, keeps_all = self.moe.device, self.last_layer, self.watch.keeps_all
         width = step.input_ids.shape[1]
         columns, column_N = (step.answers_N % width).unique(return_inverse=True)
@@ -214,10 +223,16 @@ class Run:
             if last is not None:
                 block = self.moe.blocks[-1]
                 stack.enter_context(reading_answers(block, step.answers_N, self.watch))
+            ids, mask = step.input_ids.to(device), step.mask
+            mask = None if mask is None else self._mask(mask.to(device))
+            positions = None if step.positions is None else step.positions.to(device)
+            if self.projection is not None:
+                halves, run = self.projection, self.moe.model
+                return halves.hidden(run, ids, mask, position_ids=positions).flatten(0, 1)
             logits_BCV = self.moe.model(
-                input_ids=step.input_ids.to(device),
-                attention_mask=None if step.mask is None else self._mask(step.mask.to(device)),
-                position_ids=None if step.positions is None else step.positions.to(device),
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
                 past_key_values=self.cache,
                 use_cache=self.cache is not None,
                 logits_to_keep=columns.to(device),
@@ -233,6 +248,51 @@ class Run:
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
 
 
+class Decoders:
+    """The decoder layers of a model, which run from stored outputs and end early in a context."""
+
+    def __init__(self, model: Any, blocks: Sequence[MoeBlock]) -> None:
+        self.number_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
+        self.modules: list[nn.Module] = []
+        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
+        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
+        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
+            numbers = [int(match["number"]) for match in found]
+            self.number_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
+            self.modules = list(model.get_submodule(found[0]["list"]).children())
+
+    def storing(self, number: int, outputs: list[Any]) -> Scope:
+        """Appends the input of decoder layer `number`, above 0, in each pass."""
+        hook = self.modules[number - 1].register_forward_hook(
+            lambda _module, _args, output: outputs.append(output)
+        )
+        return registered([hook])
+
+    def starting_at(self, number: int, outputs: Sequence[Any]) -> Scope:
+        """Runs from decoder layer `number` on, from its stored inputs, pass by pass."""
+        n_done = 0
+
+        def stored(*_args: Any, is_last: bool, **_kwargs: Any) -> Any:
+            nonlocal n_done
+            n_done += is_last
+            return outputs[n_done - is_last]  # only the last replaced layer's is used
+
+        return registered(
+            replaced_forward(module, partial(stored, is_last=place == number))
+            for place, module in enumerate(self.modules[:number], start=1)
+        )
+
+    def ending_at(self, number: int) -> Scope:
+        """Runs no decoder layer after `number`, whose output becomes that of the last."""
+        last = deque[Any](maxlen=1)
+        later = self.modules[number + 1 :]
+        hook = self.modules[number].register_forward_hook(
+            lambda _module, _args, output: last.append(output)
+        )
+        given = (replaced_forward(module, lambda *_, **__: last[0]) for module in later)
+        return registered([hook, *given])
+
+
 class Replay:
     """Stores the outputs of decoder layers in a first run; later runs start from them.
 
@@ -243,14 +303,8 @@ class Replay:
     def __init__(
         self, model: Any, blocks: Sequence[MoeBlock], n_tokens: int, budget_bytes: int
     ) -> None:
-        self.decoder_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
-        self.decoders: list[nn.Module] = []
-        pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
-        found = [match for block in blocks if (match := pattern.fullmatch(block.name))]
-        if len(found) == len(blocks) and len({match["list"] for match in found}) == 1:
-            numbers = [int(match["number"]) for match in found]
-            self.decoder_of = dict(zip((block.layer for block in blocks), numbers, strict=True))
-            self.decoders = list(model.get_submodule(found[0]["list"]).children())
+        self.decoders = Decoders(model, blocks)
+        self.decoder_of = self.decoders.number_of
         self.outputs: dict[int, list[Any]] = {}
         deepest = sorted({n for n in self.decoder_of.values() if n}, reverse=True)
         weight = model.get_input_embeddings().weight
@@ -260,24 +314,9 @@ class Replay:
     def recording(self) -> Scope:
         """Stores the inputs of the layers that later runs may start at."""
         self.outputs = {number: [] for number in self.starts}
-        return registered(
-            self.decoders[number - 1].register_forward_hook(
-                lambda _module, _args, output, kept=kept: kept.append(output)
-            )
-            for number, kept in self.outputs.items()
-        )
+        return registered(self.decoders.storing(*stored) for stored in self.outputs.items())
 
     def starting_at(self, layer: int) -> Scope:
         """Runs from the decoder layer of this MoE block on, or from an earlier stored one."""
         number = max((n for n in self.starts if n <= self.decoder_of[layer]), default=0)
-        outputs, n_done = self.outputs.get(number, []), 0
-
-        def stored(*_args: Any, is_last: bool, **_kwargs: Any) -> Any:
-            nonlocal n_done
-            n_done += is_last
-            return outputs[n_done - is_last]  # only the last replaced layer's is used
-
-        return registered(
-            replaced_forward(module, partial(stored, is_last=place == number))
-            for place, module in enumerate(self.decoders[:number], start=1)
-        )
+        return self.decoders.starting_at(number, self.outputs.get(number, []))

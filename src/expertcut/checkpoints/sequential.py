@@ -1,0 +1,195 @@
+"""Sequential calibration: a layer is scored with the layers before it already cut.
+
+As llm-compressor does, the choice of layer l + 1 sees the damage of layer l. Layer after layer, the
+calibration questions run on from the stored outputs of the decoder layers before, which are cut as
+the checkpoint will be. What does not fit in memory runs from the start: slower, the same numbers.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertcut.checkpoints.build import fit_edits
+from expertcut.checkpoints.edit import Edit, simulated
+from expertcut.edits.criteria import (
+    CRITERIA,
+    after_removals,
+    all_tokens,
+    calibration_inputs,
+    ranked,
+)
+from expertcut.edits.plan import BlockEdit, EditPlan
+from expertcut.edits.selection import Ranking, cut
+from expertcut.edits.splits import profiled_quiz, questions_for
+from expertcut.models import hooks
+from expertcut.models.devices import free_bytes, runs_on
+from expertcut.models.moe_block import MoeBlock
+from expertcut.profiling.recorder import NAMES, TokenSums, check_finite
+from expertcut.profiling.schema import CHUNK_QUESTIONS
+from expertcut.profiling.statistics import LayerStatistics
+from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded, Pass
+from expertcut.scoring.passes import Decoders
+from expertcut.stats import Array
+
+logger = logging.getLogger(__name__)
+
+_CHECKED_PROMPTS = 2
+
+
+def rank_sequentially(
+    profile: Profile,
+    ranking: Ranking,
+    n_keep: int,
+    engine: Engine,
+    kept_bytes: int | None = None,
+) -> Ranking:
+    """The ranking with every layer scored after the layers before it were cut to `n_keep`.
+
+    No layer is cut before the first, which keeps its scores. Up to `kept_bytes` of outputs of
+    decoder layers are stored, by default half of the free memory.
+    """
+    by, n_layers = CRITERIA[ranking.settings.by], len(ranking.blocks)
+    relay = None
+    if by.needs == "profile":
+        chunks = list(calibration_chunks(profile, engine))
+        relay = Relay(engine, chunks, kept_bytes)
+        engine.n_scored, engine.n_asked = 0, (n_layers - 1) * sum(map(len, chunks))
+    edits: list[Edit] = []
+    for layer in range(1, n_layers):
+        edits += _cut_of_layer(profile, cut(ranking, n_keep).draft, layer - 1, engine)
+        block, before = engine.moe.blocks[layer], profile.layers[layer]
+        if relay is None:
+            with simulated(engine.moe, edits, is_as_written=True):
+                x_TD = calibration_inputs(profile, engine)[layer]
+            score_E = after_removals(profile, by, block, x_TD)
+        else:
+            with simulated(engine.moe, edits, is_as_written=True):
+                measured = _with_sums(before, relay.sums(layer))
+            score_E = by.of_layer(measured, "all")
+        scores, orders = [*ranking.scores], [*ranking.orders]
+        scores[layer], orders[layer] = score_E, ranked(score_E, before.alpha_mean_E)
+        ranking = replace(ranking, scores=tuple(scores), orders=tuple(orders))
+    engine.n_asked = 0
+    return ranking
+
+
+def calibration_chunks(profile: Profile, engine: Engine) -> Iterator[Encoded]:
+    """The questions of a profile that are not held out, in chunks as it was measured."""
+    for encoded in engine.encode_all(profiled_quiz(profile)):
+        for start in range(0, len(encoded), CHUNK_QUESTIONS):
+            yield encoded.part(range(start, min(start + CHUNK_QUESTIONS, len(encoded))))
+
+
+def _cut_of_layer(profile: Profile, draft: EditPlan, layer: int, engine: Engine) -> list[Edit]:
+    """The cut of one layer alone, with what its layout stores in place of the removed experts."""
+    blocks = profile.info.model.blocks
+    whole = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in blocks}
+    name = blocks[layer].name
+    alone = replace(draft, edits={**whole, name: draft.edits[name]})
+    questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
+    return fit_edits(profile, alone, questions, engine)
+
+
+def _with_sums(layer: LayerStatistics, sums: dict[str, Array]) -> LayerStatistics:
+    """The statistics with measured sums in place of the profile's, where it has them."""
+    before, n_experts = all_tokens(layer), layer.n_experts
+    own: dict[str, Any] = {
+        field.name: sums[field.name.removesuffix("_E")][:n_experts]
+        for field in fields(before)
+        if getattr(before, field.name) is not None
+    }
+    return replace(layer, over_tokens=replace(before, **own))
+
+
+class Relay:
+    """Chunks that run layer after layer; each run starts from what the run before it stored."""
+
+    def __init__(
+        self, engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None
+    ) -> None:
+        self.engine, self.chunks = engine, chunks
+        moe = engine.moe
+        self.kept_bytes = free_bytes(moe.device) // 2 if kept_bytes is None else kept_bytes
+        self.decoders = Decoders(moe.model, moe.blocks)
+        self.number = 0  # of the decoder layer whose inputs are stored
+        self.stored: list[list[Any]] = [[] for _ in chunks]  # by pass; empty if they do not fit
+        if self.kept_bytes and not self._is_exact():
+            logger.warning("layers do not reproduce the same bits alone: each run starts anew")
+            self.kept_bytes = 0
+
+    def sums(self, layer: int) -> dict[str, Array]:
+        """All-token sums (E,) of a MoE block by name, as if every prompt had run alone.
+
+        Layers come in ascending order, and those before are changed as they stay.
+        """
+        block, number = self.engine.moe.blocks[layer], self.decoders.number_of.get(layer, 0)
+        room, total_AE = self.kept_bytes, np.zeros(())
+        for place, chunk in enumerate(self.chunks):
+            outputs: list[Any] = []
+            with ExitStack() as stack:
+                if number and self.kept_bytes:
+                    if stored := self.stored[place]:
+                        stack.enter_context(self.decoders.starting_at(self.number, stored))
+                    stack.enter_context(self.decoders.storing(number, outputs))
+                    stack.enter_context(self.decoders.ending_at(number))
+                total_AE = total_AE + _sums(self.engine, chunk, [block])[:, layer]
+            size_bytes = sum(map(_size_bytes, outputs))
+            self.stored[place] = outputs if size_bytes <= room else []
+            room -= size_bytes if self.stored[place] else 0
+        self.number = number
+        return dict(zip(NAMES, total_AE, strict=True))
+
+    def _is_exact(self) -> bool:
+        """Whether two prompts have the same sums layer after layer as in one run of the model."""
+        config = self.engine.moe.model.config.get_text_config(decoder=True)
+        if not self.decoders.number_of or getattr(config, "num_kv_shared_layers", None):
+            return False  # layers that read keys of others cannot run without them
+        few = self.chunks[0].part(range(min(_CHECKED_PROMPTS, len(self.chunks[0]))))
+        blocks = self.engine.moe.blocks
+        together_ALE = _sums(self.engine, few, blocks)
+        alone, whole = self.chunks, self.stored
+        self.chunks, self.stored = [few], [[]]
+        try:
+            found = [list(self.sums(block.layer).values()) for block in blocks]
+        finally:
+            self.chunks, self.stored, self.number = alone, whole, 0
+        return np.array_equal(np.stack(found, axis=1), together_ALE)
+
+
+def _sums(engine: Engine, chunk: Encoded, blocks: Sequence[MoeBlock]) -> Array:
+    """All-token sums (A, L, E) of a chunk in the order of `NAMES`, 0 for other blocks."""
+    moe = engine.moe
+    n_experts, device = max(b.n_experts for b in moe.blocks), runs_on(moe.blocks[0].router)
+    tokens = TokenSums(moe.blocks, n_experts, device)
+    valid_T: Tensor | None = None
+
+    def begin(step: Pass) -> None:
+        nonlocal valid_T
+        valid_T = None if step.valid_T is None else step.valid_T.to(device)
+        tokens.begin(0 if step.is_prefix else 1)
+
+    def route(routing: hooks.Routing) -> None:
+        tokens.route(routing.on(device), valid_T)
+
+    observers = [hooks.observe_routers(blocks, route), tokens.listening(blocks, lambda: valid_T)]
+    with hooks.registered(observers):
+        engine.run(chunk, begin)
+    prefix_ALE, question_ALE = tokens.sums[:, :2].cpu().numpy().swapaxes(0, 1)
+    sums_ALE: Array = len(chunk) * prefix_ALE + question_ALE
+    named = {f"{name}_LE": sum_LE for name, sum_LE in zip(NAMES, sums_ALE, strict=True)}
+    check_finite(moe, "calibration, with the layers before cut", named)
+    return sums_ALE
+
+
+def _size_bytes(output: Any) -> int:
+    """Bytes of the tensors in the output of a decoder layer."""
+    parts = output if isinstance(output, tuple | list) else [output]
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))

@@ -1,0 +1,157 @@
+"""Profiling on texts: rows through a model, chunk by chunk, into a resumable folder."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from expertcut import __version__
+from expertcut.data.corpus import Corpus, Row, chunk_rows, rows_hash
+from expertcut.errors import TextError
+from expertcut.files import recall, remember
+from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.load import MoeModel, Source
+from expertcut.profiling import schema
+from expertcut.profiling.measure import (
+    DEFAULT_BATCH_TOKENS,
+    HALVED,
+    ChunkedRun,
+    MeasureOptions,
+    PassCounter,
+    engine_settings,
+    model_info,
+)
+from expertcut.profiling.recorder import check_finite
+from expertcut.profiling.storage import Arrays
+from expertcut.profiling.text_recorder import TextRecorder
+from expertcut.profiling.workers import Work
+from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
+from expertcut.scoring.next_tokens import losses, predict
+from expertcut.scoring.packing import EncodedRows, encode_rows
+from expertcut.scoring.passes import OnPass, PassObserver
+
+_CHECKED_TOKENS = 512  # of each row that the packing check reads
+
+
+class TextMeasurement(ChunkedRun):
+    """One corpus and one model with fixed settings; `rows` are by source."""
+
+    info: schema.TextProfileInfo
+
+    def __init__(
+        self,
+        moe: MoeModel,
+        corpus: Corpus,
+        options: MeasureOptions,
+        *,
+        has_loss: bool = True,
+        rows: Mapping[str, Sequence[Row]] | None = None,
+    ) -> None:
+        self.moe, self.corpus, self.waits = moe, corpus, options.waits
+        self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
+        self.rows = corpus.rows if rows is None else rows
+        most, context = max(len(r.ids) for own in self.rows.values() for r in own), None
+        if not self.engine.grows:
+            context = self.engine.context
+        if context is not None and most > context:
+            raise TextError(
+                f"rows of {most:,} tokens do not fit into the context of {moe.source.id}: give "
+                f"--max-tokens {context}, which is its length"
+            )
+        self._check_once()
+        self.info = schema.TextProfileInfo(
+            model=model_info(moe),
+            text=text_info(corpus, self.rows, has_loss=has_loss),
+            settings=engine_settings(self.engine, options.stats or "all", None),
+        )
+
+    def _check_once(self) -> None:
+        """Checks the engine, unless an earlier run found all the same right with these rows."""
+        engine, moe = self.engine, self.moe
+        few = encode_rows(list(map(_beginning, next(iter(self.rows.values()))[:CHECKED_QUESTIONS])))
+        settings = engine_settings(engine, "all", None)
+        versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
+        key = ("checked text", moe.source.fingerprint, settings, versions, few.prompts)
+        # The fingerprint does not cover code that comes with a checkpoint.
+        if "auto_map" not in read_config(moe.source.path) and recall(key):
+            return
+        engine.check(few, partial(losses, engine))
+        if settings == engine_settings(engine, "all", None):
+            remember(key, "agrees")
+
+    def work(self) -> dict[str, Work]:
+        """Chunks of rows by file name."""
+        chunks = {name: iter(chunk_rows(rows)) for name, rows in self.rows.items()}
+        work = {}
+        for file, source, _ in self.info.chunks():
+            rows = next(chunks[source])
+            work[file] = Work(source, rows, sum(len(row.ids) for row in rows))
+        return work
+
+    def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """The arrays of a chunk of rows, and the number of tokens that were run."""
+        own = [row for row in work.questions if isinstance(row, Row)]
+        rows, stats = encode_rows(own), self.info.settings.stats
+        chooses = [not row.document.is_held_out for row in own]
+        has_loss = self.info.text.has_loss
+        recorder = TextRecorder(self.moe.blocks, rows, chooses, stats, has_loss=has_loss)
+        counter = PassCounter(work.subject, on_pass, recorder)
+        observer = PassObserver(counter.begin, counter.undo)
+        with recorder.listening(), torch.inference_mode():
+            self.read(rows, observer, recorder)
+        arrays = recorder.arrays()
+        check_finite(self.moe, work.subject, arrays)
+        if counter.n_halved:
+            arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)
+        return arrays, counter.n_tokens
+
+    def read(self, rows: EncodedRows, observer: PassObserver, recorder: TextRecorder) -> None:
+        """Runs the model over the rows."""
+        if not self.info.text.has_loss:
+            for _ in self.engine.hidden_states(rows, observer):
+                pass
+            return
+        for _, found in predict(self.engine, rows, observer):
+            recorder.add(found)
+
+
+def _beginning(row: Row) -> Row:
+    at = slice(_CHECKED_TOKENS)
+    return Row(row.document, row.ids[at], row.next_T[at], row.counts_T[at])
+
+
+def text_info(
+    corpus: Corpus, rows: Mapping[str, Sequence[Row]], *, has_loss: bool
+) -> schema.TextInfo:
+    """The entry of the texts in a profile."""
+    selection = corpus.selection
+    sources = {
+        source.name: schema.TextSourceInfo(
+            spec=source.spec,
+            revision=source.revision,
+            weight=source.weight,
+            documents=len(source.documents),
+            tokens=source.n_tokens,
+            chunks=tuple(map(len, chunk_rows(rows[source.name]))),
+            content_hash=rows_hash(rows[source.name]),
+        )
+        for source in corpus.sources
+    }
+    return schema.TextInfo(
+        sources=sources,
+        max_tokens=selection.max_tokens,
+        tokens=selection.tokens,
+        seed=selection.seed,
+        assistant_only=selection.assistant_only,
+        has_loss=has_loss,
+    )
+
+
+def default_folder(info: schema.TextProfileInfo, source: Source) -> Path:
+    """`profiles/<model>-<sources>-<8 hex of the settings>`."""
+    names = "+".join(info.text.sources)[:80]
+    return Path("profiles", f"{source.name}-{names}-{info.called(source.id).short_hash}")
