@@ -105,7 +105,7 @@ def profile(task: Task, folder: Path) -> Run:
 
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "expertcut", "profile", task.model, "--text", task.rows]
-    command += ["--max-tokens", task.row_tokens, "--no-loss", "--held-out", 0]
+    command += ["--max-tokens", task.row_tokens, "--no-loss"]
     command += ["--threads", task.threads, "--out", folder / "profile"]
     took = timed(command, task.threads, folder / "log", folder)
     found = load_profile(folder / "profile")
@@ -122,9 +122,18 @@ def profile(task: Task, folder: Path) -> Run:
 def sequential(task: Task, found: dict[str, list[Run]], folder: Path) -> Run:
     """`expertcut prune --sequential` from the profile that came before; its seconds count too."""
     profiled = found["our profile"][-1]
-    command = [sys.executable, "-c", TIMED_PRUNE, "prune", task.model, "--sequential"]
+    command = [sys.executable, "-c", TIMED_PRUNE, "prune", "--sequential"]
     command += ["--profile", folder / "profile", "--keep", task.keep, "--by", "reap"]
-    command += ["--protect", "none", "--rescale-gates", "off", "--threads", task.threads]
+    command += [
+        "--protect",
+        "none",
+        "--rescale-gates",
+        "off",
+        "--held-out",
+        0,
+        "--threads",
+        task.threads,
+    ]
     command += ["--plan-only", "--out", folder / "cut"]
     took = timed(command, task.threads, folder / "prune.log", folder)
     ranked = json.loads((folder / "found.json").read_text())
