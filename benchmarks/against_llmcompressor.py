@@ -7,10 +7,10 @@ ENV/bin/python (torch from the index that `make venv` takes it from, else it bri
 llm-compressor needs an environment of its own, for it allows no transformers above 5.17. Its
 `oneshot` calibrates a random OLMoE of 261M parameters in float32 with `REAPPruningModifier`, each
 layer behind the ones that it has cut (`--sequential` here), and once with `propagate_error=False`,
-behind uncut layers, as a profile does. It runs at the best of `--batch-sizes` and, as its modifier
-advises, each token through its own experts only (`moe_calibrate_all_experts=False`; its default
-runs every expert on every token, `--every-expert`). Rows have the same length, so that it pads and
-truncates none.
+behind uncut layers, as a profile does. It runs by its defaults, which its examples keep (one row at
+a time, every expert on every token), and at its fastest: as its modifier advises, each token
+through its own experts only (`moe_calibrate_all_experts=False`), at the best of `--batch-sizes`.
+Rows have the same length, so that it pads and truncates none.
 
 Every run is a process of its own; the tools take turns. Seconds are of calibration: theirs from the
 first hook to the last layer cut, without tracing the model; ours of a profile's chunks and of
@@ -173,6 +173,9 @@ def in_turns(
         folder = place / f"round{number}"
         folder.mkdir()
         steps: dict[str, Callable[[], Run]] = {
+            "their default": lambda f=folder: llm_compressor(
+                task, python, f / "default", 1, "--every-expert"
+            ),
             "their sequential": lambda f=folder: llm_compressor(task, python, f / "theirs", batch),
             "our profile": lambda f=folder: profile(task, f / "ours"),
             "our sequential": lambda f=folder: sequential(task, found, f / "ours"),
@@ -190,7 +193,8 @@ def in_turns(
 def table(task: Task, found: dict[str, list[Run]]) -> list[list[object]]:
     """A row for each tool and way, medians over the rounds; ratios are within each round."""
     rows: list[list[object]] = []
-    for way, ours in (("uncut", "our profile"), ("sequential", "our sequential")):
+    ways = {"uncut": "our profile", "sequential": "our sequential", "default": "our sequential"}
+    for way, ours in ways.items():
         pairs = list(zip(found[f"their {way}"], found[ours], strict=True))
         wrong = [text for theirs, own in pairs if (text := fault(theirs, own))]
         print(*wrong, sep="\n", file=sys.stderr)
@@ -249,7 +253,7 @@ def main() -> None:
         batch = best_batch(task, args, place, lines)
         found = in_turns(task, args.python, place, batch, args.rounds)
         made = table(task, found)
-    columns = {"layers before": "", "run": "", "tokens": ",d", "calibration s": ".1f"}
+    columns = {"their way": "", "run": "", "tokens": ",d", "calibration s": ".1f"}
     columns |= {"tokens/s": ",.0f", "process s": ".1f", "CPU s": ".1f", "peak MB": ".0f"}
     columns |= {"× faster": ".1f", "least": ".1f"}
     columns |= {"first layer, largest relative difference": ".1e", "any layer": ".1e"}
