@@ -81,7 +81,7 @@ class PruneSettings(BlendedSettings, CheckpointSettings, _Cut):
             return
         self.check_model()
         super().check()
-        self.check_blend([self.by])
+        self.check_blend([self.by], is_sequential=self.sequential)
         if self.blend == "maxmin" and self.keep_active:
             raise SettingsError("--blend maxmin ranks experts: give it without --keep-active")
         if self.adapter is not None and self.plan_only:

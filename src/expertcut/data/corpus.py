@@ -32,6 +32,7 @@ from expertcut.stats import Array
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
+TEXT_SPLIT = "text"  # stands for a quiz's split
 CHUNK_TOKENS = 1 << 16
 _BATCH = 64  # documents tokenized at a time
 _NAME_BYTES = 100  # of a source as part of a file's name
@@ -143,8 +144,8 @@ class Corpus:
 
     @property
     def split(self) -> str:
-        """What stands for a quiz's split."""
-        return "text"
+        """`TEXT_SPLIT`."""
+        return TEXT_SPLIT
 
     @property
     def n_tokens(self) -> int:

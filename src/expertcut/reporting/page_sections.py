@@ -115,7 +115,7 @@ def headlines(run: Run) -> Iterator[Headline]:
     for document in run.results:
         results = document.content
         if not isinstance(results, QuizResults):
-            yield tasks_headline(results)
+            yield parts_headline(results)
             continue
         (_, context), *_ = _quiz(results, results.quiz)
         chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
@@ -149,10 +149,13 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
     return Headline(findings or [(text, names[0])], context)
 
 
-def tasks_headline(results: Results) -> Headline:
-    """The first findings of an evaluation without a quiz."""
-    names = eval_tables.model_names(results)
-    facts = [(text, "") for _, text in task_tables.tasks_facts(results, names)]
+def parts_headline(results: Results) -> Headline:
+    """The first findings of an evaluation without a quiz; texts come first."""
+    names, models = eval_tables.model_names(results), results.models
+    facts = text_tables.text_findings(results, names)
+    if len(models) == 2 and models[0].bytes and models[1].bytes:
+        facts.insert(0, (_size_text(models[1].bytes, models[0].bytes), names[1]))
+    facts += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
     facts += generation_tables.generation_findings(results, names, MARGIN)
     return Headline(facts[:_HEADLINES])
 
@@ -181,6 +184,9 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     base: list[Cell] = [name, _size_text(base_size)]
     own: list[Cell] = [document.name, _size_text(size)]
     words, figures = "not evaluated yet", f"{document.name} against {name}"
+    if changes := plan.proof.text:
+        finding = f"{_size_text(size, base_size)}, {text_tables.held_out_finding(changes)}"
+        return Headline([(finding, figures)], scored_on.title, text_tables.held_out_table(changes))
     asked = _asked(n, scored_on.used, bool(plan.proof.held_out_used))
     if answered := plan.proof.answered:
         c = answered.change
