@@ -15,6 +15,7 @@ from expertcut.commands.prune import PruneSettings
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.edits.criteria import CRITERIA
 from expertcut.recipes.recipe_schema import (
+    EvalSection,
     HealSection,
     ProfileSection,
     ProveSection,
@@ -46,7 +47,7 @@ LINKING = (
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only"}  # not of expertcut
 MAX_README_LINES = 130
-MAX_PAGES = 14  # beside log.md
+MAX_PAGES = 15  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -321,7 +322,7 @@ def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
 def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
     text = read("docs/recipes.md")
     edits = (PruneSettings, MergeSettings, ReweightSettings, HealSection)
-    parts = (ProfileSection, *edits, ProveSection, PublishSection)
+    parts = (ProfileSection, *edits, ProveSection, EvalSection, PublishSection)
     own = {
         key for part in parts for key in part.model_fields if option_details(part, key)["in_recipe"]
     }

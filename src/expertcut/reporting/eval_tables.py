@@ -52,7 +52,10 @@ def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
     if chosen.text_tokens is not None:
         text = f"{chosen.text_tokens:,} tokens in {chosen.questions:,} documents of {chosen.quiz}"
-    if blend is not None:
+    if blend is not None and all(part.questions is None for part in blend.profiles):
+        parts = (f"{p.tokens:,} tokens of {p.quiz} (weight {p.weight:.3g})" for p in blend.profiles)
+        text = ", ".join(parts)
+    elif blend is not None:
         n_more = len(blend.profiles) - 1
         text += f" and what {n_more} more profile{'s' if n_more > 1 else ''} read"
     if chosen.fitted_split:

@@ -153,10 +153,11 @@ def parts_headline(results: Results) -> Headline:
     """The first findings of an evaluation without a quiz; texts come first."""
     names, models = eval_tables.model_names(results), results.models
     facts = text_tables.text_findings(results, names)
-    if len(models) == 2 and models[0].bytes and models[1].bytes:
-        facts.insert(0, (_size_text(models[1].bytes, models[0].bytes), names[1]))
     facts += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
     facts += generation_tables.generation_findings(results, names, MARGIN)
+    if facts and len(models) == 2 and models[0].bytes and models[1].bytes:
+        (first, figures), *others = facts
+        facts = [(f"{_size_text(models[1].bytes, models[0].bytes)}, {first}", figures), *others]
     return Headline(facts[:_HEADLINES])
 
 
@@ -375,8 +376,9 @@ def _results_parts(results: Results, key: str) -> list[Part]:
             Folded(f"All figures: {table.title}", [table]),
         ]
     names = eval_tables.model_names(results)
-    said = [f"{text}." for _, text in text_tables.judged_facts(results, names)]
-    return [*parts, *said, *([text_tables.judged_note(results.text)] if said else [])]
+    said = [text for _, text in text_tables.judged_facts(results, names)]
+    said += text_tables.checked_sentences(results.text)
+    return [*parts, *(f"{text}." for text in said)]
 
 
 def _quiz_parts(results: QuizResults, key: str) -> list[Part]:
