@@ -231,7 +231,7 @@ def _limits(plan: PlanFile, evaluated: Sequence[Evaluated]) -> Iterator[str]:
     letters = "Answers are judged by log p of a letter after the prompt. "
     judged = "" if is_text and not any(one.quiz for one in evaluated) else letters
     if not any(model.generation or model.tasks for model in models):
-        judged += "Written text was not judged."
+        judged += "What the model writes was not judged."
     if judged:
         yield judged.strip()
 

@@ -15,7 +15,6 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import match_blocks
-from expertcut.data.ngrams import NGRAMS_FILE
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
@@ -29,7 +28,7 @@ from expertcut.reporting.tables import one_line
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
-_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml", Path(NGRAMS_FILE).suffix)
+_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml", ".ngrams")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _RESULTS = "results"  # uploaded as read for the card, not from the folder
 RESULTS_FILE = "results.json"

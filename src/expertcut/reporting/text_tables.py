@@ -92,15 +92,13 @@ def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]
     """What each model lost on each source; of a single model its perplexity."""
     facts = []
     for index, source, found, c in _judged(results):
-        n = f"{found.tokens:,} tokens in {found.documents:,} documents"
+        n = f"{found.tokens:,} tokens in {found.documents:,} document"
+        n += "s" if found.documents > 1 else ""
+        n += "" if found.ci95 else ", too few for intervals"
         if c is None and len(results.models) == 1:
             text = f"{found.perplexity:.3f}{_behind(found.ci95, '.3f')}"
-            facts.append(
-                (
-                    "text",
-                    f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte: {n}",
-                )
-            )
+            text = f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte, on {n}"
+            facts.append(("text", text))
         elif c is not None:
             base = (results.models[0].text or {})[source]
             lost = _lost(base, found, c, _is_bound(results.text))
@@ -122,9 +120,10 @@ def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool
             return text
         delta = signed(c.delta_bits_per_byte, "+.4f")
         return f"{text}, {delta}{_behind(c.delta_bits_per_byte_ci95, '+.4f')}"
-    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{_behind(c.ci95, '+.4f')}"
+    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token"
+    loss += _behind(c.ci95, "+.4f").replace("(", "(95 % interval ")
     if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
-        loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
+        loss += ", no significant change"
     ratio = math.exp(min(c.delta_loss, 700.0))
     text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
     text += f"{_behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
@@ -151,8 +150,7 @@ def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
 
 
 def _behind(ends: Ends, spec: str) -> str:
-    """The interval in brackets, or why there is none."""
-    return f" ({_span(ends, spec)})" if ends else " (too few documents for an interval)"
+    return f" ({_span(ends, spec)})" if ends else ""
 
 
 def text_findings(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
