@@ -47,7 +47,7 @@ LINKING = (
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only"}  # not of expertcut
 MAX_README_LINES = 130
-MAX_PAGES = 15  # beside log.md
+MAX_PAGES = 14  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -294,7 +294,7 @@ def python(page: str) -> str:
 
 def test_the_python_of_the_readme_runs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = python("README.md")
-    assert code and code in python("docs/python.md")
+    assert code and code in python("docs/recipes.md")
     if not hasattr(expertcut, "profile"):
         pytest.skip("the Python API is not there yet")
     monkeypatch.chdir(clone)
