@@ -170,7 +170,8 @@ def write(
     sentences = tables.adapter_sentences(built) if built else []
     if plan.blend is not None and built and built.proof:
         heaviest = plan.blend.profiles[0].name
-        sentences.append(f"Held-out questions are those of {heaviest}: judge the others with eval.")
+        things = built.scored_on.things if built.scored_on else "questions"
+        sentences.append(f"Held-out {things} are those of {heaviest}: judge the others with eval.")
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     settings.say_result(built, folder, profile, sentences, ui)
