@@ -152,12 +152,15 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
 def parts_headline(results: Results) -> Headline:
     """The first findings of an evaluation without a quiz; texts come first."""
     names, models = eval_tables.model_names(results), results.models
-    facts = text_tables.text_findings(results, names)
+    facts: list[tuple[str, str]] = []
+    for index, words, figures in text_tables.text_findings(results, names):
+        size, base_size = models[index].bytes, models[0].bytes
+        is_first = len(models) > 2 or not facts
+        sized = f"{_size_text(size, base_size)}, {words}" if size and base_size else words
+        text = sized if index and is_first else words
+        facts.append((f"{names[index]}: {text}" if len(models) > 2 else text, figures))
     facts += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
     facts += generation_tables.generation_findings(results, names, MARGIN)
-    if facts and len(models) == 2 and models[0].bytes and models[1].bytes:
-        (first, figures), *others = facts
-        facts = [(f"{_size_text(models[1].bytes, models[0].bytes)}, {first}", figures), *others]
     return Headline(facts[:_HEADLINES])
 
 

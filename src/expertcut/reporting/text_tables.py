@@ -153,17 +153,17 @@ def _behind(ends: Ends, spec: str) -> str:
     return f" ({_span(ends, spec)})" if ends else ""
 
 
-def text_findings(results: Results, names: Sequence[str]) -> list[tuple[str, str]]:
-    """What a model lost on each source in plain words, and the figures behind."""
+def text_findings(results: Results, names: Sequence[str]) -> list[tuple[int, str, str]]:
+    """What a model, by index, lost on each source in plain words, and the figures behind."""
     findings = []
     for index, source, found, c in _judged(results):
         if c is not None:
             base = (results.models[0].text or {})[source]
             figures = f"{names[index]} against {names[0]}: "
             figures += _lost(base, found, c, _is_bound(results.text))
-            findings.append((_in_words(source, c.delta_loss, c.ci95), figures))
+            findings.append((index, _in_words(source, c.delta_loss, c.ci95), figures))
         elif len(results.models) == 1:
-            findings.append((f"perplexity {found.perplexity:.3f} on {source}", names[0]))
+            findings.append((index, f"perplexity {found.perplexity:.3f} on {source}", names[0]))
     return findings
 
 
