@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-# oneDNN keeps what it prepared for each number of rows: of its usual 1,024 products a long run holds
-# some 100 MB more than of these.
+# oneDNN keeps what it prepared for products, one for each number of rows: its usual 1,024 take some
+# 100 MB more than these.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 INNER = "_old_forward"  # where accelerate keeps the wrapped forward
 _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
