@@ -157,7 +157,8 @@ def write(
     removed = removed_traffic(profile, plan.edits)
     if settings.wide:
         ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
-    cut = tables.cut_line(pruning, profile.info.model.blocks)
+    is_text = profile.info.text is not None
+    cut = tables.cut_line(pruning, profile.info.model.blocks, is_text=is_text)
     traffic = traffic_lines(profile, plan.edits, "removed experts")
     touched = tables.touched_sentences(pruning, removed)
     ui.say([], [cut, *traffic, *(labelled("", sentence) for sentence in touched)])
