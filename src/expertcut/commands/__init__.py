@@ -33,7 +33,9 @@ from expertcut.settings import (
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.data.corpus import Corpus, TextSelection
+    from expertcut.evaluation.sweep_judges import TextScoring
     from expertcut.models.load import LoadOptions
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
 
@@ -390,6 +392,37 @@ class ScoredSettings(Settings):
         shots = info.shots if self.shots is None else self.shots
         which = (self.quiz or info.id, self.split or "test", shots, subjects)
         return load_quiz(Selection(*which, self.limit, revision, profile.truncate))
+
+
+class ScoredTextSettings(TextSettings, ScoredSettings, ProfiledSettings):
+    """Texts to judge on, in place of those that the profile holds out."""
+
+    top_k_logprobs: int = text_option(
+        64, "Keep the base's K likeliest tokens for KL; the others count as one.", ge=1, metavar="K"
+    )
+
+    def check_scored(self) -> None:
+        """Refuses options of a quiz beside --text, and options of texts without it."""
+        self.check_text()
+        if not self.text and (ours := {"max_tokens", "top_k_logprobs"} & self.model_fields_set):
+            flag = f"--{min(ours).replace('_', '-')}"
+            raise SettingsError(f"{flag} is for texts: add --text FILE")
+        if self.text and (given := self.scored_given):
+            raise SettingsError(
+                f"{given[0]} is for a quiz, and --text judges on texts: leave one of them out"
+            )
+
+    def scored_texts(self, profile: "Profile", options: "MeasureOptions") -> "TextScoring | None":
+        """The texts that are named, or that the profile holds out; None if a quiz judges."""
+        from expertcut.evaluation.sweep_judges import TextScoring, held_out_texts, unused_texts
+
+        dropped: dict[str, int] = {}
+        corpus = held_out_texts(profile) if not self.text else None
+        if self.text:
+            corpus, dropped = unused_texts(profile, self.text_selection())
+        if corpus is None:
+            return None
+        return TextScoring(corpus, self.top_k_logprobs, self.load_as(), options, dropped)
 
 
 class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):

@@ -62,13 +62,13 @@ def judged_tables(results: Results, names: Sequence[str]) -> list[Table]:
     rows: list[list[Cell]] = []
     for index, source, found, c in _judged(results):
         row: list[Cell] = [source, names[index], found.perplexity]
-        row += [c.delta_loss, _span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
-        row += [found.bits_per_byte, _span(found.ci95, ".3f"), found.tokens, found.documents]
+        row += [c.delta_loss, span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
+        row += [found.bits_per_byte, span(found.ci95, ".3f"), found.tokens, found.documents]
         if c is None:
             rows.append([*row, *[None] * 6])
             continue
-        row += [_span(c.kl_ci95, ".4f"), c.top1_agreement, _span(c.top1_agreement_ci95, ".1%")]
-        row += [c.acceptance, _span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
+        row += [span(c.kl_ci95, ".4f"), c.top1_agreement, span(c.top1_agreement_ci95, ".1%")]
+        row += [c.acceptance, span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
         rows.append(row)
     heads = columns(
         "text; model; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f | "
@@ -130,7 +130,7 @@ def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]
     for index, source, found, c in _judged(results):
         n = f"{found.tokens:,} tokens in {found.documents:,} documents"
         if c is None and len(results.models) == 1:
-            text = f"{found.perplexity:.3f}{_behind(found.ci95, '.3f')}"
+            text = f"{found.perplexity:.3f}{behind(found.ci95, '.3f')}"
             facts.append(
                 (
                     "text",
@@ -139,16 +139,17 @@ def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]
             )
         elif c is not None:
             base = (results.models[0].text or {})[source]
-            lost = _lost(base, found, c, _is_bound(results.text))
+            lost = lost_text(base, found, c, is_bound(results.text))
             facts.append(("text", f"{source}: {names[index]} {lost}, on {n}"))
     return facts
 
 
-def _is_bound(asked: JudgedTexts | None) -> bool:
+def is_bound(asked: JudgedTexts | None) -> bool:
+    """Whether KL and acceptance are bounds, because few of the base's tokens are kept."""
     return asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary
 
 
-def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
+def lost_text(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
     """A sentence with the changes and their intervals."""
     perplexities = f"perplexity {base.perplexity:.3f} → {found.perplexity:.3f}"
     if c.delta_loss is None or c.kl is None:
@@ -157,21 +158,22 @@ def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool
         if c.delta_bits_per_byte is None:
             return text
         delta = signed(c.delta_bits_per_byte, "+.4f")
-        return f"{text}, {delta}{_behind(c.delta_bits_per_byte_ci95, '+.4f')}"
-    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{_behind(c.ci95, '+.4f')}"
+        return f"{text}, {delta}{behind(c.delta_bits_per_byte_ci95, '+.4f')}"
+    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{behind(c.ci95, '+.4f')}"
     if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
         loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
     ratio = math.exp(min(c.delta_loss, 700.0))
     text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
-    text += f"{_behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
-    text += f"{_behind(c.top1_agreement_ci95, '.1%')}, acceptance "
-    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{_behind(c.acceptance_ci95, '.1%')}"
+    text += f"{behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
+    text += f"{behind(c.top1_agreement_ci95, '.1%')}, acceptance "
+    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{behind(c.acceptance_ci95, '.1%')}"
 
 
-def _span(ends: Ends, spec: str) -> str | None:
+def span(ends: Ends, spec: str) -> str | None:
+    """An interval; None without one."""
     return None if ends is None else " … ".join(signed(end, spec) for end in ends)
 
 
-def _behind(ends: Ends, spec: str) -> str:
+def behind(ends: Ends, spec: str) -> str:
     """The interval in brackets, or why there is none."""
-    return f" ({_span(ends, spec)})" if ends else " (too few documents for an interval)"
+    return f" ({span(ends, spec)})" if ends else " (too few documents for an interval)"
