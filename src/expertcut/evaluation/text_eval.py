@@ -119,9 +119,9 @@ class TextJudgement(TextMeasurement):
     def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """Sums by row, and the base's predictions or what differs from them."""
         rows = encode_rows([row for row in work.questions if isinstance(row, Row)])
-        recorder, base_of = _RowSums(len(rows)), None
+        recorder, base_of = RowSums(len(rows)), None
         if self.base is not None:
-            base_of = _Predictions(self.base.chunk(self.files[id(work)], work.subject))
+            base_of = Predictions(self.base.chunk(self.files[id(work)], work.subject))
         counter = PassCounter(work.subject, on_pass, recorder)
         observer = PassObserver(counter.begin, counter.undo)
         for _, found in predict(self.engine, rows, observer, n_top=self.top, base_of=base_of):
@@ -133,7 +133,7 @@ class TextJudgement(TextMeasurement):
         return arrays, counter.n_tokens
 
 
-class _RowSums:
+class RowSums:
     """Sums over the scored positions of each row, added in float64."""
 
     def __init__(self, n_rows: int) -> None:
@@ -148,6 +148,7 @@ class _RowSums:
         """Nor behind one that ran out of memory."""
 
     def add(self, found: NextTokens) -> None:
+        """Adds what a pass predicts."""
         values = dict(zip(_SUMS, (found.loss_M, found.loss_M >= 0, found.is_right_M), strict=True))
         values["scored_N"] = torch.ones_like(found.loss_M)
         if found.change is not None:
@@ -160,6 +161,7 @@ class _RowSums:
             self.tops.append(found.top)
 
     def arrays(self) -> Arrays:
+        """The sums (N,), with those of a comparison, or the predictions of a base."""
         names = _SUMS + (_CHANGES if self.is_compared else ())
         arrays = {name: self.sums[name].numpy() for name in names}
         if self.tops:
@@ -169,7 +171,7 @@ class _RowSums:
         return arrays
 
 
-class _Predictions:
+class Predictions:
     """The base's predictions for one chunk."""
 
     def __init__(self, chunk: Arrays) -> None:
