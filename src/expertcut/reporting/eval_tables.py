@@ -408,10 +408,12 @@ def _ablated(audit: Audit, margin: float) -> str:
 def audit_sentences(audit: Audit) -> list[str]:
     """Leakage, and which criterion predicts the effects."""
     request = audit.asked
-    noun = "questions" if request.text is None else "documents"
+    noun, which = "documents", ""
+    if request.text is None:
+        noun, which = "questions", f" ({request.split})"
     leak = (
-        f"None of the {request.questions:,} held-out {noun} ({request.split}) had a part in "
-        "scoring the experts."
+        f"None of the {request.questions:,} held-out {noun}{which} had a part in scoring the "
+        "experts."
     )
     if audit.overlap:
         leak = (
