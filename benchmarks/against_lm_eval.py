@@ -42,6 +42,26 @@ cli_evaluate()
 """
 
 
+# lm_eval's rolling log-likelihoods of documents, as its perplexity tasks ask for them.
+TIMED_ROLLING = """
+import json, sys, time
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+model, documents, batch_size = sys.argv[1:]
+with open(documents, encoding="utf-8") as file:
+    texts = [json.loads(line)["text"] for line in file]
+lm = HFLM(pretrained=model, dtype="float32", device="cpu", batch_size=int(batch_size))
+asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+started = time.perf_counter()
+loglikelihoods = lm.loglikelihood_rolling(asked, disable_tqdm=True)
+scoring_s = time.perf_counter() - started
+tokens = [len(lm.tok_encode(text)) for text in texts]
+with open("rolling.json", "w") as file:
+    json.dump({"scoring_s": scoring_s, "loglikelihoods": loglikelihoods, "tokens": tokens,
+               "prefix": lm.prefix_token_id, "max_length": lm.max_length}, file)
+"""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of a tool: its process, the seconds that it scored, log p of the choices (N, C)."""

@@ -8,9 +8,10 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from expertcut.reporting.tables import Cell, Column, Table, as_markdown
 
@@ -156,3 +157,27 @@ def report(
     out.parent.mkdir(parents=True, exist_ok=True)
     content = {"title": title, "machine": machine(), "columns": list(columns), "rows": rows, **more}
     out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+def text_rows(quiz: Path, tokenizer: Path, lengths: Iterable[int]) -> list[dict[str, Any]]:
+    """Real text in documents of so many tokens each: `{"text", "input_ids"}`, none twice.
+
+    The questions of a quiz one after another, read as prose. A text whose tokens would change by
+    reading it again (a word cut in two) starts at a later question.
+    """
+    from transformers import AutoTokenizer
+
+    from expertcut.data import Selection, load_quiz
+
+    encode = AutoTokenizer.from_pretrained(tokenizer)
+    questions = iter(load_quiz(Selection(str(quiz), shots=0)))
+    rows = []
+    for n_tokens in lengths:
+        ids: list[int] = []
+        while not ids or encode(encode.decode(ids)).input_ids != ids:
+            text = ""
+            while len(ids := encode(text).input_ids[:n_tokens]) < n_tokens:
+                question = next(questions)
+                text += "\n".join((question.text, *question.choices)) + "\n\n"
+        rows.append({"text": encode.decode(ids), "input_ids": ids})
+    return rows

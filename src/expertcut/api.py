@@ -27,12 +27,14 @@ from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
-from expertcut.errors import SettingsError
+from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling import storage
+from expertcut.profiling.statistics import LayerStatistics, LayerSums, TextLayer
 
 if TYPE_CHECKING:
     from expertcut.evaluation.results import ModelResult, Results
     from expertcut.hub.upload import Published
+    from expertcut.profiling.statistics import TextScore
 
 PathLike = str | os.PathLike[str]
 
@@ -105,7 +107,7 @@ def _pruned(profile: "Profile", options: prune_command.PruneSettings) -> "Plan":
 
 
 class Profile(_Shown):
-    """Statistics of every expert in a quiz, from which edits are chosen."""
+    """Statistics of every expert in a quiz or in texts, from which edits are chosen."""
 
     def __init__(self, stored: storage.Profile) -> None:
         self.stored = stored
@@ -117,28 +119,40 @@ class Profile(_Shown):
 
     @property
     def accuracy(self) -> float:
-        """Share of questions that the model answered correctly."""
-        return self.stored.answers.accuracy
+        """Share of questions that the model answered correctly; of texts, of next tokens."""
+        return self._score.accuracy if self._is_text else self.stored.answers.accuracy
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean −log p of next tokens, of texts; ProfileError for a quiz."""
+        return self._score.perplexity
+
+    @property
+    def _is_text(self) -> bool:
+        return isinstance(self.stored, storage.TextProfile)
+
+    @property
+    def _score(self) -> "TextScore":
+        stored = self.stored
+        if isinstance(stored, storage.TextProfile) and stored.info.text.has_loss:
+            return stored.score
+        raise ProfileError(
+            f"{self.path} holds no losses of texts: profile with text=[...] for them"
+        )
 
     @cached_property
     def experts(self) -> pd.DataFrame:
         """One row per layer and expert: its statistics, and its score by each criterion.
 
         `expert` is the id in the unpruned model, `appearances` the share of questions routed to the
-        expert. Undefined shares are NaN. Criteria that need the model have no column.
+        expert; of texts there are its tokens, and what the model predicts behind them. Undefined
+        shares are NaN. Criteria that need the model have no column.
         """
         ids, criteria = expert_ids(self.stored), compare_criteria(self.stored)
         parts = []
         for layer, found in enumerate(self.stored.layers):
-            columns = {
-                "layer": layer,
-                "expert": [ids.number(found.block, row) for row in range(found.n_experts)],
-                "appearances": found.appearances_E,
-                "accuracy": found.accuracy_E,
-                "weighted_accuracy": found.weighted_accuracy_E,
-                "contribution_pct": found.contribution_pct_E,
-                **({} if found.tokens_E is None else {"tokens": found.tokens_E}),
-            }
+            numbers = [ids.number(found.block, row) for row in range(found.n_experts)]
+            columns = {"layer": layer, "expert": numbers, **_statistics(found)}
             scores = {name: score[layer] for name, score in criteria.scores.items()}
             new = {name: score for name, score in scores.items() if name not in columns}
             parts.append(pd.DataFrame(columns | new))
@@ -165,9 +179,12 @@ class Profile(_Shown):
 
     def _facts(self) -> Mapping[str, str]:
         info = self.stored.info
-        return {
-            "path": str(self.path),
-            "model": info.model.id,
+        facts = {"path": str(self.path), "model": info.model.id}
+        if self._is_text:
+            from expertcut.reporting.text_profile_tables import profile_facts
+
+            return facts | dict(profile_facts(self.stored))
+        return facts | {
             "quiz": f"{info.quiz.id}, split {info.quiz.split}, {info.quiz.shots} shots",
             "questions": f"{len(self.stored.answers.answer_N):,}",
             "accuracy": f"{self.accuracy:.1%}",
@@ -413,6 +430,25 @@ def publish(checkpoint: PathLike, repo: str, **settings: Any) -> "Published":
     """Writes a model card and uploads both, as `expertcut publish`."""
     paths = {"checkpoint": Path(checkpoint), "repo": repo}
     return publish_command.run(publish_command.PublishSettings.read(**paths, **settings))
+
+
+def _statistics(layer: LayerSums) -> dict[str, Any]:
+    """The columns of a layer's experts (E,)."""
+    columns: dict[str, Any] = {}
+    if isinstance(layer, LayerStatistics):
+        columns = {
+            "appearances": layer.appearances_E,
+            "accuracy": layer.accuracy_E,
+            "weighted_accuracy": layer.weighted_accuracy_E,
+            "contribution_pct": layer.contribution_pct_E,
+        }
+    if layer.tokens_E is not None:
+        columns["tokens"] = layer.tokens_E
+    if isinstance(layer, TextLayer) and layer.next is not None:
+        columns["next_token_accuracy"] = layer.next.accuracy_E
+        columns["weighted_accuracy"] = layer.next.weighted_accuracy_E
+        columns["mean_loss"] = layer.next.mean_loss_E
+    return columns
 
 
 def _experts(edits: Mapping[str, BlockEdit], ids: Mapping[str, Sequence[int]]) -> pd.DataFrame:

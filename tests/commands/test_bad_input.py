@@ -461,7 +461,8 @@ def test_show_refuses_a_place_where_nothing_of_its_kind_lies(model: Path, refuse
     [
         ("show", "Missing argument"),
         ("eval", "Missing argument"),
-        ("show one two", "unexpected extra argument"),
+        ("report one two", "unexpected extra argument"),
+        ("show one two", "--overlap alone"),
         ("profile --wat", "No such option: --wat"),
         ("--wat", "No such option: --wat"),
         ("prof", "No such command 'prof'"),

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from expertcut.data import Quiz, Selection, load_quiz, warn_of_repeats
+from expertcut.data.texts import read_texts
 from expertcut.errors import ModelError, QuizError, RecipeError
-from expertcut.healing.data import read_texts
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.recipes.recipe_schema import read_recipe
 
@@ -80,7 +80,7 @@ def test_other_encodings_are_named(
 
 
 def test_texts_and_recipes_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
-    found = read_texts(put(tmp_path / "t.jsonl", MARK + b'{"text": "once"}\n'), None)
+    found = read_texts(str(put(tmp_path / "t.jsonl", MARK + b'{"text": "once"}\n')), None)
     assert [text.read for text in found] == ["once"]
     recipe = read_recipe(put(tmp_path / "r.yaml", MARK + b"model: owner/name\nquiz: mmlu\n"))
     assert recipe.quiz == "mmlu"

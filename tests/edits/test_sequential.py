@@ -18,8 +18,7 @@ from expertcut.edits.calibrate import rescaling_at_answers, rescaling_over_token
 from expertcut.edits.criteria import CRITERIA, after_removals, calibration_inputs
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import Ranking, cut, rank
-from expertcut.evaluation.search_results import Grid
-from expertcut.evaluation.sweep_run import SweepRun
+from expertcut.evaluation.search_results import load_sweep
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recorder import NAMES
@@ -28,7 +27,6 @@ from expertcut.recipes.recipe_schema import Recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.scoring.engine import Engine
 from tests.conftest import FAMILIES, Commands, make_tokenizer, open_model, write_quiz
-from tests.evaluation.test_sweep import asking
 from tests.profiling.test_profile import profiled
 from tests.support import loaded_stock
 
@@ -303,20 +301,18 @@ def test_what_cannot_be_measured_layer_after_layer_is_refused_in_a_line(
 
 
 def test_a_sweep_cuts_as_prune_does_and_never_mixes_with_another(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
 ):
     profile = profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
-    settings = CutSettings(by="reap", sequential=True)
-    sweeping = SweepRun(profile, Grid(("reap",), (KEEP / 8,)), settings, asking(quiz))
-    for step in sweeping.steps(tmp_path / "s"):
-        list(step.run(lambda _step: None))
-    _, found = sequential(profile, settings)
-    assert sweeping.sweep.cells[0].keep == {
-        name: edit.keep for name, edit in cut(found, KEEP).draft.edits.items()
-    }
-    usual = SweepRun(profile, sweeping.grid, settings.updated(sequential=False), asking(quiz))
-    assert b"sequential" in sweeping.sweep.json_bytes()
-    assert b"sequential" not in usual.sweep.json_bytes()
+    line = "sweep 0.5 --by reap --protect none --limit 2 --profile p"
+    assert "--sequential" in expertcut(f"{line} --sequential --out s")
+    _, found = sequential(profile, CutSettings(by="reap", sequential=True))
+    (cell,) = load_sweep(tmp_path / "s").cells
+    assert cell.keep == {n: e.keep for n, e in cut(found, KEEP).draft.edits.items()}
+    assert "its sequential was True" in expertcut(f"{line} --out s", status=2)
+    expertcut(f"{line} --out usual")
+    assert b"sequential" not in (tmp_path / "usual" / "sweep.json").read_bytes()
+    assert load_sweep(tmp_path / "usual").cells[0].keep != cell.keep
 
 
 def test_a_recipe_without_it_keeps_its_hash():

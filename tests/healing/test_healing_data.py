@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from expertcut.data import Selection, load_quiz, prompt
 from expertcut.data.sources import Weighted
 from expertcut.edits.splits import UNUSED
-from expertcut.errors import QuizError
+from expertcut.errors import QuizError, TextError
 from expertcut.healing.data import (
     CHOSE_STEP,
     USED_BEFORE,
@@ -190,7 +190,7 @@ def test_texts_and_quizzes_are_mixed(quiz_folder: Path, tmp_path: Path) -> None:
 def test_chats_are_written_in_the_template(tmp_path: Path, quiz_folder: Path) -> None:
     chats = [{"messages": [{"role": "user", "content": f"hello {i}"}]} for i in range(12)]
     file = jsonl(tmp_path / "chats.jsonl", *chats)
-    with pytest.raises(QuizError, match="no chat template"):
+    with pytest.raises(TextError, match="no chat template"):
         read(quiz_folder, text=str(file))
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -286,11 +286,11 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"text": 3}', "must hold text, or messages"),
+        ('{"text": 3}', "must hold text, messages"),
         ("[1]", "a list, must be a JSON object"),
         ('{"text": "\\ud800"}', "a lone surrogate"),
         ('{"text": NaN}', "NaN is not a number"),
-        ('{"messages": [{"role": "user"}]}', "must hold text, or messages"),
+        ('{"messages": [{"role": "user"}]}', "must hold text, messages"),
         ("{", "not JSON"),
     ],
 )
@@ -299,7 +299,7 @@ def test_a_line_that_holds_no_text_is_named(
 ) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text(f'{{"text": "fine"}}\n{line}\n')
-    with pytest.raises(QuizError, match=rf":2: .*{said}"):
+    with pytest.raises(TextError, match=rf":2: .*{said}"):
         read(quiz_folder, text=str(file))
 
 

@@ -356,7 +356,7 @@ def test_a_profile_of_two_sources_is_the_sum_of_two_profiles(
     both = profiled(moe, tmp_path / "both", *two)
     alone = [profiled(moe, tmp_path / name, file) for name, file in zip("ab", two, strict=True)]
     assert chunk_bytes(both.path) == chunk_bytes(alone[0].path) | chunk_bytes(alone[1].path)
-    assert [*both.scores.values()] == [profile.score for profile in alone]
+    assert [s.loss for s in both.scores.values()] == [profile.score.loss for profile in alone]
     for name in (*ROUTED, *NEXT, "probability"):
         first, second = (profile.token_sum(name) for profile in alone)
         assert first is not None and second is not None and first.any() and second.any()

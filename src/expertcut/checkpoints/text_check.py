@@ -131,7 +131,7 @@ class TextScores:
             tokens=len(own_M),
             perplexity=float(own_M.mean().exp()),
             base_perplexity=float(base_M.mean().exp()),
-            kl=float(kl_M.mean()),
+            kl=max(0.0, float(kl_M.mean())),  # rounding may leave less than nothing
             top1_agreement=float(agrees_M.mean()),
             acceptance=float(shared_M.mean()),
             delta_loss=float((own_M - base_M).mean()),

@@ -68,9 +68,11 @@ _AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or
 
 
 def read_amount(text: str) -> int:
-    """The number of `200k`, `1M` or `2B`."""
+    """The number of `200k`, `1M` or `2B`; SettingsError below 1."""
     factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1].lower(), 1)
-    return max(1, round(float(text.rstrip("kKmMbB")) * factor))
+    if (amount := round(float(text.rstrip("kKmMbB")) * factor)) < 1:
+        raise SettingsError(f"--tokens {text} takes no token: give 1 or more")
+    return amount
 
 
 class UI:

@@ -119,7 +119,7 @@ def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
     from expertcut.models.load import find_source, load
     from expertcut.profiling.measure_text import TextMeasurement, default_folder
     from expertcut.profiling.storage import load_profile
-    from expertcut.reporting.text_tables import profile_facts
+    from expertcut.reporting.text_profile_tables import profile_facts
 
     load_as, options = settings.measuring(ui)
     if options.threads is not None:

@@ -149,7 +149,7 @@ def write(
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.selection import removed_traffic
     from expertcut.reporting import edit_tables as tables
-    from expertcut.reporting.overlap_tables import kept_table
+    from expertcut.reporting.overlap_tables import kept_table, traffic_lines
 
     profile, pruning, plan = choice.profile, choice.pruning, choice.plan
     folder = settings.output_folder(profile, plan.slug, ui)
@@ -158,7 +158,7 @@ def write(
     if settings.wide:
         ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
     cut = tables.cut_line(pruning, profile.info.model.blocks)
-    traffic = tables.traffic_lines(profile, plan.edits, "removed experts")
+    traffic = traffic_lines(profile, plan.edits, "removed experts")
     touched = tables.touched_sentences(pruning, removed)
     ui.say([], [cut, *traffic, *(labelled("", sentence) for sentence in touched)])
     if plan.blend is not None:

@@ -71,6 +71,7 @@ class SweepSettings(
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
+    settings.check_sequential()
     settings.check_scored()
     if "/" in settings.fractions or Path(settings.fractions).is_dir():
         raise no_profile(settings.fractions)

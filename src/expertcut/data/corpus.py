@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,9 +18,12 @@ from expertcut.data.sources import HELD_OUT_SHARE, Weighted
 from expertcut.data.texts import (
     Text,
     TextReader,
+    content_hash,
+    exists,
     find_blocks,
     hub_parts,
     hub_records,
+    local_source,
     records_of,
 )
 from expertcut.errors import ProfileError, TextError
@@ -32,7 +34,6 @@ logger = logging.getLogger(__name__)
 MAX_TOKENS = 2048
 CHUNK_TOKENS = 1 << 16
 _BATCH = 64  # documents tokenized at a time
-_FILE_ENDING = re.compile(r"\.[A-Za-z]+$")  # a version of a data set has digits
 _NAME_BYTES = 100  # of a source as part of a file's name
 _ONE_IN = round(1 / HELD_OUT_SHARE)
 
@@ -62,7 +63,7 @@ class Document:
     @property
     def content_hash(self) -> str:
         """16 hex digits over the text as it stands."""
-        return hashlib.sha256(self.said.strip().encode()).hexdigest()[:16]
+        return content_hash(self.said)
 
     @property
     def hash_line(self) -> str:
@@ -283,9 +284,11 @@ def chunk_rows(rows: Sequence[Row], most: int = CHUNK_TOKENS) -> list[Sequence[R
 
 
 def rows_hash(rows: Iterable[Row]) -> str:
-    """SHA-256 over all that a chunk's bytes depend on: tokens, masks, and what is held out."""
-    digest = hashlib.sha256()
+    """SHA-256 over all that the bytes of chunks depend on: tokens, masks, documents, their part."""
+    digest, document = hashlib.sha256(), None
     for row in rows:
+        digest.update(b"goes on" if row.document is document else b"begins")
+        document = row.document
         digest.update(np.ascontiguousarray(row.ids, np.int32).tobytes())
         digest.update(row.next_T.tobytes() + row.counts_T.tobytes())
         digest.update(b"held out" if row.document.is_held_out else b"chooses")
@@ -299,7 +302,7 @@ def load_corpus(selection: TextSelection, tokenizer: Any) -> Corpus:
     without `tokens` this ends where one source does. Raises TextError: nothing to read, or a fault
     in a file.
     """
-    named = [Weighted(s) if _exists(Path(s)) else Weighted.read(s) for s in selection.specs]
+    named = [Weighted(s) if exists(Path(s)) else Weighted.read(s) for s in selection.specs]
     readers = [_Reader(weighted, selection, tokenizer) for weighted in named]
     specs = [reader.spec for reader in readers]  # by the place of a file, however it was named
     if twice := [spec for spec in specs if specs.count(spec) > 1]:
@@ -367,7 +370,7 @@ class _Reader:
         self.tokenizer, self.assistant_only = tokenizer, selection.assistant_only
         self.n_empty, self.revision = 0, None
         seed = None if selection.tokens is None else selection.seed
-        path, field = _local(self.spec)
+        path, field = local_source(self.spec)
         records: Iterator[tuple[str, Any]]
         if path is not None:
             self.spec = str(path.resolve()) + (f":{field}" if field else "")
@@ -421,28 +424,6 @@ def token_ids(tokenizer: Any, texts: Sequence[Text]) -> list[Sequence[int]]:
             found = tokenizer(read, add_special_tokens=not is_chat, verbose=False)["input_ids"]
             ids |= dict(zip(own, found, strict=True))
     return [ids[at] for at in range(len(texts))]
-
-
-def _local(spec: str) -> tuple[Path | None, str]:
-    """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
-    if not spec:
-        raise TextError("--text names nothing: give a file, a folder or a data set of the Hub")
-    before, colon, field = spec.rpartition(":")
-    for text, own in ((spec, ""), *([(before, field)] if colon and before else [])):
-        if _exists(path := Path(text).expanduser()):
-            return path, own
-    id = spec.partition(":")[0]
-    is_path = spec.startswith((".", "/", "~")) or _FILE_ENDING.search(id)
-    if is_path or spec.count("/") != 1:
-        raise TextError(f"no such text: {spec} does not exist")
-    return None, ""
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError as error:  # a name that is too long, a folder that cannot be read
-        raise TextError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
 
 
 def _names(specs: Sequence[str]) -> list[str]:

@@ -32,6 +32,7 @@ _MAX_LINE_BYTES = 64 << 20
 _HEAD_BYTES = 1 << 16
 _FIELDS = ("text", "content")  # of a record that has neither messages nor prompt
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_FILE_ENDING = re.compile(r"\.[A-Za-z]+$")  # a version of a data set has digits
 _MUST = "must hold text, messages with role and content, or prompt and completion"
 
 
@@ -55,6 +56,16 @@ class Text:
     def overlap_hash(self) -> str:
         """16 hex digits that ignore white space and invisible characters."""
         return hashlib.sha256(normalised(self.said).encode()).hexdigest()[:16]
+
+    @property
+    def hash_line(self) -> str:
+        """Hash of the text as it stands, and `overlap_hash`: a line of `chosen_on.txt`."""
+        return f"{content_hash(self.said)} {self.overlap_hash}"
+
+
+def content_hash(said: str) -> str:
+    """16 hex digits over a text as it stands."""
+    return hashlib.sha256(said.strip().encode()).hexdigest()[:16]
 
 
 class Block(Protocol):
@@ -355,10 +366,7 @@ def find_blocks(path: Path) -> list[Block]:
         return _blocks_of(path)
     blocks: list[Block] = []
     n_binary = 0
-    for file in sorted(path.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in file.relative_to(path).parts)
-        if is_hidden or not file.is_file():
-            continue
+    for file in _files_below(path):
         own = _blocks_of(file)
         try:
             blocks += [b for b in own if not isinstance(b, PlainFile) or plain_text(file)]
@@ -369,6 +377,61 @@ def find_blocks(path: Path) -> list[Block]:
     if n_binary:
         logger.warning("%s: %d files that are not UTF-8 text are left out", path, n_binary)
     return blocks
+
+
+def local_source(spec: str) -> tuple[Path | None, str]:
+    """The local file or folder of a spec, and the field behind a colon; None for the Hub."""
+    if not spec:
+        raise TextError("--text names nothing: give a file, a folder or a data set of the Hub")
+    before, colon, field = spec.rpartition(":")
+    for text, own in ((spec, ""), *([(before, field)] if colon and before else [])):
+        if exists(path := Path(text).expanduser()):
+            return path, own
+    id = spec.partition(":")[0]
+    is_path = spec.startswith((".", "/", "~")) or _FILE_ENDING.search(id)
+    if is_path or spec.count("/") != 1:
+        raise TextError(f"no such text: {spec} does not exist")
+    return None, ""
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something. Raises TextError: that cannot be told."""
+    try:
+        return path.exists()
+    except OSError as error:  # a name that is too long, a folder that cannot be read
+        raise TextError(f"{str(path)[:200]}: cannot be read: {error.strerror}") from None
+
+
+def read_texts(spec: str, tokenizer: Any) -> list[Text]:
+    """All texts of a source that are not empty, in order. Raises TextError: a fault, or none."""
+    path, field = local_source(spec)
+    if path is not None:
+        blocks = find_blocks(path)
+        records = records_of(blocks, None)
+    else:
+        (_, records), field = hub_records(spec, None, None), hub_parts(spec)[3]
+    reader = TextReader(tokenizer, field)
+    texts = [text for where, record in records if (text := reader.read(where, record))]
+    if not texts:
+        raise TextError(f"{spec} holds no text that is not empty")
+    return texts
+
+
+def text_files(spec: str) -> list[Path] | None:
+    """The files of a local source, None for a data set of the Hub."""
+    path, _ = local_source(spec)
+    if path is None:
+        return None
+    return _files_below(path) if path.is_dir() else [path]
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """All files that are not hidden, in name order."""
+    return [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+    ]
 
 
 def _blocks_of(file: Path) -> list[Block]:

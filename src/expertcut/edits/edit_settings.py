@@ -147,11 +147,11 @@ class RankSettings(Settings):
             )
         if self.min_keep is not None and self.budget != "global":
             raise SettingsError(f"--min-keep {self.min_keep} needs --budget global: add it")
-        if self.sequential:
-            self._check_sequential()
 
-    def _check_sequential(self) -> None:
-        """Refuses what cannot be measured layer after layer."""
+    def check_sequential(self) -> None:
+        """Refuses what cannot be measured layer after layer, with a SettingsError."""
+        if not self.sequential:
+            return
         from expertcut.edits.criteria import CRITERIA, positions_of, read_criteria
 
         if self.budget == "global":
@@ -209,6 +209,7 @@ class CutSettings(RankSettings, KeepSettings):
                 "--keep N or another number"
             )
         self.check_layout()
+        self.check_sequential()
         if self.keep_active and self.budget == "global":
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
 

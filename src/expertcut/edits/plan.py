@@ -88,7 +88,8 @@ class BlendedProfile(Record):
     profile: str  # its short hash
     quiz: str
     split: str
-    questions: int
+    questions: int | None  # None of texts
+    tokens: int | None  # None without all-token sums
     weight: FiniteFloat
     kept: dict[BlendRule, FiniteFloat]
 

@@ -396,6 +396,11 @@ def _keeps(pruning: Pruning) -> list[tuple[int, ...]]:
     return [edit.keep for edit in pruning.draft.edits.values()]
 
 
+def _n_tokens(profile: Profile) -> int | None:
+    tokens_LE, top_k = profile.token_sum("tokens"), profile.info.model.blocks[0].top_k
+    return None if tokens_LE is None else round(float(tokens_LE[0].sum()) / top_k)
+
+
 def _named(pruning: Pruning, blend: Blend, kept: Mapping[BlendRule, Array]) -> Pruning:
     """With the blend in the plan, its action and its slug."""
     profiles = tuple(
@@ -404,7 +409,8 @@ def _named(pruning: Pruning, blend: Blend, kept: Mapping[BlendRule, Array]) -> P
             profile=part.info.short_hash,
             quiz=part.info.quiz.id,
             split=part.info.quiz.split,
-            questions=len(part.subjects()),
+            questions=None if part.info.text else len(part.subjects()),
+            tokens=_n_tokens(part),
             weight=float(blend.weights_D[d]),
             kept={rule: float(kept_D[d]) for rule, kept_D in kept.items()},
         )

@@ -48,6 +48,11 @@ class Tested:
     source: Source | None
     base_url: str | None
 
+    @property
+    def short_name(self) -> str:
+        """For names of folders."""
+        return self.source.name if self.source else Path(self.name).name
+
 
 def _check_installed(backend: Backend) -> None:
     """Refuses a backend whose library is missing."""
@@ -102,8 +107,7 @@ def _is_unsafe(task: Any) -> bool:
 def run_tasks(tested: Tested, options: TaskOptions, folder: Path) -> Path:
     """The folder of a model's samples; those of an earlier run that finished are kept."""
     key = hashlib.sha256(json.dumps(_key(tested, options)).encode()).hexdigest()[:8]
-    name = tested.source.name if tested.source else Path(tested.name).name
-    place = folder / f"{name}-tasks-{key}"
+    place = folder / f"{tested.short_name}-tasks-{key}"
     if place.is_dir():
         return place
     with atomic_dir(place) as temporary, _one_line(f"lm_eval on {tested.name}"):
@@ -138,7 +142,7 @@ def _ask(tested: Tested, options: TaskOptions, folder: Path) -> None:
     )
     samples: Mapping[str, Sequence[Any]] = found.pop("samples")
     tracker = EvaluationTracker(output_path=str(folder))
-    described = {"pretrained": tested.name}
+    described = {"pretrained": tested.short_name}  # names the folder
     tracker.general_config_tracker.log_experiment_args(
         options.backend, described, None, None, options.apply_chat_template
     )

@@ -6,22 +6,24 @@ every question of the row is, and all numbers of shots occur.
 
 import logging
 import random
+import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from torch.utils.data import Dataset
 
 from expertcut.data import Question, Quiz, Selection, load_quiz, prompt, round_robin, without
+from expertcut.data.corpus import token_ids
+from expertcut.data.ngrams import NOTHING, NGrams, ngrams_of
 from expertcut.data.questions import LETTERS, hashes_in, normalised, reordered, replace_questions
-from expertcut.data.readers import json_lines
 from expertcut.data.sources import Weighted, hash_lines
+from expertcut.data.texts import Text, read_texts
 from expertcut.edits.splits import UNUSED
 from expertcut.errors import ModelError, QuizError, SplitError
 from expertcut.healing.heal_settings import HealSettings
@@ -34,47 +36,6 @@ _MAX_HELD_OUT = 256
 _MAX_SCORED = 256
 _MAX_DROPPED_SHARE = 0.05
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text with the chat template (`read`), and without (`said`)."""
-
-    read: str
-    said: str
-
-
-def read_texts(file: Path, tokenizer: Any) -> list[Text]:
-    """The text of each line, chats in the tokenizer's template."""
-    texts = []
-    for where, record in json_lines(file):
-        if isinstance(text := record.get("text"), str) and text:
-            texts.append(Text(text, text))
-        else:
-            texts.append(_chat(record, where, tokenizer))
-        if any("\ud800" <= char <= "\udfff" for char in texts[-1].read):
-            raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
-    if not texts:
-        raise QuizError(f"{file} holds no text: write lines of JSON with text or messages")
-    return texts
-
-
-def _chat(record: Mapping[str, Any], where: str, tokenizer: Any) -> Text:
-    messages, keys = record.get("messages"), ("role", "content")
-    if not (isinstance(messages, list) and messages) or not all(
-        isinstance(m, dict) and isinstance(m.get(key), str) for m in messages for key in keys
-    ):
-        raise QuizError(
-            f"{where}: must hold text, or messages with role and content: it holds "
-            f"{', '.join(record)[:200] or 'nothing'}"
-        )
-    if not getattr(tokenizer, "chat_template", None):
-        raise QuizError(f"{where}: a chat, but the tokenizer has no chat template: write text")
-    try:
-        chat: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise ModelError(f"{where}: the tokenizer's chat template fails: {error}") from None
-    return Text(chat, "\n".join(message["content"] for message in messages))
 
 
 @dataclass(frozen=True)
@@ -200,7 +161,8 @@ class TrainingData:
     held_out: list[Row] = field(default_factory=list)
     held_out_quiz: Quiz | None = None
     dropped: list[Dropped] = field(default_factory=list)
-    hashes: frozenset[str] = frozenset()  # hash lines of all questions read
+    hashes: frozenset[str] = frozenset()  # hash lines of all questions and texts read
+    ngrams: NGrams = NOTHING  # runs of words of all texts read
     n_questions: int = 0
     n_texts: int = 0
 
@@ -241,7 +203,9 @@ def read_data(settings: HealSettings, tokenizer: Any, max_tokens: int) -> Traini
         raise QuizError("too few questions and texts to hold any out: name more")
     del data.held_out[_MAX_HELD_OUT:]
     data.held_out_quiz = held_out[0] if held_out else None
-    data.hashes = frozenset[str]().union(*map(hash_lines, quizzes))
+    read = [text for clean in texts for text in clean]
+    data.hashes = frozenset(text.hash_line for text in read).union(*map(hash_lines, quizzes))
+    data.ngrams = ngrams_of(text.said for text in read)
     return data
 
 
@@ -290,7 +254,7 @@ class _Reader:
 
     def read_texts(self, source: Weighted) -> list[Text]:
         """Texts without those that contain a question that is scored later."""
-        texts = read_texts(Path(source.name), self.tokenizer)
+        texts = read_texts(source.name, self.tokenizer)
         scored = [question for quiz in self.scored for question in quiz]
         split = self.settings.kept_out_split
         clean, dropped = texts_without_scored(source.name, texts, scored, split)
@@ -300,7 +264,7 @@ class _Reader:
 
     def add_texts(self, source: Weighted, clean: Sequence[Text]) -> None:
         """Adds texts to train on and held-out texts; no text is both."""
-        ids = self.tokenizer([text.read for text in clean])["input_ids"] if clean else []
+        ids = token_ids(self.tokenizer, clean)
         is_single = [self.text_counts[normalised(text.read)] == 1 for text in clean]
         tenth = (at for at in range(_ONE_IN - 1, len(ids), _ONE_IN) if is_single[at])
         held_out = list(tenth)[:_MAX_HELD_OUT]
@@ -398,8 +362,9 @@ def texts_without_scored(
     """The texts that contain no scored question; at most 5 % of them may."""
     contained = list(_questions_in(texts, scored))
     clean = [text for text, questions in zip(texts, contained, strict=True) if not questions]
-    lines = tuple(f"line {n}" for n, questions in enumerate(contained, 1) if questions)
-    return clean, _dropped("texts", name, split, len(texts), lines)
+    dropped = [text for text, questions in zip(texts, contained, strict=True) if questions]
+    places = tuple(re.sub(rf"^{re.escape(name)}:(?=\d)", "line ", text.where) for text in dropped)
+    return clean, _dropped("texts", name, split, len(texts), places)
 
 
 def _dropped(

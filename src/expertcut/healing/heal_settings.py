@@ -51,7 +51,8 @@ class HealSettings(Settings):
     subjects: Names = _data((), "Train on these subjects only, separated by commas.", separator=",")
     limit: int | None = _data(None, "Train on the first LIMIT questions of each subject.", ge=1)
     text: Names = _data(
-        (), "JSON lines with `text` or `messages`, or FILE=WEIGHT; for distill and lm. Repeatable."
+        (),
+        "Texts as `profile --text` reads them, or SPEC=WEIGHT; for distill and lm. Repeatable.",
     )
     eval_quiz: Source | None = _data(None, "Quiz to keep out of the training.  [default: --quiz]")
     eval_split: str | None = _data(None, "Split to keep out of the training.  [default: test]")

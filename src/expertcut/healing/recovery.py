@@ -19,7 +19,7 @@ from expertcut.checkpoints.build import add_files
 from expertcut.checkpoints.exact import is_exact
 from expertcut.checkpoints.held_out_check import compare_logprobs, form_result
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
-from expertcut.data import Quiz
+from expertcut.data import Quiz, ngrams
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import ModelError, SettingsError
@@ -302,6 +302,9 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
         plans.save_plan(temporary, plan, used_questions(source, data))
+        runs = data.ngrams | ngrams.load(source.path)
+        if len(runs):
+            ngrams.save(temporary, runs)
         add_files(temporary, {plans.HEALING_FILE: content, **run.options.extra_files})
     trained, parameters = model.get_nb_trainable_parameters()
     return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)

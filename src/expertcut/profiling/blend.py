@@ -2,14 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 
 from expertcut.errors import ProfileError
-from expertcut.profiling.statistics import LayerStatistics, LayerSums, OverTokens, share
+from expertcut.profiling.statistics import (
+    LayerStatistics,
+    LayerSums,
+    NextTokenStatistics,
+    OverTokens,
+    TextLayer,
+    share,
+)
 from expertcut.profiling.storage import Arrays, Profile, TextProfile
 from expertcut.stats import Array
 
@@ -103,14 +110,28 @@ class Blend(Profile):
         """One block's sums over tokens, where a domain is of texts."""
         first = layers_D[0]
         pairs = zip(self.weights_D, layers_D, strict=True)
+        mean_E = np.sum([w * layer.alpha_mean_E for w, layer in pairs], axis=0)
+        if isinstance(first, TextLayer) and sums is not None:
+            following = self._next_tokens(first.layer, first.n_experts)
+            if following is not None:
+                return replace(first, alpha_mean_E=mean_E, over_tokens=sums, next=following)
         return LayerSums(
             layer=first.layer,
             block=first.block,
             n_experts=first.n_experts,
             top_k=first.top_k,
-            alpha_mean_E=np.sum([w * layer.alpha_mean_E for w, layer in pairs], axis=0),
+            alpha_mean_E=mean_E,
             over_tokens=sums,
         )
+
+    def _next_tokens(self, layer: int, n_experts: int) -> NextTokenStatistics | None:
+        """One block's sums over scored tokens; None if a domain has none."""
+        names = [field.name for field in fields(NextTokenStatistics)]
+        sums = {name: self.token_sum(name.removesuffix("_E")) for name in names}
+        own = {
+            name: sum_LE[layer, :n_experts] for name, sum_LE in sums.items() if sum_LE is not None
+        }
+        return NextTokenStatistics(**own) if len(own) == len(names) else None
 
 
 def check_blend(parts: Sequence[Profile]) -> None:

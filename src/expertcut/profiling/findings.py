@@ -10,8 +10,15 @@ from expertcut.errors import ProfileError
 from expertcut.profiling import significance
 from expertcut.profiling.schema import NO_CHOICE, BlockInfo
 from expertcut.profiling.significance import PERMUTATIONS, Significance, SubjectCounts
-from expertcut.profiling.statistics import LayerStatistics, expert_json, layer_json, or_none
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.statistics import (
+    LayerStatistics,
+    TextScore,
+    expert_json,
+    layer_json,
+    or_none,
+    text_layer_json,
+)
+from expertcut.profiling.storage import Profile, TextProfile, load_profile
 from expertcut.stats import Array, logprob_shift, wilson
 
 THRESHOLDS = (1e-4, 1e-3, 1e-2)  # of probability
@@ -207,6 +214,35 @@ def profile_json(profile: Profile) -> dict[str, Any]:
         **({} if answers.n_cut is None else {"cut_prompts": answers.n_cut}),
         "near_ties": {"questions": len(ties), "listed": ties},
         "layers": [layer_json(layer) for layer in profile.layers],
+    }
+
+
+def text_json(profile: TextProfile) -> dict[str, Any]:
+    """`show PROFILE --format json` of texts."""
+    info = profile.info.text
+    whole = _score_json(profile.score) if info.has_loss else {}
+    sources = {}
+    for name, source in info.sources.items():
+        own = _score_json(profile.scores[name]) if info.has_loss else {}
+        sources[name] = {"tokens": source.tokens, "documents": source.documents, **own}
+    return {
+        "tokens": info.n_tokens,
+        "documents": info.n_documents,
+        **whole,
+        "sources": sources,
+        "layers": [text_layer_json(layer) for layer in profile.layers],
+    }
+
+
+def _score_json(score: TextScore) -> dict[str, Any]:
+    """Shares and perplexity with intervals over documents, None if undefined."""
+    ends = score.perplexity_ci95
+    return {
+        "scored_tokens": score.scored,
+        "next_token_accuracy": or_none(score.accuracy),
+        "next_token_accuracy_ci95": score.accuracy_ci95 and list(score.accuracy_ci95),
+        "perplexity": or_none(score.perplexity),
+        "perplexity_ci95": None if ends is None else [or_none(end) for end in ends],
     }
 
 

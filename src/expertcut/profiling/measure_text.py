@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from expertcut.profiling.measure import (
     model_info,
 )
 from expertcut.profiling.recorder import check_finite
-from expertcut.profiling.storage import Arrays
+from expertcut.profiling.storage import DOCUMENT, Arrays
 from expertcut.profiling.text_recorder import TextRecorder
 from expertcut.profiling.workers import Work
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
@@ -86,6 +86,14 @@ class TextMeasurement(ChunkedRun):
         if settings == engine_settings(engine, "all", None):
             remember(key, "agrees")
 
+    @cached_property
+    def _document_numbers(self) -> dict[str, dict[int, int]]:
+        """The place of each document in its source, by its identity."""
+        return {
+            name: {d: n for n, d in enumerate(dict.fromkeys(id(row.document) for row in rows))}
+            for name, rows in self.rows.items()
+        }
+
     def work(self) -> dict[str, Work]:
         """Chunks of rows by file name."""
         most = _chunk_tokens(self.info.text.judged)
@@ -108,6 +116,8 @@ class TextMeasurement(ChunkedRun):
         with recorder.listening(), torch.inference_mode():
             self.read(rows, observer, recorder)
         arrays = recorder.arrays()
+        numbers = self._document_numbers[work.subject]
+        arrays[DOCUMENT] = np.array([numbers[id(row.document)] for row in own], dtype=np.int32)
         check_finite(self.moe, work.subject, arrays)
         if counter.n_halved:
             arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)

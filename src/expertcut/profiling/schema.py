@@ -292,7 +292,7 @@ def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Ite
 def text_arrays_faults(arrays: Mapping[str, Array], info: TextProfileInfo, n: int) -> Iterator[str]:
     """The errors in the arrays of a chunk of n rows."""
     blocks = info.model.blocks
-    needed: dict[str, tuple[int, ...]] = {"tokens_N": (n,)}
+    needed: dict[str, tuple[int, ...]] = {"tokens_N": (n,), "document_N": (n,)}
     if info.text.has_loss:
         needed |= dict.fromkeys(("scored_N", "loss_N", "right_N"), (n,))
     if info.settings.stats != "none":

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-from expertcut.stats import Array, chance
+from expertcut.stats import Array, bootstrap_ci95, chance
 
 
 @dataclass(frozen=True)
@@ -90,13 +90,31 @@ class NextTokenStatistics:
         return share(self.loss_E, self.predicted_E)
 
 
+MIN_DOCUMENTS = 10  # redraws of fewer say too little of others
+_DRAWS = 1_000
+
+
 @dataclass(frozen=True)
 class TextScore:
-    """Σ −log p of next tokens (nats), how many were scored, and how many predicted."""
+    """Σ −log p of next tokens (nats), how many were scored, and predicted, by document (D,).
 
-    loss: float
-    scored: int
-    right: int
+    Intervals are of a bootstrap over documents, whose tokens depend on each other; None where fewer
+    than 10 documents have scored tokens.
+    """
+
+    loss_D: Array
+    scored_D: Array
+    right_D: Array
+
+    @property
+    def loss(self) -> float:
+        """Σ −log p."""
+        return float(self.loss_D.sum())
+
+    @property
+    def scored(self) -> int:
+        """Number of scored tokens."""
+        return int(self.scored_D.sum())
 
     @property
     def mean_loss(self) -> float:
@@ -106,12 +124,33 @@ class TextScore:
     @property
     def perplexity(self) -> float:
         """Exp of the mean loss; infinite beyond what a float holds."""
-        return float(np.exp(np.minimum(self.mean_loss, 709.0)))
+        return _exp(self.mean_loss)
 
     @property
     def accuracy(self) -> float:
         """Share of the scored tokens that were predicted."""
-        return self.right / self.scored if self.scored else float("nan")
+        return float(self.right_D.sum()) / self.scored if self.scored else float("nan")
+
+    @cached_property
+    def perplexity_ci95(self) -> tuple[float, float] | None:
+        """95 % interval of the perplexity."""
+        ends = self._ci95(self.loss_D)
+        return None if ends is None else (_exp(ends[0]), _exp(ends[1]))
+
+    @cached_property
+    def accuracy_ci95(self) -> tuple[float, float] | None:
+        """95 % interval of the accuracy."""
+        return self._ci95(self.right_D)
+
+    def _ci95(self, sum_D: Array) -> tuple[float, float] | None:
+        is_scored_D = self.scored_D > 0
+        if int(is_scored_D.sum()) < MIN_DOCUMENTS:
+            return None
+        return bootstrap_ci95(sum_D[is_scored_D], self.scored_D[is_scored_D], draws=_DRAWS)
+
+
+def _exp(mean_loss: float) -> float:
+    return float(np.exp(mean_loss)) if not mean_loss > 709 else float("inf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +276,19 @@ def layer_json(layer: LayerStatistics) -> dict[str, Any]:
 
 def text_layer_json(layer: TextLayer) -> dict[str, Any]:
     """The numbers of a layer and its experts over texts, undefined shares as None."""
+    return {
+        "layer": layer.layer,
+        "block": layer.block,
+        "experts": layer.n_experts,
+        "top_k": layer.top_k,
+        "activated": layer.n_activated,
+        **layer.routing_json(),
+        "expert": text_experts(layer),
+    }
+
+
+def text_experts(layer: TextLayer) -> list[dict[str, Any]]:
+    """The numbers of each expert of a layer over texts, undefined shares as None."""
     experts: list[dict[str, Any]] = []
     for expert in range(layer.n_experts):
         own: dict[str, Any] = {"expert": expert, "tokens": int(layer.over_tokens.tokens_E[expert])}
@@ -245,15 +297,7 @@ def text_layer_json(layer: TextLayer) -> dict[str, Any]:
             names = ("next_token_accuracy", "weighted_accuracy", "mean_loss")
             own |= {n: or_none(v[expert]) for n, v in zip(names, values, strict=True)}
         experts.append(own)
-    return {
-        "layer": layer.layer,
-        "block": layer.block,
-        "experts": layer.n_experts,
-        "top_k": layer.top_k,
-        "activated": layer.n_activated,
-        **layer.routing_json(),
-        "expert": experts,
-    }
+    return experts
 
 
 def routing_json(layer: LayerStatistics, which: Array | slice) -> dict[str, Any]:

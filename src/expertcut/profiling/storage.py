@@ -45,6 +45,7 @@ CUT = "cut_N"  # tokens that each prompt lost on the left; only if one did
 _PADDING = {"choice_logprob_NC": -np.inf, "order_NC": NO_CHOICE}
 CALIBRATION = "calibration"  # prefix of sums over the questions that are not held out
 IN_CALIBRATION = "calibration_N"
+DOCUMENT = "document_N"  # the place in its source of the document that a row is of
 NEAR_TIE = 1e-5  # a K/K+1 gap below this may flip under rounding
 Options = ParamSpec("Options")
 Derived = TypeVar("Derived")
@@ -291,13 +292,16 @@ class TextProfile(Profile):
         return self._score({*self.info.text.sources})
 
     def _score(self, sources: Collection[str]) -> TextScore:
+        numbers = {source: i for i, source in enumerate(self.info.text.sources)}
         parts = zip(self.info.chunks(), self.chunks, strict=True)
-        own = [chunk for (_, source, _), chunk in parts if source in sources]
-        loss, scored, right = (
-            sum(float(chunk[name].sum(dtype=np.float64)) for chunk in own)
+        own = [(numbers[source], chunk) for (_, source, _), chunk in parts if source in sources]
+        document_N = np.concatenate([(i << 32) + c[DOCUMENT].astype(np.int64) for i, c in own])
+        _, at_N = np.unique(document_N, return_inverse=True)
+        loss_D, scored_D, right_D = (
+            np.bincount(at_N, np.concatenate([c[name] for _, c in own]).astype(np.float64))
             for name in ("loss_N", "scored_N", "right_N")
         )
-        return TextScore(loss, int(scored), int(right))
+        return TextScore(loss_D, scored_D, right_D)
 
 
 def _of_layer(sums: Mapping[str, Array | None], layer: int, n_experts: int) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from expertcut.profiling.schema import (
     AnyProfileInfo,
     ProfileInfo,
     Settings,
+    TextInfo,
     TextProfileInfo,
 )
 from expertcut.profiling.storage import (
@@ -233,6 +234,8 @@ class SharedFolder:
             )
         if theirs.quiz != ours.quiz:
             what = "quiz" if ours.text is None and theirs.text is None else "text"
+            if ours.text is not None and theirs.text is not None:
+                _check_text_options(self.path, theirs.text, ours.text)
             raise ProfileError(
                 f"{self.path} is a profile of another {what}: {_describe(theirs)}, not "
                 f"{_describe(ours)}: name another --out"
@@ -244,6 +247,17 @@ class SharedFolder:
                     f"{self.path} was begun with {key} {recorded}, now it is {given}: "
                     "give the recorded value or name another --out"
                 )
+
+
+def _check_text_options(path: Path, theirs: TextInfo, ours: TextInfo) -> None:
+    """Refuses another option of the texts by its name."""
+    for key in ("max_tokens", "tokens", "seed", "assistant_only", "has_loss"):
+        recorded, given = getattr(theirs, key), getattr(ours, key)
+        if given != recorded:
+            raise ProfileError(
+                f"{path} was begun with {key} {recorded}, now it is {given}: give the recorded "
+                "value or name another --out"
+            )
 
 
 def _describe(info: AnyProfileInfo) -> str:

@@ -15,6 +15,7 @@ from pydantic import AfterValidator, Field
 from expertcut import __version__
 from expertcut.data import DEFAULT_QUIZ, Selection, load_quiz
 from expertcut.data.sources import MMLU_HUB_ID, MMLU_REVISION
+from expertcut.data.texts import text_files
 from expertcut.documents import Format1, Record
 from expertcut.errors import ModelError, OutputError, QuizError, RecipeError
 from expertcut.files import write_atomically
@@ -152,6 +153,9 @@ class Inputs:
         for name in stage.reads:
             files = quiz_files(name)  # what is on the Hub is its name
             inputs[f"data {name}"] = sha256_of(name if files is None else self._hashes(files))
+        for name in stage.texts:
+            files = text_files(name)
+            inputs[f"text {name}"] = sha256_of(name if files is None else self._hashes(files))
         return {**inputs, **{f"stage {name}": outputs.get(name) for name in stage.after}}
 
     def model(self) -> str | None:

@@ -144,7 +144,10 @@ def _find_stage(name: str, stages: list[Stage]) -> int:
 def _profile(run: RecipeRun, _: Stage) -> None:
     recipe = run.recipe
     own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": run.folder / PROFILE}
-    profile.run(recipe.profile.updated(**run.scored(), **own), run.ui)
+    given = run.scored()
+    if recipe.profile.text:  # the recipe's quiz is for other stages
+        given = {k: v for k, v in given.items() if k not in commands.QuizSettings.model_fields}
+    profile.run(recipe.profile.updated(**given, **own), run.ui)
 
 
 def _show(run: RecipeRun, _: Stage) -> None:

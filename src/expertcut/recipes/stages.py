@@ -1,7 +1,7 @@
 """The stages of a recipe: their settings, what each reads, and what it makes in the run folder."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from expertcut.commands import SplitSettings
@@ -32,6 +32,7 @@ class Stage:
     keeps: tuple[str, ...] = ()  # folders that let it resume
     leaves: tuple[str, ...] = ()  # files in another stage's folder
     reads: tuple[str, ...] = ()  # other quizzes and files
+    texts: tuple[str, ...] = ()  # files, folders and data sets of texts
     adapter: str | None = None  # an adapter's folder
 
 
@@ -42,7 +43,7 @@ def variant_folder(name: str) -> str:
 
 def stages_of(recipe: Recipe) -> list[Stage]:
     """All stages in order."""
-    stages = [_scoring_stage(recipe, "profile", recipe.profile, makes=(PROFILE,))]
+    stages = [_profile_stage(recipe)]
     if recipe.show:
         settings = recipe.show.recipe_values()
         stages.append(Stage("show", "show", settings, makes=("show",), after=("profile",)))
@@ -70,6 +71,16 @@ def stages_of(recipe: Recipe) -> list[Stage]:
             )
         )
     return stages
+
+
+def _profile_stage(recipe: Recipe) -> Stage:
+    """Profiles on the recipe's quiz, or on the section's own texts."""
+    stage = _scoring_stage(recipe, "profile", recipe.profile, makes=(PROFILE,))
+    if not (texts := recipe.profile.text):
+        return stage
+    settings = {k: v for k, v in stage.settings.items() if k not in _QUIZ}
+    names = tuple(Weighted.read(text).name for text in texts)
+    return replace(stage, settings=settings, questions=(), texts=names)
 
 
 def _scoring_stage(recipe: Recipe, kind: Kind, section: SplitSettings, **more: Any) -> Stage:
@@ -108,12 +119,14 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     settings = _recipe_keys(recipe, *_LOADED) | variant.recipe_values()
     if settings[variant.kind].get("held_out", 0) is None:  # keeps the hashes of older runs
         del settings[variant.kind]["held_out"]
+    is_text = bool(recipe.profile.text)  # and so chosen, tuned and scored on these
+    other = tuple(recipe.selection(s) for s in ("val", "test") if s != own)
     return Stage(
         *(variant.name, variant.kind, settings),
         makes=(variant_folder(variant.name),),
         after=("profile",),
-        questions=(recipe.selection(own, recipe.profile.limit),),
-        optional_questions=tuple(recipe.selection(s) for s in ("val", "test") if s != own),
+        questions=() if is_text else (recipe.selection(own, recipe.profile.limit),),
+        optional_questions=() if is_text else other,
         reads_model=True,
         adapter=variant.prune.adapter if variant.prune else None,
     )

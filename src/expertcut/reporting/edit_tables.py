@@ -11,9 +11,9 @@ from expertcut.edits.plan import BlockEdit, EditPlan, ExpertIds, Point, expert_i
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.edits.selection import Pruning, RemovedTraffic, removed_share
 from expertcut.errors import ProfileError
-from expertcut.profiling.blend import Blend
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, TextProfile
+from expertcut.reporting import text_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, printable, signed
 from expertcut.stats import MARGIN, ExpertShares
 
@@ -108,18 +108,6 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
 
 
-def traffic_lines(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> list[str]:
-    """The same of each profile of a blend, or of each source of texts, which are named."""
-    domains: dict[str, Profile] = {}
-    if isinstance(profile, Blend):
-        domains = dict(zip(profile.names, profile.parts, strict=True))
-    elif isinstance(profile, TextProfile):
-        domains = profile.by_source()
-    if len(domains) < 2:
-        return [traffic_line(profile, edits, experts)]
-    return [traffic_line(part, edits, f"{experts}, in {name},") for name, part in domains.items()]
-
-
 def outcome_lines(
     built: "Built", before: tuple[int, int] | None, after: tuple[int, int], margin: float = MARGIN
 ) -> list[str]:
@@ -133,7 +121,7 @@ def outcome_lines(
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     if built.proof.text:
-        return lines + text_change_lines(built.proof.text)
+        return lines + text_tables.text_change_lines(built.proof.text)
     answered, scored_on, chance = built.proof.answered, built.scored_on, built.proof.chance
     where, n = scored_on.clause, scored_on.questions
     if scored_on.used == 0:
@@ -158,27 +146,6 @@ def outcome_lines(
     )
     lines += [labelled("distance", f"|Δ log p| against {shifts}")]
     return lines + [labelled("", sentence) for sentence in sentences]
-
-
-def text_change_lines(changes: Sequence[stats.TextChange]) -> list[str]:
-    """Perplexity and distance on held-out texts: the first model of each source is the base."""
-    lines, base = [], changes[0].against
-    for change in changes:
-        if change.against == base:
-            text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
-            text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
-            text += f"{change.source}: {loss_text(change.delta_loss, change.ci95)}"
-            lines.append(labelled("predicts", text))
-        text = f"KL {change.kl:.4f}, top-1 agreement {percent(change.top1_agreement)}, acceptance "
-        text += f"{percent(change.acceptance)}, of {change.source} against {change.against}"
-        lines.append(labelled("distance", text))
-    return lines
-
-
-def loss_text(delta: float, ci95: Sequence[float]) -> str:
-    """A change of loss with its interval, as `loss +0.018 nats (+0.012 … +0.024)`."""
-    low, high = (signed(end, "+.4f") for end in ci95)
-    return f"loss {signed(delta, '+.4f')} nats a token ({low} … {high})"
 
 
 def verdict_text(

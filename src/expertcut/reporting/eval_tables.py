@@ -51,9 +51,8 @@ def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
     if blend is not None:
-        others = blend.profiles[1:]
-        text += f" and {sum(own.questions for own in others):,} of {len(others)} more profile"
-        text += "s" if len(others) > 1 else ""
+        n_more = len(blend.profiles) - 1
+        text += f" and what {n_more} more profile{'s' if n_more > 1 else ''} read"
     if chosen.fitted_split:
         text += f", fitted on {chosen.fitted_questions:,} of {chosen.fitted_split}"
     return text
@@ -105,9 +104,23 @@ def evaluation_csv(results: Results) -> Table:
     """The quiz alone by subject; with further parts one row per model and figure of a part."""
     rows = text_tables.judged_rows(results) + task_tables.tasks_rows(results)
     rows += generation_tables.generation_rows(results, MARGIN)
-    if isinstance(results, QuizResults) and not rows:
-        return results_csv(results)
+    if isinstance(results, QuizResults):
+        if not rows:
+            return results_csv(results)
+        rows = [*_quiz_rows(results), *rows]
     return Table("results", columns(task_tables.FLAT), rows)
+
+
+def _quiz_rows(results: QuizResults) -> list[list[Cell]]:
+    """One row per model over all questions, in the columns of `task_tables.FLAT`."""
+    compared, rows = {c.other: c for c in results.comparisons}, list[list[Cell]]()
+    for i, m in enumerate(results.models):
+        row: list[Cell] = [m.path, "quiz", results.quiz, "accuracy"]
+        row += [m.accuracy, m.stderr, m.questions]
+        if c := compared.get(i):
+            row += [c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
+        rows.append([*row, *[None] * (len(columns(task_tables.FLAT)) - len(row))])
+    return rows
 
 
 def results_csv(results: QuizResults) -> Table:

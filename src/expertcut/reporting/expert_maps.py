@@ -8,7 +8,8 @@ import numpy as np
 
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.statistics import LayerStatistics
-from expertcut.reporting import page_sections
+from expertcut.profiling.storage import TextProfile
+from expertcut.reporting import page_sections, text_profile_tables
 from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
 from expertcut.reporting.page_sections import Explorer, Facts, Folded, Section, edits_of, key_of
@@ -23,6 +24,13 @@ _MAPS = (
     ("contribution_pct", "Contribution, %", ".2f",
      "Its mean share of the chosen experts' probability."),
     ("tokens", "All-token load", ",d", "Tokens of all prompts, shots included, that chose it."),
+)  # fmt: skip
+_TEXT_MAPS = (
+    ("tokens", "All-token load", ",d", "Tokens that chose the expert."),
+    ("accuracy", "Next token right", ".1%",
+     "Share of the tokens routed to the expert whose next token the model predicts."),
+    ("weighted_accuracy", "Weighted accuracy", ".1%", "The same, weighted by its probability."),
+    ("mean_loss", "Mean loss", ".3f", "Mean −log p of the next token, in nats."),
 )  # fmt: skip
 _FIGURES = (
     *("appearances", "accuracy", "accuracy_ci95_low", "accuracy_ci95_high", "weighted_accuracy"),
@@ -46,7 +54,34 @@ def expert_sections(run: Run) -> list[Section]:
             Section(f"{key}-suspects", f"Suspects{of}", [tables.suspects_table(findings)]),
             Section(f"{key}-routing", f"Routing{of}", _routing(findings, key)),
         ]
+    for text in run.texts:
+        key = key_of(text.name, [s.key.removesuffix("-experts") for s in sections])
+        sections.append(Section(f"{key}-experts", f"Experts: {text.name}", _text_parts(text, key)))
     return sections
+
+
+def _text_parts(document: NamedDocument[TextProfile], key: str) -> list[page_sections.Part]:
+    """A profile of texts: its facts, maps of its experts, and the paper's tables."""
+    profile, maps = document.content, list[Heat]()
+    for name, title, spec, note in _TEXT_MAPS:
+        values = [
+            x.over_tokens.tokens_E if name == "tokens" else getattr(x.next, f"{name}_E")
+            for x in profile.layers
+            if name == "tokens" or x.next is not None
+        ]
+        if values:
+            rows = tuple(np.asarray(value, dtype=float) for value in values)
+            low, high = span(rows)
+            low, column = 0.0 if name == "tokens" else low, Column(title.lower(), spec)
+            map_key = f"{key}-{name.replace('_', '-')}"
+            maps.append(Heat(map_key, title, note, rows, column, low=low, high=high))
+    facts = Facts(
+        [*text_profile_tables.profile_facts(profile), *text_profile_tables.expert_facts(profile)]
+    )
+    sources, *paper_tables = text_profile_tables.text_tables(profile)
+    note = "2:21 is expert 21 of layer 2. Layers are MoE layers, counted from 0."
+    title = "Tables 1 to 7 of the paper (arXiv 2502.17187), over all tokens"
+    return [facts, note, sources, *maps, Folded(title, paper_tables)]
 
 
 def _maps(findings: Findings, key: str) -> tuple[Heat, ...]:

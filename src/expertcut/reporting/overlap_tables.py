@@ -1,14 +1,16 @@
 """Tables of several domains: what each keeps under a cut, and how far their saliencies agree."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
 
 from expertcut.edits.domains import Overlap
-from expertcut.edits.plan import PlanBlend
-from expertcut.profiling.blend import BlendRule
+from expertcut.edits.plan import BlockEdit, PlanBlend
+from expertcut.profiling.blend import Blend, BlendRule
 from expertcut.profiling.statistics import or_none
+from expertcut.profiling.storage import Profile, TextProfile
+from expertcut.reporting.edit_tables import traffic_line
 from expertcut.reporting.tables import Cell, Column, Table, columns
 from expertcut.reporting.views import Shown
 
@@ -18,11 +20,11 @@ def kept_table(blend: PlanBlend, criterion: str) -> Table:
     rules: tuple[BlendRule, ...] = get_args(BlendRule)
     rules = tuple(rule for rule in rules if all(rule in own.kept for own in blend.profiles))
     rows: list[list[Cell]] = [
-        [own.name, own.weight, own.questions, *(own.kept[rule] for rule in rules)]
+        [own.name, own.weight, own.questions, own.tokens, *(own.kept[rule] for rule in rules)]
         for own in blend.profiles
     ]
     heads = (
-        *columns("profile; weight::.3f; questions::,d"),
+        *columns("profile; weight::.3f; questions::,d; tokens::,d"),
         *(Column(f"kept by {rule}", ".1%") for rule in rules),
     )
     note = (
@@ -134,3 +136,15 @@ def _random_jaccard(n_experts: int, n_keep: int) -> float:
     both_X = np.arange(n_keep + 1)
     share_X = hypergeom.pmf(both_X, n_experts, n_keep, n_keep)
     return float((share_X * both_X / (2 * n_keep - both_X)).sum())
+
+
+def traffic_lines(profile: Profile, edits: Mapping[str, BlockEdit], experts: str) -> list[str]:
+    """What removed experts had in the profile, in each of a blend, or in each source of texts."""
+    domains: dict[str, Profile] = {}
+    if isinstance(profile, Blend):
+        domains = dict(zip(profile.names, profile.parts, strict=True))
+    elif isinstance(profile, TextProfile):
+        domains = profile.by_source()
+    if len(domains) < 2:
+        return [traffic_line(profile, edits, experts)]
+    return [traffic_line(part, edits, f"{experts}, in {name},") for name, part in domains.items()]

@@ -18,7 +18,7 @@ from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import BlockInfo, QuizInfo, TextInfo
+from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
 from expertcut.reporting import (
     edit_tables,
     eval_tables,
@@ -32,6 +32,7 @@ from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
 from expertcut.reporting.tables import Cell, Column, Table, columns
+from expertcut.reporting.text_profile_tables import profile_facts, texts_line
 from expertcut.reporting.views import NamedDocument, Run
 from expertcut.stats import MARGIN, Comparison, verdict, wilson_interval
 
@@ -128,6 +129,9 @@ def headlines(run: Run) -> Iterator[Headline]:
         n_answer, _, others = facts["experts"].partition(", ")
         right = (f"{facts['accuracy']} right", facts["questions"])
         yield Headline([right, (f"Experts: {n_answer}", others)])
+    for text in () if run.results or checkpoints else run.texts:
+        (_, what), *scores = profile_facts(text.content)
+        yield Headline([(score.capitalize(), what) for _, score in scores] or [(what, "")])
 
 
 def results_headline(results: QuizResults, context: str = "") -> Headline:
@@ -495,16 +499,21 @@ def provenance_sections(run: Run) -> list[Section]:
         facts["Recipe"] = Lines(recipe)
     for profile in run.profiles:
         notes = views.notes_in(profile.file.parent / views.RUN_FILE)
-        facts[f"Profile {profile.name}"] = Facts(_profile(profile.content, notes))
+        info = profile.content.profile.info
+        facts[f"Profile {profile.name}"] = Facts(
+            _profile(info, notes, _quiz(info.quiz, info.quiz.id))
+        )
+    for text in run.texts:
+        notes, own = views.notes_in(text.file.parent / views.RUN_FILE), text.content.info
+        facts[f"Profile {text.name}"] = Facts(_profile(own, notes, _texts(own.text)))
     facts |= {f"Plan {plan.name}": Facts(_plan(plan.content)) for plan in run.plans}
     facts |= {f"Results {found.name}": Facts(_results(found.content)) for found in run.results}
     parts = [Folded(title, [part]) for title, part in facts.items()]
     return [Section("provenance", "Where the numbers come from", parts)]
 
 
-def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
-    info, quiz = findings.profile.info, findings.profile.info.quiz
-    hashes = {name: subject.content_hash for name, subject in quiz.subjects.items()}
+def _profile(info: AnyProfileInfo, notes: Mapping[str, Any], read: Rows) -> Rows:
+    hashes = {name: subject.content_hash for name, subject in info.quiz.subjects.items()}
     elapsed_s = notes.get("elapsed_s")  # `run.json` promises nothing
     took = f"{elapsed_s:,.1f} s" if isinstance(elapsed_s, int | float) else None
     versions = [(f"version of {name}", notes.get(name)) for name in ("expertcut", "python")]
@@ -512,8 +521,8 @@ def _profile(findings: Findings, notes: Mapping[str, Any]) -> Rows:
         ("model", info.model.label),
         ("revision", info.model.revision),
         ("fingerprint of config and weights", info.model.fingerprint),
-        *_quiz(quiz, quiz.id),
-        ("hash of the questions", _hash(hashes)),
+        *read,
+        ("hash of the questions" if info.text is None else "hash of the rows", _hash(hashes)),
         ("settings", ", ".join(f"{k} {v}" for k, v in info.settings.model_dump().items() if v)),
         ("finished", _finished(notes) or None),
         ("took", took),
@@ -552,6 +561,13 @@ def _quiz(quiz: QuizInfo | TextInfo | QuizResults, name: str) -> Rows:
     first = f", the first {quiz.limit} of each subject" if quiz.limit else ""
     questions = f"{name}, split {quiz.split}, {quiz.shots} shots{first}"
     return [("questions", questions), ("revision of the questions", quiz.revision)]
+
+
+def _texts(text: TextInfo) -> Rows:
+    rows: Rows = [("texts", texts_line(text)), ("tokens of a row, at most", f"{text.max_tokens:,}")]
+    for name, source in text.sources.items():
+        rows += [(f"source {name}", source.spec), (f"revision of {name}", source.revision)]
+    return rows
 
 
 def _stages(manifest: Mapping[str, Any]) -> Rows:

@@ -17,11 +17,11 @@ from expertcut.profiling.storage import Profile
 from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
-from expertcut.stats import LEVEL
+from expertcut.stats import LEVEL, Array
 
 MIN_APPEARANCES = 0.01  # the paper's tables list experts that appear in at least 1 % of questions
-_FROM_0 = "Layers are MoE layers, counted from 0."
-_ENTROPY = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
+FROM_0 = "Layers are MoE layers, counted from 0."
+ENTROPY_HEADS = "entropy, mean::.4f; entropy, std::.4f; at most::.4f"
 
 
 def cut_text(*n_cut: int | None) -> str:
@@ -42,13 +42,10 @@ def headline_facts(findings: Findings) -> dict[str, str]:
     names = [f"{layer}:{numbers.number(blocks[layer].name, e)}" for layer, e in findings.places]
     sums = [x.over_tokens.weighted_norm_E if x.over_tokens else x.weight_E for x in layers]
     what = "gate weight·‖f(x)‖" if layers[0].over_tokens else "gate weight at the answer"
-    share_X = np.concatenate([share(own_E, own_E.sum(), 0.0) for own_E in map(np.asarray, sums)])
-    order = [x for x in np.argsort(-share_X, kind="stable") if share_X[x] > 0]
-    listed = [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
+    listed = ranked_contributions(profile, sums)
     harmful = [names[x] for x in tested.suspects if tested.p_family_X[x] < LEVEL]
     worse = f"{', '.join(harmful)} answer worse" if harmful else "none answers worse"
     flat_L = [float(x.entropy_all_N.mean()) / math.log(max(x.n_experts, 2)) for x in layers]
-    sharpest, flattest = int(np.argmin(flat_L)), int(np.argmax(flat_L))
     return {
         "questions": f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
         + cut_text(answers.n_cut),
@@ -57,9 +54,30 @@ def headline_facts(findings: Findings) -> dict[str, str]:
         "most": f"{', '.join(listed[:5])} of the {what} of their layers",
         "least": f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all",
         "suspects": f"{worse} beyond chance, of {tested.n_tests:,} experts that could be tested",
-        "gate": f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
-        f"(layer {flattest}) of the entropy of a uniform gate",
+        "gate": gate_text(flat_L),
     }
+
+
+def ranked_contributions(profile: Profile, sums: Sequence[Array | None]) -> list[str]:
+    """The experts with their shares of a sum over their layer, the largest first, 0 left out."""
+    numbers = known_ids(profile)
+    names = [
+        f"{layer}:{numbers.number(block.name, e)}"
+        for layer, block in enumerate(profile.info.model.blocks)
+        for e in range(block.experts)
+    ]
+    share_X = np.concatenate([share(own_E, own_E.sum(), 0.0) for own_E in map(np.asarray, sums)])
+    order = [x for x in np.argsort(-share_X, kind="stable") if share_X[x] > 0]
+    return [f"{names[x]} {100 * share_X[x]:.2g} %" for x in order]
+
+
+def gate_text(flat_L: Sequence[float]) -> str:
+    """The sharpest and the flattest gate, by the entropy as a share of that of a uniform gate."""
+    sharpest, flattest = int(np.argmin(flat_L)), int(np.argmax(flat_L))
+    return (
+        f"{percent(flat_L[sharpest])} (layer {sharpest}) to {percent(flat_L[flattest])} "
+        f"(layer {flattest}) of the entropy of a uniform gate"
+    )
 
 
 def headline(findings: Findings) -> list[str]:
@@ -67,10 +85,15 @@ def headline(findings: Findings) -> list[str]:
     profile, facts, path = findings.profile, headline_facts(findings), str(findings.profile.path)
     facts = {"profile": f"{path}: {facts.pop('questions')}", **facts}
     by = ("--by", "reap") if findings.layers[0].over_tokens else ()
+    return [*(labelled(*fact) for fact in facts.items()), *next_commands(profile, by)]
+
+
+def next_commands(profile: Profile, by: Sequence[str]) -> list[str]:
+    """What to do with a profile: to cut by it, if that can be, and to see its tables."""
+    path = str(profile.path)
     prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
     can_prune = not any(block.is_hashed for block in profile.info.model.blocks)
-    commands = (*((prune,) if can_prune else ()), ("show", path, "--tables"))
-    return [*(labelled(*fact) for fact in facts.items()), *next_lines(*commands)]
+    return next_lines(*((prune,) if can_prune else ()), ("show", path, "--tables"))
 
 
 def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> list[Table]:
@@ -83,12 +106,12 @@ def profile_tables(profile: Profile, layers: Sequence[LayerStatistics] = ()) -> 
     entropies = [
         [layer.layer, *_entropy(layer.entropy_all_N), math.log(layer.n_experts)] for layer in layers
     ]
-    heads = columns(f"layer; {_ENTROPY}")
+    heads = columns(f"layer; {ENTROPY_HEADS}")
     return [
         _activated(profile, layers),
         Table(title, columns("rank; mean::.4f; std::.4f"), ranks),
         *[_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
-        Table("Tables 6–7: entropy over all experts", heads, entropies, _FROM_0),
+        Table("Tables 6–7: entropy over all experts", heads, entropies, FROM_0),
     ]
 
 
@@ -99,23 +122,30 @@ def _activated(profile: Profile, layers: Sequence[LayerStatistics]) -> Table:
     n_questions = len(profile.array("answer_N"))
     note = (
         f"{n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots"
-        f"{cut_text(profile.answers.n_cut)}. {_FROM_0} "
+        f"{cut_text(profile.answers.n_cut)}. {FROM_0} "
         f"Near-ties: {own:,} questions have a token of their own whose choice of experts hangs "
         f"on a gap below 1e-5, {len(ties) - own:,} more have one in their shots."
     )
-    if hashed := [str(i) for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]:
-        note += (
-            f" Hash-routed: layers {', '.join(hashed)} choose their experts by a table of token "
-            "ids; they are measured, and none of their experts can be removed or boosted."
-        )
+    note += hashed_note(profile)
     rows: list[list[Cell]] = [
         [layer.layer, layer.n_activated, layer.n_experts, *_entropy(layer.entropy_top_N),
          math.log(layer.top_k)]
         for layer in layers
     ]  # fmt: skip
-    heads = columns(f"layer; activated experts; of; {_ENTROPY}")
+    heads = columns(f"layer; activated experts; of; {ENTROPY_HEADS}")
     top_k = layers[0].top_k
     return Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", heads, rows, note)
+
+
+def hashed_note(profile: Profile) -> str:
+    """Which layers a table of token ids routes, if any."""
+    hashed = [str(i) for i, block in enumerate(profile.info.model.blocks) if block.is_hashed]
+    if not hashed:
+        return ""
+    return (
+        f" Hash-routed: layers {', '.join(hashed)} choose their experts by a table of token "
+        "ids; they are measured, and none of their experts can be removed or boosted."
+    )
 
 
 def _entropy(entropy_N: np.ndarray[Any, Any]) -> tuple[float, float]:
@@ -157,7 +187,7 @@ def suspects_table(findings: Findings) -> Table:
         f"By z, the most harmful first; {tested.n_tests:,} of {len(findings.places):,} experts "
         "could be tested. The difference is to questions of the same subjects that did not "
         "activate the expert. Adjusted: Benjamini–Hochberg. Family-wise: the largest |z| of "
-        f"{tested.permutations:,} permutations of correctness within subjects. {_FROM_0}"
+        f"{tested.permutations:,} permutations of correctness within subjects. {FROM_0}"
     )
     return Table("Suspects: experts whose questions are answered worse", heads, rows, note)
 
@@ -180,7 +210,7 @@ def margins_table(findings: Findings) -> Table:
         *[Column(f"logit: {part}", ".3f", is_wide=True) for part in parts.values()],
         *[Column(f"p < {threshold:g}", ".1%", is_wide=True) for threshold in THRESHOLDS],
     )
-    notes = [f"Rank K minus rank K+1, in probability and in logit. {_FROM_0}"]
+    notes = [f"Rank K minus rank K+1, in probability and in logit. {FROM_0}"]
     notes += [f"None in layers {', '.join(map(str, at))}: {why}." for why, at in reasons.items()]
     return Table("Gate margins at the answer position", heads, rows, " ".join(notes))
 
@@ -209,7 +239,7 @@ def perturbation_tables(findings: Findings) -> list[Table]:
     rows = [[p[key] for key in keys] for p in findings.perturbations]
     return [
         Table("Perturbations", heads, rows, note),
-        Table("Perturbations, layer by layer", layer_heads, by_layer, _FROM_0),
+        Table("Perturbations, layer by layer", layer_heads, by_layer, FROM_0),
     ]
 
 
@@ -235,8 +265,8 @@ def subject_tables(findings: Findings) -> list[Table]:
     expert_heads = columns("subject; layer; expert; appearances::.1%; accuracy::.1%")
     title = "Subjects: experts in at least 1 % of a subject's questions"
     return [
-        Table("Subjects: entropy and rank probabilities", heads, routing, _FROM_0),
-        Table(title, expert_heads, experts, _FROM_0),
+        Table("Subjects: entropy and rank probabilities", heads, routing, FROM_0),
+        Table(title, expert_heads, experts, FROM_0),
     ]
 
 
@@ -350,7 +380,7 @@ def _criteria_ranks(compared: Compared, index: int) -> Table:
         rows.append([int(expert), *ranks, "super" if expert in supers else ""])
     heads = tuple(Column(n, is_wide=True) for n in ("expert", *compared.scores, "protected"))
     title = f"Ranks of the experts of layer {layer.layer} by each criterion, 1 is kept longest"
-    return Table(title, heads, rows, _FROM_0)
+    return Table(title, heads, rows, FROM_0)
 
 
 def _supers(compared: Compared) -> list[tuple[int, ...]]:

@@ -38,8 +38,9 @@ def tasks_tables(results: Results, names: Sequence[str]) -> list[Table]:
         "unpaired z::+.2f; unpaired p::.3g"
     )
     note = (
-        "Δ is the mean difference on the same documents, with a bootstrap over them; of a "
-        "perplexity it is the difference of loss in nats. The unpaired z is that of the harness."
+        "Δ is other minus base on the same documents, of a perplexity that of its logarithm. Its "
+        "interval is the score interval where outcomes are 0 or 1, else a bootstrap over the "
+        "documents. The unpaired z is the harness's own test."
     )
     return [Table("Tasks", heads, rows, note)] if rows else []
 

@@ -1,49 +1,13 @@
-"""Tables and sentences of what models read and predict in texts."""
+"""Tables and sentences of models judged on texts."""
 
 import math
 from collections.abc import Iterator, Sequence
 
 from expertcut.evaluation.results import JudgedTexts, Results, TextComparison, TextResult
-from expertcut.profiling.schema import TextInfo
-from expertcut.profiling.storage import Profile, TextProfile
-from expertcut.reporting.tables import Cell, Table, columns, signed
+from expertcut.reporting.tables import Cell, Table, columns, labelled, signed
+from expertcut.stats import TextChange
 
 Ends = tuple[float, float] | None
-
-
-def texts_line(text: TextInfo) -> str:
-    """How much was read, and of what."""
-    shares = ", ".join(
-        f"{name} {100 * source.tokens / text.n_tokens:.0f} %"
-        for name, source in text.sources.items()
-    )
-    whose = " of the assistant" if text.assistant_only else ""
-    of = shares if len(text.sources) > 1 else next(iter(text.sources))
-    return f"{text.n_tokens:,} tokens{whose} in {text.n_documents:,} documents: {of}"
-
-
-def profile_facts(profile: Profile) -> list[tuple[str, str]]:
-    """The headline of a profile of texts."""
-    assert isinstance(profile, TextProfile), "a quiz has another headline"
-    facts = [("text", texts_line(profile.info.text))]
-    if profile.info.text.has_loss:
-        score = profile.score
-        text = f"perplexity {score.perplexity:.3f}, next token right {score.accuracy:.2%}"
-        facts.append(("predicts", f"{text} of {score.scored:,}"))
-    return facts
-
-
-def sources_table(profile: TextProfile) -> Table:
-    """One row per source."""
-    info, rows = profile.info.text, []
-    for name, known in info.sources.items():
-        row: list[Cell] = [name, known.documents, known.tokens]
-        if score := profile.scores.get(name):
-            row += [score.perplexity, score.accuracy]
-        rows.append(row)
-    heads = "source; documents::,d; tokens::,d"
-    heads += "; perplexity::.3f; next token right::.2%" if info.has_loss else ""
-    return Table("Texts", columns(heads), rows, texts_line(info))
 
 
 def _judged(
@@ -172,6 +136,20 @@ def lost_text(base: TextResult, found: TextResult, c: TextComparison, is_bound: 
 def span(ends: Ends, spec: str) -> str | None:
     """An interval; None without one."""
     return None if ends is None else " … ".join(signed(end, spec) for end in ends)
+
+
+def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
+    """Perplexity and distance on held-out texts, against the first base that was compared with."""
+    lines = []
+    for change in (c for c in changes if c.against == changes[0].against):
+        text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
+        text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
+        text += f"{change.source}: loss {signed(change.delta_loss, '+.4f')} nats per token"
+        lines.append(labelled("predicts", f"{text}{behind(change.ci95, '+.4f')}"))
+        text = f"KL {change.kl:.4f}, top-1 agreement {100 * change.top1_agreement:.1f} %, "
+        text += f"acceptance {100 * change.acceptance:.1f} %, against {change.against}"
+        lines.append(labelled("distance", text))
+    return lines
 
 
 def behind(ends: Ends, spec: str) -> str:

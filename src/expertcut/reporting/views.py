@@ -22,9 +22,9 @@ from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, Sweep
 from expertcut.files import parse_json, read_file
-from expertcut.profiling.findings import Findings, find, findings_json
-from expertcut.profiling.storage import load_profile
-from expertcut.reporting import edit_tables, eval_tables, profile_tables
+from expertcut.profiling.findings import Findings, find, findings_json, text_json
+from expertcut.profiling.storage import TextProfile, load_profile
+from expertcut.reporting import edit_tables, eval_tables, profile_tables, text_profile_tables
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
 
@@ -53,6 +53,7 @@ class Run:
 
     path: Path
     profiles: list[NamedDocument[Findings]]
+    texts: list[NamedDocument[TextProfile]]
     plans: list[NamedDocument[PlanFile]]
     proofs: list[NamedDocument[CrossFitResult]]
     results: list[NamedDocument[Results]]
@@ -80,9 +81,19 @@ def gather(path: Path) -> Run:
     def read(kind: str, load: Callable[[Path], T]) -> list[NamedDocument[T]]:
         return [NamedDocument(f, _name(f, path), load(f)) for f in files if _kind(f) == kind]
 
+    profiles = read(PROFILE_FILE, lambda file: load_profile(file.parent))
     return Run(
         path=path,
-        profiles=read(PROFILE_FILE, lambda file: find(load_profile(file.parent))),
+        profiles=[
+            NamedDocument(found.file, found.name, find(found.content))
+            for found in profiles
+            if not isinstance(found.content, TextProfile)
+        ],
+        texts=[
+            NamedDocument(found.file, found.name, found.content)
+            for found in profiles
+            if isinstance(found.content, TextProfile)
+        ],
         plans=read(PLAN_FILE, load_plan),
         proofs=read(PROOF_FILE, lambda file: load_cross_fit(file.parent)),
         results=read(RESULTS, load_results),
@@ -160,6 +171,8 @@ def find_shown(
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
     if (path / PROFILE_FILE).is_file() or path.name == PROFILE_FILE:
         profile = load_profile(path if path.is_dir() else path.parent)
+        if isinstance(profile, TextProfile) and not by_criteria:
+            return _text_profile(profile, by_subject)
         if not by_criteria:
             return _profile(find(profile), by_subject)
         ranked = compare(profile)
@@ -211,6 +224,20 @@ def _profile(findings: Findings, by_subject: bool) -> Shown:
     flat = profile_tables.subjects_csv if by_subject else profile_tables.experts_csv
     headline, as_json = partial(profile_tables.headline, findings), partial(findings_json, findings)
     return Shown(tables, partial(flat, findings), as_json, headline=headline)
+
+
+def _text_profile(profile: TextProfile, by_subject: bool) -> Shown:
+    if by_subject:
+        raise SettingsError(
+            f"--subjects: {profile.path} is a profile of texts, which have no subjects: leave the "
+            "option out, --tables shows each source"
+        )
+    return Shown(
+        partial(text_profile_tables.text_tables, profile),
+        partial(text_profile_tables.text_experts_csv, profile),
+        partial(text_json, profile),
+        headline=partial(text_profile_tables.headline, profile),
+    )
 
 
 def _shown(
