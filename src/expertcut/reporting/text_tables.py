@@ -113,7 +113,7 @@ def is_bound(asked: JudgedTexts | None) -> bool:
     return asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary
 
 
-def lost_text(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
+def lost_text(base: TextResult, found: TextResult, c: TextComparison, has_bounds: bool) -> str:
     """A sentence with the changes and their intervals."""
     perplexities = f"perplexity {base.perplexity:.3f} → {found.perplexity:.3f}"
     if c.delta_loss is None or c.kl is None:
@@ -127,10 +127,10 @@ def lost_text(base: TextResult, found: TextResult, c: TextComparison, is_bound: 
     if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
         loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
     ratio = math.exp(min(c.delta_loss, 700.0))
-    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
+    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if has_bounds else ''}{c.kl:.4f}"
     text += f"{behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
     text += f"{behind(c.top1_agreement_ci95, '.1%')}, acceptance "
-    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{behind(c.acceptance_ci95, '.1%')}"
+    return f"{text}{'≤ ' if has_bounds else ''}{c.acceptance:.1%}{behind(c.acceptance_ci95, '.1%')}"
 
 
 def span(ends: Ends, spec: str) -> str | None:
