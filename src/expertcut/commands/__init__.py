@@ -204,7 +204,7 @@ class SplitSettings(BatchSettings, QuizSettings):
         return quiz
 
 
-class TextSettings(Settings):
+class TextRowsSettings(Settings):
     """Texts, and how they become rows."""
 
     text: Texts = text_option(
@@ -214,13 +214,30 @@ class TextSettings(Settings):
         metavar="SPEC[=W]",
     )
     assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
+    max_tokens: int = text_option(
+        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
+    )
+
+    def check_text(self) -> None:
+        """Refuses options of texts without a text."""
+        for name in ("assistant_only", "tokens"):
+            if not self.text and getattr(self, name, None):
+                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
+
+    def text_selection(self) -> "TextSelection":
+        """Which texts, and how they become rows."""
+        from expertcut.data.corpus import TextSelection
+
+        return TextSelection(tuple(self.text), self.max_tokens, assistant_only=self.assistant_only)
+
+
+class TextSettings(TextRowsSettings):
+    """Texts, how many of them, and how they become rows."""
+
     tokens: Annotated[Text, _AMOUNT] | None = text_option(
         None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
         metavar="N",
     )  # fmt: skip
-    max_tokens: int = text_option(
-        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
-    )
     seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
 
     @property
@@ -228,18 +245,9 @@ class TextSettings(Settings):
         """`tokens` as a number."""
         return None if self.tokens is None else read_amount(self.tokens)
 
-    def check_text(self) -> None:
-        """Refuses options of texts without a text."""
-        for name in ("assistant_only", "tokens"):
-            if not self.text and getattr(self, name):
-                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
-
     def text_selection(self) -> "TextSelection":
-        """Which texts, and how they become rows."""
-        from expertcut.data.corpus import TextSelection
-
-        names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
-        return TextSelection(*names)
+        """Which texts, how many, and how they become rows."""
+        return replace(super().text_selection(), tokens=self.n_tokens, seed=self.seed)
 
     def load_corpus(self, tokenizer: Any) -> "Corpus":
         """The texts, tokenized."""
@@ -396,7 +404,7 @@ class ScoredSettings(Settings):
         return load_quiz(Selection(*which, self.limit, revision, profile.truncate))
 
 
-class ScoredTextSettings(TextSettings, ScoredSettings, ProfiledSettings):
+class ScoredTextSettings(TextRowsSettings, ScoredSettings, ProfiledSettings):
     """Texts to judge on, in place of those that the profile holds out."""
 
     top_k_logprobs: int = text_option(

@@ -46,10 +46,6 @@ class SweepSettings(
         f"Criteria to score, separated by commas, or all: {edit_settings.CRITERIA_HERE}.",
         panel=edit_settings.RANK,
     )
-    seed: int = option(
-        0, "Seed of --by random, and of the documents that --tokens takes.",
-        panel=edit_settings.RANK, ge=0,
-    )  # fmt: skip
     out: FilePath | None = output_option(
         None, "Output folder; a sweep started there is resumed.  [default: in sweeps/]"
     )
