@@ -250,9 +250,10 @@ REFUSED = {
     "sweep 0.5 --profile p --top-k-logprobs 9": "--top-k-logprobs is for texts",
     "sweep 0.5 --profile p --held-out 0": "--text FILE",
     "sweep 0.5 --profile p --text a.jsonl": "at most 5 % may",
-    "sweep 0.5 --profile p --by easy_ep,entropy": "entropy",
+    "sweep 0.5 --profile p --by activations --tokens answer": "answer",
+    "sweep 0.5 --profile p --split val": "is a profile of texts",
     "audit --profile p --held-out 0": "profile more documents",
-    "audit --profile p --by accuracy": "answer",
+    "audit --profile p --by activations --tokens answer": "answer",
 }
 
 

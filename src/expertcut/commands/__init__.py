@@ -394,6 +394,10 @@ class ScoredSettings(Settings):
         profile = profile.parts[0]  # of a blend the heaviest
         if isinstance(profile, ProfilePart) and not self.scored_given:
             return profiled_quiz(profile, is_held_out=True)
+        if self.quiz is None and profile.info.text is not None:
+            raise SettingsError(
+                f"{profile.path} is a profile of texts, which have no answers: name a quiz"
+            )
         info = profile.info.quiz
         is_same = self.quiz in (None, info.id)
         subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
