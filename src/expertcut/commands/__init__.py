@@ -436,7 +436,8 @@ class ScoredTextSettings(TextRowsSettings, ScoredSettings, ProfiledSettings):
             corpus, dropped = unused_texts(profile, self.text_selection())
         if corpus is None:
             return None
-        return TextScoring(corpus, self.top_k_logprobs, self.load_as(), options, dropped)
+        how = (self.top_k_logprobs, self.load_as(), options)
+        return TextScoring(corpus, *how, dropped, is_held_out=not self.text)
 
 
 class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):

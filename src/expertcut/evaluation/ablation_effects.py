@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +18,7 @@ from expertcut.edits.reweight_select import right
 from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.reweight_search import CachedScorer
-from expertcut.evaluation.sweep_judges import DocumentSums, compared, fitting, pooled
+from expertcut.evaluation.sweep_judges import DocumentSums, compared, pooled, within_context
 from expertcut.evaluation.text_eval import (
     Predictions,
     RowSums,
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 KEPT_BYTES = 2 << 30  # of layer outputs
 KEPT_TOKENS = 64  # of the unedited model, likeliest first, at each position
 _MIN_GATE_SHARE = 0.01  # of a gate weight; less may be lost in rounding
+_MIN_TOKENS = 8  # that use an expert, so that some loss must change without it
 Change = AbstractContextManager[OnPass]
 
 
@@ -65,7 +67,7 @@ def request_of(engine: Engine, data: CalibrationSet) -> dict[str, Any]:
     """What the request of an audit says of the questions or texts."""
     found = {"quiz": data.id, "questions": len(data), "split": data.split}
     if isinstance(data, Corpus):
-        corpus = fitting(data, engine.moe)
+        corpus = within_context(data, engine.moe)
         vocabulary = int(engine.moe.model.config.get_text_config().vocab_size)
         text = judged_texts(corpus, min(KEPT_TOKENS, vocabulary), vocabulary, {})
         content = "\n".join(document.content_hash for document in data)
@@ -123,7 +125,7 @@ class TextAblations:
     """Losses of next tokens, replayed from the layer that changes."""
 
     def __init__(self, engine: Engine, corpus: Corpus, kept_bytes: int = KEPT_BYTES) -> None:
-        self.engine, self.corpus = engine, fitting(corpus, engine.moe)
+        self.engine, self.corpus = engine, within_context(corpus, engine.moe)
         self.rows, _ = rows_to_judge(self.corpus, engine.moe.tokenizer)
         self.chunks = {
             name: [encode_rows(chunk) for chunk in chunk_rows(rows)]
@@ -136,7 +138,7 @@ class TextAblations:
         self.n_used_LE = np.zeros((len(blocks), max(b.n_experts for b in blocks)))
         with self.replay.recording(), observe_routers(blocks, self._see):
             self.first = {
-                name: [self._read(chunk, self._begin) for chunk in chunks]
+                name: [self._read(chunk, partial(self._begin, chunk)) for chunk in chunks]
                 for name, chunks in self.chunks.items()
             }
         self.base = self._by_document(self.first)
@@ -144,16 +146,15 @@ class TextAblations:
             logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
             self.replay.starts, self.replay.outputs = (), {}
 
-    def _begin(self, step: Pass) -> None:
-        self.step = step
+    def _begin(self, chunk: EncodedRows, step: Pass) -> None:
+        self.is_scored_T = chunk.of_pass(step)[0] >= 0
 
     def _see(self, routing: Routing) -> None:
-        """Counts the tokens in which an expert's gate weight counts."""
+        """Counts the tokens that predict and in which an expert's gate weight counts."""
         share_TK = routing.weights_TK.float().abs()
         share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
         counts_TK = share_TK > _MIN_GATE_SHARE
-        if self.step.valid_T is not None:
-            counts_TK &= self.step.valid_T.to(counts_TK.device)[:, None]
+        counts_TK &= self.is_scored_T.to(counts_TK.device)[:, None]
         used = torch.bincount(routing.experts_TK[counts_TK].cpu(), minlength=1).numpy()
         self.n_used_LE[routing.layer, : len(used)] += used
 
@@ -212,9 +213,7 @@ class TextAblations:
             }
         sums = self._by_document(found)
         base, other = pooled(self.base), pooled(sums)
-        # The last token of a row predicts nothing in the last layer.
-        n_rows = sum(map(len, self.rows.values()))
-        is_used = self.n_used_LE[expert.layer, expert.row] > n_rows
+        is_used = self.n_used_LE[expert.layer, expert.row] >= _MIN_TOKENS
         if is_masked and is_used and np.array_equal(base["loss"], other["loss"]):
             raise _not_reached(expert)
         lost_D, scored_D = other["loss"] - base["loss"], base["scored"]

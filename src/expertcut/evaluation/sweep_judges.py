@@ -151,10 +151,10 @@ class QuizJudge:
 
 @dataclass(frozen=True)
 class TextScoring:
-    """Held-out documents, and how every form of the model is run on them.
+    """Documents, and how every form of the model is run on them.
 
     `dropped` documents by source had a part in the choice; `top_k` of the base's predictions are
-    kept.
+    kept. `is_held_out` says that the documents are those that the profile holds out.
     """
 
     corpus: Corpus
@@ -162,6 +162,7 @@ class TextScoring:
     load_as: LoadOptions
     options: MeasureOptions
     dropped: Mapping[str, int] = field(default_factory=dict)
+    is_held_out: bool = False
 
 
 class TextJudge:
@@ -171,7 +172,7 @@ class TextJudge:
 
     def __init__(self, moe: MoeModel, scoring: TextScoring, options: MeasureOptions) -> None:
         self.moe, self.scoring, self.options = moe, scoring, options
-        self.corpus = fitting(scoring.corpus, moe)
+        self.corpus = within_context(scoring.corpus, moe)
         self.rows, self.prefix = rows_to_judge(self.corpus, moe.tokenizer)
         self.vocabulary = int(moe.model.config.get_text_config().vocab_size)
         self.top = min(scoring.top_k, self.vocabulary)
@@ -284,7 +285,7 @@ def unused_texts(profile: Profile, selection: TextSelection) -> tuple[Corpus, di
     return without_known(corpus, [own, KnownTexts(source.name, *known_texts(source))])
 
 
-def fitting(corpus: Corpus, moe: MoeModel) -> Corpus:
+def within_context(corpus: Corpus, moe: MoeModel) -> Corpus:
     """The corpus, whose rows are no longer than the model's context."""
     most = corpus.selection.max_tokens
     context = context_length(moe.model.config, moe.tokenizer) or most

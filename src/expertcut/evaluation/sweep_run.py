@@ -64,6 +64,7 @@ class SweepRun:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
         self.profile, self.grid, self.settings = profile, grid, settings
+        self.scoring = scoring
         self.waits = scoring.options.waits  # for all answers; only such a process saves cells
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
@@ -153,9 +154,15 @@ class SweepRun:
         kept = {block: numbers.kept(block, edit.keep) for block, edit in draft.edits.items()}
         cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
         cell = self.judge.cell(store, name, cut_size, Cut(by, fraction, kept))
-        if cell.is_unchanged and removes_used_experts(self.profile, draft):
+        if cell.is_unchanged and self._must_change(draft):
             raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
         return cell
+
+    def _must_change(self, draft: EditPlan) -> bool:
+        """Whether what judges is like what was profiled, and the cut removes what that used."""
+        if isinstance(self.scoring, TextScoring):
+            return self.scoring.is_held_out and removes_used_by_tokens(self.profile, draft)
+        return removes_used_experts(self.profile, draft)
 
 
 def _n_choosing(profile: Profile) -> int | None:
@@ -204,14 +211,10 @@ def simulate(
 
 
 def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
-    """Whether a stock cut removes experts that answers used, so that some answer must change.
-
-    Of texts, experts that tokens used.
-    """
-    if LAYOUTS[plan.layout].keeps_rows:
+    """Whether a stock cut removes experts that answers used, so that some answer must change."""
+    is_of_texts = any(isinstance(part, TextProfile) for part in profile.parts)
+    if LAYOUTS[plan.layout].keeps_rows or is_of_texts:
         return False
-    if any(isinstance(part, TextProfile) for part in profile.parts):
-        return _removes_used_by_tokens(profile, plan)
     chosen_NLK = profile.array("chosen_NLK")
     share_NLK = np.abs(profile.array("weight_NLK"))
     share_NLK = share_NLK / share_NLK.sum(axis=2, keepdims=True)
@@ -222,9 +225,10 @@ def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
     return bool(is_hit_N.mean() >= _MIN_ANSWERS)
 
 
-def _removes_used_by_tokens(profile: Profile, plan: EditPlan) -> bool:
+def removes_used_by_tokens(profile: Profile, plan: EditPlan) -> bool:
+    """Whether a stock cut removes experts that tokens used, so that some loss must change."""
     tokens_LE = profile.token_sum("tokens")
-    if tokens_LE is None:
+    if LAYOUTS[plan.layout].keeps_rows or tokens_LE is None:
         return False
     for tokens_E, block in zip(tokens_LE, profile.info.model.blocks, strict=True):
         n_removed = tokens_E[list(plan.edits[block.name].removed(block.experts))].sum()
