@@ -17,7 +17,7 @@ from expertcut.cli import app
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.evaluation.results import ModelResult, Results, load_results
 from expertcut.profiling.storage import load_profile
-from tests.conftest import make_checkpoint
+from tests.conftest import make_checkpoint, make_tokenizer
 from tests.support.harness import GROUP, Asked, Harnessed, harness, task_name
 
 Array = np.ndarray[Any, Any]
@@ -50,6 +50,20 @@ for folder in sys.argv[1:]:
     assert not any(faults.values()), faults
     print(type(model).__name__, model.config.num_experts)
 assert "expertcut" not in sys.modules
+"""
+# Rolling log-likelihoods of each model, whose tokenizer is told to write no BOS itself.
+ROLLING = """
+import json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+models, texts, most = json.loads(sys.argv[1])
+asked = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+found = []
+for model in models:
+    options = {"dtype": "float32", "device": "cpu", "batch_size": 1, "max_length": most}
+    lm = HFLM(pretrained=model, add_bos_token=False, **options)
+    found.append(lm.loglikelihood_rolling(asked, disable_tqdm=True))
+print(json.dumps(found))
 """
 
 
@@ -107,6 +121,38 @@ def test_pruned_and_healed_and_reweighted_models_are_stock_models_that_score_as_
     for evaluated, harnessed, change in zip(ours, theirs, results.comparisons, strict=True):
         assert_agreement(evaluated, harnessed, asked)
         assert change.max_abs_logprob_diff > 0.05  # else the edit changed nothing
+
+
+def test_losses_of_texts_are_its_rolling_log_likelihoods(tmp_path: Path) -> None:
+    """Of documents shorter and longer than the context; a BOS is read once, not scored."""
+    plain, with_bos = (make_checkpoint(tmp_path / name, "olmoe") for name in ("plain", "bos"))
+    written = json.loads((with_bos / "tokenizer.json").read_text())
+    bos = {"SpecialToken": {"id": "<eos>", "type_id": 0}}
+    written["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<eos>": {"id": "<eos>", "ids": [1], "tokens": ["<eos>"]}},
+    }
+    (with_bos / "tokenizer.json").write_text(json.dumps(written))
+    texts = ["One bird.", "Frogs sing of rain " * 5, "x", "A tall tree, an old bird. " * 3]
+    file = tmp_path / "texts.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    models, out = [str(plain), str(with_bos)], tmp_path / "results.json"
+    run("eval", *models, "--text", file, "--max-tokens", 24, "--out", out)
+    asked = json.dumps([models, texts, 24])
+    done = subprocess.run(
+        [sys.executable, "-c", ROLLING, asked], capture_output=True, text=True, check=True
+    )
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    n_bytes = sum(len(text.encode()) for text in texts)
+    n_tokens = sum(map(len, make_tokenizer()(texts)["input_ids"]))
+    for model, found in zip(load_results(out).models, theirs, strict=True):
+        assert model.text is not None
+        own, loss = model.text["texts"], -sum(found)
+        assert own.tokens == n_tokens and loss > n_tokens
+        assert np.log(own.perplexity) == pytest.approx(loss / n_tokens, abs=1e-5)
+        assert own.bits_per_byte == pytest.approx(loss / n_bytes / np.log(2), abs=1e-5)
 
 
 @pytest.mark.slow

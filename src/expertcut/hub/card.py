@@ -21,7 +21,7 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import PLAN_FILE
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
-from expertcut.reporting import edit_tables, eval_tables, page_sections, tables
+from expertcut.reporting import edit_tables, eval_tables, page_sections, tables, text_tables
 from expertcut.reporting.tables import Markdown, Table, columns, escaped, one_line
 from expertcut.reporting.views import NamedDocument
 
@@ -132,6 +132,7 @@ def card_text(
     )
     environment.globals.update(code=tables.code, table=tables.markdown_table, Markdown=Markdown)
     environment.globals.update(eval_tables=eval_tables, page_sections=page_sections)
+    environment.globals.update(text_tables=text_tables)
     template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")

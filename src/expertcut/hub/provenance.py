@@ -28,7 +28,7 @@ from expertcut.reporting.tables import one_line
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
-_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml")
+_ENDINGS = (".json", ".txt", ".model", ".jinja", ".py", ".yaml", ".ngrams")
 _NAMES = ("LICENSE", "LICENCE", "NOTICE")
 _RESULTS = "results"  # uploaded as read for the card, not from the folder
 RESULTS_FILE = "results.json"

@@ -120,6 +120,8 @@ def _best_cell(fraction: float, sweep: Sweep) -> str:
     if len(cell.changes) > 1:
         own = [f"{name} {signed(c.delta_loss or 0, '+.4f')}" for name, c in cell.changes.items()]
         text += f"; by text {', '.join(own)}"
+    if cell.change.ci95 is None:
+        text += "; too few documents for intervals"
     if not best.behind:
         return f"{text}."
     worse = [by for by in best.behind if by not in best.ties]

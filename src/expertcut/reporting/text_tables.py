@@ -92,15 +92,13 @@ def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]
     """What each model lost on each source; of a single model its perplexity."""
     facts = []
     for index, source, found, c in _judged(results):
-        n = f"{found.tokens:,} tokens in {found.documents:,} documents"
+        n = f"{found.tokens:,} tokens in {found.documents:,} document"
+        n += "s" if found.documents > 1 else ""
+        n += "" if found.ci95 else ", too few for intervals"
         if c is None and len(results.models) == 1:
             text = f"{found.perplexity:.3f}{behind(found.ci95, '.3f')}"
-            facts.append(
-                (
-                    "text",
-                    f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte: {n}",
-                )
-            )
+            text = f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte, on {n}"
+            facts.append(("text", text))
         elif c is not None:
             base = (results.models[0].text or {})[source]
             lost = lost_text(base, found, c, is_bound(results.text))
@@ -123,9 +121,10 @@ def lost_text(base: TextResult, found: TextResult, c: TextComparison, has_bounds
             return text
         delta = signed(c.delta_bits_per_byte, "+.4f")
         return f"{text}, {delta}{behind(c.delta_bits_per_byte_ci95, '+.4f')}"
-    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token{behind(c.ci95, '+.4f')}"
+    loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token"
+    loss += behind(c.ci95, "+.4f").replace("(", "(95 % interval ")
     if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
-        loss += ", no significant change" if c.kl > 0 or c.delta_loss else ", no change"
+        loss += ", no significant change"
     ratio = math.exp(min(c.delta_loss, 700.0))
     text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if has_bounds else ''}{c.kl:.4f}"
     text += f"{behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
@@ -153,5 +152,5 @@ def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
 
 
 def behind(ends: Ends, spec: str) -> str:
-    """The interval in brackets, or why there is none."""
-    return f" ({span(ends, spec)})" if ends else " (too few documents for an interval)"
+    """The interval in brackets; nothing without one."""
+    return f" ({span(ends, spec)})" if ends else ""
