@@ -34,7 +34,7 @@ class SweepSettings(
         "expertcut sweep 0.75,0.5,0.25 --by reap,frequency",
         "expertcut sweep 0.5 --by all --layout exact --budget global",
         "expertcut sweep 0.75,0.5 --quiz my.jsonl --limit 100 --out sweeps/mine",
-        "expertcut sweep 0.5 --by reap,gate_mass --profile profiles/code --text held.jsonl",
+        "expertcut sweep 0.5 --by reap --profile profiles/code --text held.jsonl",
     )
 
     fractions: str = argument(
