@@ -8,6 +8,7 @@ all-token statistics share it, so observing experts changes no bit. The `eager` 
 has the same order, but searches all assignments again for every expert.
 """
 
+import os
 from collections.abc import Callable, Iterable
 from types import MethodType
 from typing import Any
@@ -17,6 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
+# oneDNN keeps what it prepared for products, one for each number of rows: its usual 1,024 take some
+# 100 MB more than these.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 INNER = "_old_forward"  # where accelerate keeps the wrapped forward
 _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"

@@ -19,6 +19,7 @@ from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError
 from expertcut.files import recall, remember
 from expertcut.models.checkpoint_dir import absolute_id, read_config
+from expertcut.models.devices import trim
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
@@ -67,6 +68,7 @@ class ChunkedRun:
                 if is_to_measure:
                     arrays, n_tokens = self.measure(work[name], on_pass)
                     shared.write(name, arrays)
+                    trim()  # else a long run keeps more and more
                     tally.tokens_by_mine[name] = n_tokens
                 else:
                     yield tally.note_done(name)
