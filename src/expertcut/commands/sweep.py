@@ -33,7 +33,6 @@ class SweepSettings(
     examples: ClassVar = (
         "expertcut sweep 0.75,0.5,0.25 --by reap,frequency",
         "expertcut sweep 0.5 --by all --layout exact --budget global",
-        "expertcut sweep 0.75,0.5 --quiz my.jsonl --limit 100 --out sweeps/mine",
         "expertcut sweep 0.5 --by reap --profile profiles/code --text held.jsonl",
     )
 
