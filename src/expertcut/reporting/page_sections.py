@@ -16,7 +16,7 @@ from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
-from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
+from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
 from expertcut.reporting import (
@@ -24,6 +24,7 @@ from expertcut.reporting import (
     eval_tables,
     generation_tables,
     task_tables,
+    text_search_tables,
     text_tables,
     views,
 )
@@ -444,16 +445,24 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
     parts.append(Folded("All figures of the sweep", [table]))
     if not sweep.cells:
         return parts
+    return [
+        *parts,
+        text_search_tables.sweep_curves(sweep, key) if sweep.of_texts else _curves(sweep, key),
+    ]
+
+
+def _curves(sweep: Sweep, key: str) -> Curves:
     fractions = sorted(sweep.asked.fractions, reverse=True)
-    series = [accuracies(by, [sweep.cell(by, f) for f in fractions]) for by in sweep.asked.by]
-    if sweep.base is not None:
+    cells = {(c.by, c.fraction): c for c in sweep.of_quiz}
+    series = [accuracies(by, [cells.get((by, f)) for f in fractions]) for by in sweep.asked.by]
+    if isinstance(sweep.base, SweptModel):
         level = (sweep.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
     title = "Accuracy against the share of experts that stays"
     note = "Bars are 95 % intervals (Wilson); the questions are the same for every cut."
     shares, column = tuple(f"{fraction:g}" for fraction in fractions), Column("accuracy", ".1%")
     across = "share that stays"
-    return [*parts, Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)]
+    return Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)
 
 
 def _audit(audit: Audit, key: str) -> list[Part]:
