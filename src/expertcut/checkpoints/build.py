@@ -20,6 +20,7 @@ from expertcut.checkpoints.text_check import (
     score_base_texts,
     score_edited_texts,
 )
+from expertcut.data import ngrams
 from expertcut.data.corpus import CalibrationSet, Corpus, as_quiz
 from expertcut.edits import splits
 from expertcut.edits.calibrate import Fit
@@ -104,6 +105,7 @@ def build(
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
         save_plan(temporary, file, used)
+        ngrams.save(temporary, splits.read_runs(profile))
         add_files(temporary, options.extra_files)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]
     scored_on = scored_split(proof.held_out_hashes, used, proof.held_out_split) if proof else None
@@ -122,6 +124,7 @@ def write_plan(
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if draft is not None:
             save_plan(temporary, plan, used)
+            ngrams.save(temporary, splits.read_runs(profile))
         add_files(temporary, options.extra_files)
 
 
