@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
 
 import expertcut as api
 from expertcut.data import Selection, load_quiz
@@ -24,9 +22,8 @@ from expertcut.profiling.blend import Blend, BlendRule
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands
 from tests.support.hand_made import block, profile_info, random_profile, write_profile
+from tests.support.planted_domains import CHAT, CODE, MARKS, plant_domains
 
-CODE, CHAT = 3, 5  # the experts that serve one domain alone
-MARKS = {"code": "#", "chat": "!"}
 Drawn = Callable[..., Blend]
 
 
@@ -181,27 +178,7 @@ def planted(
             for i in range(30)
         ]
         quizzes[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = root / "model"
-    model.mkdir()
-    for file in checkpoint("olmoe").iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    ids = AutoTokenizer.from_pretrained(model).get_vocab()
-    embeddings = tensors["model.embed_tokens.weight"]
-    embeddings[:, :3] = 0
-    embeddings[:, 2] = 1
-    embeddings[ids["#"], 0] = embeddings[ids["!"], 1] = 4
-    for name, tensor in tensors.items():
-        if name.endswith("o_proj.weight"):
-            tensor.zero_()  # no token sees another, so a router reads the token's id alone
-        if "down_proj" in name:
-            tensor[..., :3, :] = 0  # and the marks reach the second layer
-        if name.endswith("mlp.gate.weight"):
-            tensor[:, :3] = 0
-            for expert, column in ((CODE, 0), (CHAT, 1)):
-                tensor[expert] = 0
-                tensor[expert, column], tensor[expert, 2] = 9, -9
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    model = plant_domains(checkpoint("olmoe"), root / "model")
     return {"model": model, **quizzes}
 
 

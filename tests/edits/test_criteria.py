@@ -481,6 +481,8 @@ def test_dead_experts_rank_last_by_every_criterion_that_looks_at_data(
     for by in set(CRITERIA) - blind:
         own = positions_of(by, None)
         for positions in CRITERIA[by].positions:
+            if (by, positions) == ("weighted_accuracy", "all"):
+                continue  # of texts: a quiz has no next tokens
             found = scores(profile, by, positions, engine)
             for layer, score_E in zip(layers, found, strict=True):
                 order = ranked(score_E, layer.alpha_mean_E)
@@ -499,10 +501,10 @@ def test_positions_are_the_criterions_own_unless_it_has_a_choice():
         by: "answer" if by in ("activations", "gate_mass", "weighted_accuracy") else "all"
         for by in CRITERIA
     }
-    for by in ("activations", "gate_mass"):
+    for by in ("activations", "gate_mass", "weighted_accuracy"):
         assert positions_of(by, "all") == "all" and positions_of(by, "answer") == "answer"
     assert positions_of("reap", "all") == "all"
-    for by, asked in (("reap", "answer"), ("weighted_accuracy", "all"), ("random", "answer")):
+    for by, asked in (("reap", "answer"), ("random", "answer")):
         with pytest.raises(SettingsError, match="leave --tokens out"):
             positions_of(by, asked)  # type: ignore[arg-type]
 

@@ -177,7 +177,7 @@ def test_what_cannot_be_protected_is_refused(planted: tuple[Profile, int], tmp_p
     ("options", "words"),
     [
         (["--keep", 4, "--by", "reap", "--positions", "answer"], "reap looks at all tokens alone"),
-        (["--keep", 4, "--by", "weighted_accuracy", "--positions", "all"], "at answer positions"),
+        (["--keep", 4, "--by", "weighted_accuracy", "--positions", "all"], "a profile of texts"),
         (["--keep", 4, "--by", "random", "--positions", "answer"], "random looks at no positions"),
         (["--keep-active", "--by", "reap"], "--by reap ranks what --keep N keeps"),
         (["--keep", 4, "--protect", "9:1"], "no layer 9"),

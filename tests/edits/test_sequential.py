@@ -288,7 +288,7 @@ def test_a_size_bounds_a_sequential_cut_too(
         ("--keep 6 --by random", "looks at no tokens"),
         ("--keep 6 --by aimer", "looks at no tokens"),
         ("--keep 6", "counts answers: add --tokens all"),
-        ("--keep 6 --by weighted_accuracy", "counts answers: take another criterion"),
+        ("--keep 6 --by weighted_accuracy", "counts answers: add --tokens all"),
         ("--keep 6 --by reap --layout exact --budget global", "one after the other"),
         ("--keep-active --tokens all", "what the unedited model routes to"),
     ],

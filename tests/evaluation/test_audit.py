@@ -32,6 +32,7 @@ from expertcut.evaluation.ablation import (
     regret,
     sample_experts,
 )
+from expertcut.evaluation.ablation_effects import QuizAblations
 from expertcut.evaluation.search_results import AblationEffect, Audit, CriterionRank, load_audit
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions
@@ -83,7 +84,7 @@ def right_logprob(moe_logprob: torch.Tensor, quiz: Quiz) -> np.ndarray:
 
 def test_the_harm_is_that_of_a_mask_on_the_router(profile: Profile, tmp_path: Path) -> None:
     auditing, found = audited(profile, tmp_path / "audit", options(sample=6))
-    moe, quiz = open_model(Path(profile.info.model.id)), auditing.quiz
+    moe, quiz = open_model(Path(profile.info.model.id)), auditing.held_out
     base = ask(Engine(moe, 2048), quiz)
     assert len(quiz) == 12 and found.overlap == 0
     for harm in found.harms:
@@ -103,7 +104,7 @@ def test_the_harm_is_that_of_a_mask_on_the_router(profile: Profile, tmp_path: Pa
 
 def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Path) -> None:
     auditing, found = audited(profile, tmp_path / "audit", options(sample=3, **EXACT))
-    quiz = auditing.quiz
+    quiz = auditing.held_out
     base = ask(Engine(open_model(Path(profile.info.model.id)), 2048), quiz)
     for harm in found.harms:
         name = profile.info.model.blocks[harm.layer].name
@@ -135,7 +136,7 @@ def test_an_expert_that_no_token_chose_is_harmless_to_the_last_bit(
         used.update((routing.layer, e) for e in routing.experts_TK.unique().tolist())
 
     with observe_routers(auditing.engine.moe.blocks, see):
-        ask(auditing.engine, auditing.quiz)
+        ask(auditing.engine, auditing.held_out)
     idle = [h for h in found.harms if (h.layer, h.expert) not in used]
     busy = [h for h in found.harms if (h.layer, h.expert) in used]
     assert idle and busy
@@ -325,30 +326,31 @@ def test_an_audit_that_was_killed_comes_to_the_same_bytes(
 
     def stopping(name: str, last: int) -> None:
         """Counts the results of a function; the run is killed instead of number `last`."""
-        function = getattr(ablation, name)
+        place = QuizAblations if name == "effect" else ablation
+        function = getattr(place, name)
 
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
             if done[name] == last:
                 raise Killed
-            result = function(*arguments)
+            result = function(*arguments, **options)
             done[name] += 1
             return result
 
-        monkeypatch.setattr(ablation, name, call)
+        monkeypatch.setattr(place, name, call)
 
     _, whole = audited(profile, tmp_path / "whole", asked)
     assert whole.is_complete and list(whole.standings) == list(asked.by.split(","))
     # While the third criterion ranks, within the fourth expert, after the last one.
-    for moment in ({"rank": 2}, {"ablation_effect": 3}, {"evaluate_criterion": 0}):
-        for name, last in ({"rank": -1, "ablation_effect": -1} | moment).items():
+    for moment in ({"rank": 2}, {"effect": 3}, {"evaluate_criterion": 0}):
+        for name, last in ({"rank": -1, "effect": -1} | moment).items():
             stopping(name, last)
         with pytest.raises(Killed):
             audited(profile, tmp_path / "killed", asked)
         monkeypatch.undo()
-    assert done == {"rank": 3, "ablation_effect": 8}
+    assert done == {"rank": 3, "effect": 8}
     left = load_audit(tmp_path / "killed")
     assert left.harms == whole.harms and not left.verdicts
-    monkeypatch.setattr(ablation, "CachedScorer", Mock(side_effect=Killed))
+    monkeypatch.setattr(ablation, "ablations_of", Mock(side_effect=Killed))
     audited(profile, tmp_path / "killed", asked)
     audited(profile, tmp_path / "killed", asked)
     files = [(tmp_path / name / "audit.json").read_bytes() for name in ("killed", "whole")]

@@ -33,7 +33,9 @@ from expertcut.settings import (
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.data.corpus import Corpus, TextSelection
+    from expertcut.evaluation.sweep_judges import TextScoring
     from expertcut.models.load import LoadOptions
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
     from expertcut.scoring.passes import OnPass
 
@@ -202,7 +204,7 @@ class SplitSettings(BatchSettings, QuizSettings):
         return quiz
 
 
-class TextSettings(Settings):
+class TextRowsSettings(Settings):
     """Texts, and how they become rows."""
 
     text: Texts = text_option(
@@ -212,13 +214,30 @@ class TextSettings(Settings):
         metavar="SPEC[=W]",
     )
     assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
+    max_tokens: int = text_option(
+        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
+    )
+
+    def check_text(self) -> None:
+        """Refuses options of texts without a text."""
+        for name in ("assistant_only", "tokens"):
+            if not self.text and getattr(self, name, None):
+                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
+
+    def text_selection(self) -> "TextSelection":
+        """Which texts, and how they become rows."""
+        from expertcut.data.corpus import TextSelection
+
+        return TextSelection(tuple(self.text), self.max_tokens, assistant_only=self.assistant_only)
+
+
+class TextSettings(TextRowsSettings):
+    """Texts, how many of them, and how they become rows."""
+
     tokens: Annotated[Text, _AMOUNT] | None = text_option(
         None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
         metavar="N",
     )  # fmt: skip
-    max_tokens: int = text_option(
-        2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
-    )
     seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
 
     @property
@@ -226,18 +245,9 @@ class TextSettings(Settings):
         """`tokens` as a number."""
         return None if self.tokens is None else read_amount(self.tokens)
 
-    def check_text(self) -> None:
-        """Refuses options of texts without a text."""
-        for name in ("assistant_only", "tokens"):
-            if not self.text and getattr(self, name):
-                raise SettingsError(f"--{name.replace('_', '-')} is for texts: add --text FILE")
-
     def text_selection(self) -> "TextSelection":
-        """Which texts, and how they become rows."""
-        from expertcut.data.corpus import TextSelection
-
-        names = (tuple(self.text), self.max_tokens, self.n_tokens, self.seed, self.assistant_only)
-        return TextSelection(*names)
+        """Which texts, how many, and how they become rows."""
+        return replace(super().text_selection(), tokens=self.n_tokens, seed=self.seed)
 
     def load_corpus(self, tokenizer: Any) -> "Corpus":
         """The texts, tokenized."""
@@ -389,6 +399,10 @@ class ScoredSettings(Settings):
         profile = profile.parts[0]  # of a blend the heaviest
         if isinstance(profile, ProfilePart) and not self.scored_given:
             return profiled_quiz(profile, is_held_out=True)
+        if self.quiz is None and profile.info.text is not None:
+            raise SettingsError(
+                f"{profile.path} is a profile of texts, which have no answers: name a quiz"
+            )
         info = profile.info.quiz
         is_same = self.quiz in (None, info.id)
         subjects, revision = (tuple(info.subjects), info.revision) if is_same else ((), None)
@@ -397,6 +411,38 @@ class ScoredSettings(Settings):
         shots = info.shots if self.shots is None else self.shots
         which = (self.quiz or info.id, self.split or "test", shots, subjects)
         return load_quiz(Selection(*which, self.limit, revision, profile.truncate))
+
+
+class ScoredTextSettings(TextRowsSettings, ScoredSettings, ProfiledSettings):
+    """Texts to judge on, in place of those that the profile holds out."""
+
+    top_k_logprobs: int = text_option(
+        64, "Keep the base's K likeliest tokens for KL; the others count as one.", ge=1, metavar="K"
+    )
+
+    def check_scored(self) -> None:
+        """Refuses options of a quiz beside --text, and options of texts without it."""
+        self.check_text()
+        if not self.text and (ours := {"max_tokens", "top_k_logprobs"} & self.model_fields_set):
+            flag = f"--{min(ours).replace('_', '-')}"
+            raise SettingsError(f"{flag} is for texts: add --text FILE")
+        if self.text and (given := self.scored_given):
+            raise SettingsError(
+                f"{given[0]} is for a quiz, and --text judges on texts: leave one of them out"
+            )
+
+    def scored_texts(self, profile: "Profile", options: "MeasureOptions") -> "TextScoring | None":
+        """The texts that are named, or that the profile holds out; None if a quiz judges."""
+        from expertcut.evaluation.sweep_judges import TextScoring, held_out_texts, unused_texts
+
+        dropped: dict[str, int] = {}
+        corpus = held_out_texts(profile) if not self.text else None
+        if self.text:
+            corpus, dropped = unused_texts(profile, self.text_selection())
+        if corpus is None:
+            return None
+        how = (self.top_k_logprobs, self.load_as(), options)
+        return TextScoring(corpus, *how, dropped, is_held_out=not self.text)
 
 
 class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):

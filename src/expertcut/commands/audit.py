@@ -41,7 +41,13 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     ui.quiet()
     auditing = AuditRun(profile, settings, settings.load_as())
     folder: Path = settings.out or Path("audits") / profile.path.resolve().name
-    ui.watch(lambda see: auditing.run(folder, see), "auditing", auditing.n_questions, folder)
+    ui.watch(
+        lambda see: auditing.run(folder, see),
+        "auditing",
+        auditing.n_questions,
+        folder,
+        auditing.unit,
+    )
     audit = auditing.audit
     settings.say_profile(profile, ui)
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))

@@ -8,6 +8,7 @@ from expertcut.commands import (
     UI,
     BlendedSettings,
     ProfiledQuizSettings,
+    ScoredTextSettings,
     argument,
     no_profile,
     output_option,
@@ -17,17 +18,22 @@ from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath, flag_of, option
 
 if TYPE_CHECKING:
+    from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.search_results import Sweep
+    from expertcut.evaluation.sweep_judges import TextScoring
+    from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
 
 
-class SweepSettings(BlendedSettings, ProfiledQuizSettings, edit_settings.RankSettings):
+class SweepSettings(
+    BlendedSettings, ProfiledQuizSettings, ScoredTextSettings, edit_settings.RankSettings
+):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 
     examples: ClassVar = (
         "expertcut sweep 0.75,0.5,0.25 --by reap,frequency",
         "expertcut sweep 0.5 --by all --layout exact --budget global",
-        "expertcut sweep 0.75,0.5 --quiz my.jsonl --limit 100 --out sweeps/mine",
+        "expertcut sweep 0.5 --by reap --profile profiles/code --text held.jsonl",
     )
 
     fractions: str = argument(
@@ -48,11 +54,20 @@ class SweepSettings(BlendedSettings, ProfiledQuizSettings, edit_settings.RankSet
         names = {*edit_settings.RankSettings.model_fields} - {"by"}
         return edit_settings.CutSettings(**self.model_dump(include=names))
 
+    def scoring(self, profile: "Profile", options: "MeasureOptions") -> "Scoring | TextScoring":
+        """What judges: texts or a quiz as named, else what the profile holds out."""
+        from expertcut.evaluation.results import Scoring
+
+        if self.scored_given or (texts := self.scored_texts(profile, options)) is None:
+            return Scoring(self.scored_quiz(profile), self.limit, self.load_as(), options)
+        return texts
+
 
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     """Scores every missing cell, then writes the table and the figure."""
     settings.check_layout()
     settings.check_sequential()
+    settings.check_scored()
     if "/" in settings.fractions or Path(settings.fractions).is_dir():
         raise no_profile(settings.fractions)
     fractions = edit_settings.read_fractions(settings.fractions, "FRACTIONS")
@@ -65,7 +80,6 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     grid = Grid(criteria, fractions)
     profile = settings.choosing_profile(ui)
     from expertcut.checkpoints.size import with_protection  # torch, not to refuse options
-    from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.sweep_run import SweepRun
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import eval_tables as tables
@@ -73,13 +87,11 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     cut, notes = with_protection(profile, settings.cut())
     ui.say([], notes)
     ui.quiet()
-    quiz = settings.scored_quiz(profile)
-    options = MeasureOptions(waits=ui.is_first)
-    scoring = Scoring(quiz, settings.limit, settings.load_as(), options)
+    scoring = settings.scoring(profile, MeasureOptions(waits=ui.is_first))
     folder = settings.out or Path("sweeps") / "+".join(p.path.resolve().name for p in profile.parts)
     sweeping = SweepRun(profile, grid, cut, scoring)
     for step in sweeping.steps(folder):
-        ui.watch(step.run, step.name, len(quiz), folder)
+        ui.watch(step.run, step.name, sweeping.judge.n, folder, sweeping.judge.unit)
     sweep = sweeping.sweep
     if ui.is_first:
         settings.say_profile(profile, ui)
@@ -95,9 +107,9 @@ def _say(sweep: "Sweep", settings: SweepSettings, profile: "Profile", folder: Pa
     margin, given = settings.margin / 100, settings.model_dump(exclude_defaults=True)
     table, (leak, *bests) = tables.sweep_table(sweep, margin), tables.sweep_sentences(sweep, margin)
     settings.say(ui, [table])
-    facts = [("quiz", f"{table.note} {leak}"), *(("best", text) for text in bests)]
-    held = tables.within_margin(sweep.cells, margin)
-    cell = min(held, key=lambda c: c.bytes) if held else max(sweep.cells, key=lambda c: c.accuracy)
+    label = "quiz" if sweep.asked.text is None else "text"
+    facts = [(label, f"{table.note} {leak}"), *(("best", text) for text in bests)]
+    cell = tables.cell_to_prune(sweep, margin)
     words = ["prune", "--sparsity", f"{1 - cell.fraction:g}", "--by", cell.by]
     for name in (n for n in given if n in edit_settings.RankSettings.model_fields and n != "by"):
         for value in given[name] if isinstance(given[name], list) else [given[name]]:

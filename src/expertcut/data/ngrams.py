@@ -104,7 +104,9 @@ def overlapping(
 
 
 def save(folder: Path, ngrams: NGrams) -> None:
-    """Writes `chosen_on.ngrams` beside a plan; equal runs give equal bytes."""
+    """Writes `chosen_on.ngrams` beside a plan, if there are any; equal runs give equal bytes."""
+    if not len(ngrams):
+        return
     described = f'{{"format":1,"words":{N_WORDS},"modulus":{ngrams.modulus}}}'
     content = tensor_bytes({"hashes_G": ngrams.hashes_G}, metadata={_KEY: described})
     write_atomically(folder / NGRAMS_FILE, content)

@@ -393,7 +393,9 @@ class AuditSettings(Settings):
     sample: Count = _rank(64, "Experts to ablate, one at a time.", metavar="N")
     by: Criteria = _rank("all", f"Criteria to score, separated by commas, or all: {CRITERIA_HERE}.")
     fractions: str = _rank("0.75,0.5,0.25", "Kept shares at which regrets are computed.")
-    questions: int = _judging(256, "Maximum of held-out questions.", metavar="N", ge=2)
+    questions: int = _judging(
+        256, "Maximum of held-out questions, or rows of texts.", metavar="N", ge=2
+    )
     positions: Positions | None = positions_option()
     layout: Layout = layout_option()
     seed: int = _rank(0, "Seed of the sample, of criterion random and of the intervals.", ge=0)

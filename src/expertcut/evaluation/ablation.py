@@ -1,6 +1,5 @@
 """The stage behind `audit`: ablates experts one at a time and scores how criteria predict it."""
 
-import hashlib
 import logging
 import math
 import time
@@ -14,23 +13,22 @@ from expertcut import stats
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.export import WRITERS
-from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.data import round_robin, without
-from expertcut.data.corpus import as_quiz, hash_lines
+from expertcut.data import round_robin
+from expertcut.data.corpus import Corpus, as_quiz, hash_lines, without
 from expertcut.data.sources import fifth_of
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, read_criteria
 from expertcut.edits.edit_settings import AuditSettings, read_fractions
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array
 from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import questions_for
-from expertcut.errors import ContractError, PlanError, ProfileError
+from expertcut.errors import PlanError, ProfileError
 from expertcut.evaluation import search_results as schema
+from expertcut.evaluation.ablation_effects import Ablations, ablations_of, request_of
 from expertcut.evaluation.results import profile_hash
-from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
 from expertcut.profiling.measure import engine_settings
@@ -61,7 +59,7 @@ def sample_experts(n_experts: Sequence[int], sample: int, seed: int) -> list[tup
 def evaluate_criterion(
     by: str,
     ranks: schema.CriterionRank,
-    effects: Sequence[schema.AblationEffect],
+    effects: Sequence[schema.Effect],
     fractions: Sequence[float],
     seed: int,
 ) -> schema.CriterionEvaluation:
@@ -165,32 +163,32 @@ class AuditRun:
         WRITERS[layout].check(source, is_cutting=True)
         is_fitting = any(CRITERIA[by].needs == "calibration" for by in self.by)
         questions = questions_for(profile, is_fitting=is_fitting, n_held_out=settings.questions)
-        self.quiz = as_quiz(questions.held_out)
-        if not len(self.quiz):
-            self.quiz = round_robin(fifth_of(as_quiz(questions.tuning)), settings.questions)
+        self.held_out = questions.held_out
+        if not len(self.held_out):
+            if isinstance(self.held_out, Corpus):
+                raise ProfileError(f"{questions.why_unscored}: profile more documents")
+            fifth = fifth_of(as_quiz(questions.tuning))
+            self.held_out = round_robin(fifth, settings.questions)
         used = hash_lines(questions.profiled) | questions.inherited
         if is_fitting:
             used |= hash_lines(questions.tuning)
-        self.overlap = len(self.quiz) - len(without(self.quiz, used))
+        self.overlap = len(self.held_out) - len(without(self.held_out, used))
         self.engine = engine_as_profiled(profile, source, load_as)
         # Without those of the unedited model.
         n_ablations = min(settings.sample, sum(block.experts for block in self.blocks))
-        self.n_questions = len(self.quiz) * n_ablations
+        self.n_questions = len(self.held_out) * n_ablations
+        self.unit = "documents" if isinstance(self.held_out, Corpus) else "questions"
 
     def run(self, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
         """Ablates every sampled expert that the folder lacks, and saves each result."""
-        quiz, info = self.quiz, self.profile.info
-        content = "\n".join(f"{q.content_hash} {q.answer}" for q in quiz)
+        info = self.profile.info
         request = schema.AuditRequest(
             model=plan_model(info.model),
             settings=engine_settings(self.engine, info.settings.stats, info.settings.truncate),
             profile=profile_hash(info),
-            quiz=quiz.id,
-            questions=len(quiz),
-            asked=hashlib.sha256(content.encode()).hexdigest(),
+            **request_of(self.engine, self.held_out),
             by=self.by,
             fractions=self.fractions,
-            **{name: getattr(quiz, name) for name in ("split", "shots", "truncate")},
             **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
         earlier = schema.load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
@@ -203,10 +201,10 @@ class AuditRun:
             if earlier is not None and earlier.is_complete:
                 self.audit = earlier  # only the verdicts are missing
             else:
-                rescorer = CachedScorer(self.engine, quiz)
-                self.audit = earlier or self._begin(request, rescorer)
+                ablations = ablations_of(self.engine, self.held_out)
+                self.audit = earlier or self._begin(request, ablations)
                 self._rank(folder)
-                yield from self._remove(rescorer, folder, on_pass)
+                yield from self._remove(ablations, folder, on_pass)
             verdicts = tuple(
                 evaluate_criterion(by, ranks, self.audit.harms, self.fractions, self.settings.seed)
                 for by, ranks in self.audit.standings.items()
@@ -217,8 +215,8 @@ class AuditRun:
         self.audit = audit
         audit.save(folder / schema.AUDIT_FILE)
 
-    def _begin(self, request: schema.AuditRequest, rescorer: CachedScorer) -> schema.Audit:
-        records, numbers = rescorer.records, expert_ids(self.profile)
+    def _begin(self, request: schema.AuditRequest, ablations: Ablations) -> schema.Audit:
+        numbers = expert_ids(self.profile)
         # A table of token ids chooses the experts of hashed blocks: they cannot be removed.
         n_experts = [0 if block.is_hashed else block.experts for block in self.blocks]
         sampled = tuple(
@@ -230,9 +228,7 @@ class AuditRun:
         return schema.Audit(
             asked=request,
             overlap=self.overlap,
-            cut=rescorer.n_cut,
-            accuracy=float(records.is_correct_N.mean()),
-            right_logprob=float(_right(records.logprob_NC, records.answer_N).mean()),
+            **ablations.unedited(),
             sampled=sampled,
             standings={},
         )
@@ -269,23 +265,16 @@ class AuditRun:
             raise ProfileError(f"{self.profile.path} can serve none of {', '.join(self.by)}")
         self._save(folder, self.audit)
 
-    def _remove(self, rescorer: CachedScorer, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
-        n_each, n_before, started = len(self.quiz), len(self.audit.harms), time.monotonic()
-        total, base = len(self.audit.sampled), rescorer.records
+    def _remove(self, ablations: Ablations, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
+        n_each, n_before = len(self.held_out), len(self.audit.harms)
+        total, started = len(self.audit.sampled), time.monotonic()
         is_masked = not LAYOUTS[self.settings.layout].keeps_rows
         if n_before:
             yield Progress(n_before * n_each, total * n_each, 0)
         for done, expert in enumerate(self.audit.sampled[n_before:], start=n_before + 1):
             change = observed(self._without(expert), on_pass)
-            logprob_NC = rescorer.changed(expert.layer, change)
-            is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
-            if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
-                # Some answer must change where the expert has a gate weight that counts.
-                alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
-                if (alpha_NE[:, expert.row] > 0.01 * alpha_NE.sum(axis=1)).any():
-                    name = f"without expert {expert.layer}:{expert.expert}"
-                    raise ContractError(NOT_REACHED.format(name))
-            harms = (*self.audit.harms, ablation_effect(expert, base, logprob_NC))
+            effect = ablations.effect(expert, change, is_masked=is_masked)
+            harms = (*self.audit.harms, effect)
             self._save(folder, self.audit.model_copy(update={"harms": harms}))
             n_here, elapsed_s = done - n_before, time.monotonic() - started
             left_s = elapsed_s * (total - done) / n_here
@@ -314,27 +303,3 @@ def observed(change: AbstractContextManager[OnPass], on_pass: OnPass) -> Iterato
             on_pass(step)
 
         yield begin_and_report
-
-
-def ablation_effect(
-    expert: schema.SampledExpert, base: QuestionOutcomes, logprob_NC: Array
-) -> schema.AblationEffect:
-    """Log p (N, C) without one expert, compared with the unedited model."""
-    lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
-    gained, lost = stats.gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
-    n = len(lost_N)
-    return schema.AblationEffect(
-        layer=expert.layer,
-        expert=expert.expert,
-        logprob=float(lost_N.mean()),
-        stderr=float(lost_N.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
-        accuracy=(lost - gained) / n,
-        gained=gained,
-        lost=lost,
-        mcnemar_p=stats.mcnemar(gained, lost),
-        largest=stats.logprob_shift(base.logprob_NC, logprob_NC)[0],
-    )
-
-
-def _right(logprob_NC: Array, answer_N: Array) -> Array:
-    return np.asarray(stats.right_logprobs(logprob_NC, answer_N), np.float64)

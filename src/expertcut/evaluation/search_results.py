@@ -14,8 +14,16 @@ from expertcut.edits.layouts import Fold, Layout, Positions, Removed
 from expertcut.edits.plan import Expert, PlanModel
 from expertcut.edits.selection import counts, wanted_count
 from expertcut.errors import PlanError
-from expertcut.evaluation.results import ChosenOnResult, check_same, load_outcome, load_unfinished
-from expertcut.profiling.schema import BlockInfo, ProfileInfo, Settings
+from expertcut.evaluation.results import (
+    ChosenOnResult,
+    JudgedTexts,
+    TextComparison,
+    TextResult,
+    check_same,
+    load_outcome,
+    load_unfinished,
+)
+from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, Settings
 from expertcut.stats import LEVEL, Comparison, Count, Share
 
 SWEEP_FILE = "sweep.json"
@@ -29,10 +37,10 @@ class SweepRequest(Record):
 
     `scored` names the questions and the scoring settings; `profile` is the hash of the profile that
     chooses the experts, `chosen_by` its number of questions where some are held out, `blend` the
-    rule, hashes and weights of several profiles.
+    rule, hashes and weights of several profiles. `text` are the texts, where these judge.
     """
 
-    scored: ProfileInfo
+    scored: AnyProfileInfo
     profile: str
     by: tuple[str, ...] = Field(min_length=1)
     fractions: tuple[FiniteFloat, ...] = Field(min_length=1)
@@ -47,6 +55,7 @@ class SweepRequest(Record):
     chosen_by: int | None = None
     sequential: Literal[True] | None = None
     blend: str | None = None
+    text: JudgedTexts | None = None
 
 
 class SweptModel(Record):
@@ -78,19 +87,116 @@ class SweepCell(SweptModel):
     @property
     def kept(self) -> str:
         """Experts kept in each layer, as one number or a range."""
-        counts = sorted(map(len, self.keep.values()))
-        return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]}–{counts[-1]}"
+        return _range(self.keep)
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether no choice's log p differs from the unedited model's by a bit."""
+        return not self.max_abs_logprob_diff
+
+
+class SweptTexts(Record):
+    """The unedited model or a cut on texts: all documents in one, and each source by name."""
+
+    total: TextResult
+    text: dict[str, TextResult] = Field(min_length=1)
+    parameters: int
+    active_parameters: int
+    bytes: int
+
+
+class TextCell(SweptTexts):
+    """One cut compared with the unedited model on texts: `change` of all, `changes` by source.
+
+    `chunks` is the folder of its sums by row, within `cells/`.
+    """
+
+    by: str
+    fraction: FiniteFloat
+    keep: dict[str, tuple[Expert, ...]] = Field(min_length=1)
+    change: TextComparison
+    changes: dict[str, TextComparison] = Field(min_length=1)
+    chunks: str
+
+    @model_validator(mode="after")
+    def _is_compared(self) -> Self:
+        if any(c.delta_loss is None or c.kl is None for c in (self.change, *self.changes.values())):
+            raise ValueError("a cut without its change: it reads the tokens of the unedited model")
+        return self
+
+    @property
+    def kept(self) -> str:
+        """Experts kept in each layer, as one number or a range."""
+        return _range(self.keep)
+
+    @property
+    def delta_loss(self) -> float:
+        """Nats per token that the cut loses."""
+        assert self.change.delta_loss is not None, "validated"
+        return self.change.delta_loss
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nothing differs from the unedited model."""
+        return not self.delta_loss and not self.change.kl
+
+
+def _range(keep: dict[str, tuple[Expert, ...]]) -> str:
+    counts = sorted(map(len, keep.values()))
+    return str(counts[0]) if counts[0] == counts[-1] else f"{counts[0]}–{counts[-1]}"
+
+
+class BestOnTexts(Record):
+    """The cut of one share that loses least; `behind` are the others' losses beyond its own.
+
+    These are intervals of 95 % in nats per token, by a paired bootstrap over documents: null where
+    there are fewer than 10.
+    """
+
+    fraction: FiniteFloat
+    by: str
+    behind: dict[str, Interval | None]
+
+    @property
+    def ties(self) -> list[str]:
+        """The criteria that are not shown to lose more."""
+        return [by for by, ends in self.behind.items() if ends is None or ends[0] <= 0]
 
 
 class Sweep(Record):
-    """`sweep.json`; `cells` are the finished ones, in the order of the grid."""
+    """`sweep.json`; `cells` are the finished ones, in the order of the grid.
+
+    `text` has the best cut of each share, where texts judge.
+    """
 
     format: Format1 = 1
     asked: SweepRequest
     chosen_on: ChosenOnResult
     chance: Share | None = None  # the accuracy of guessing; older files lack it
-    base: SweptModel | None = None
-    cells: tuple[SweepCell, ...] = ()
+    base: SweptModel | SweptTexts | None = None
+    cells: tuple[SweepCell | TextCell, ...] = ()
+    text: tuple[BestOnTexts, ...] | None = None
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        is_text = self.asked.text is not None
+        if is_text != (self.asked.scored.text is not None):
+            raise ValueError("it does not say which texts were read")
+        if any(isinstance(c, TextCell) != is_text for c in self.cells):
+            raise ValueError("a cell of a quiz among those of texts, or the other way round")
+        if self.base is not None and isinstance(self.base, SweptTexts) != is_text:
+            raise ValueError("the unedited model has other figures than the cells")
+        return self
+
+    @property
+    def of_quiz(self) -> list[SweepCell]:
+        """The cells of a sweep that a quiz judges; empty where texts do."""
+        return [cell for cell in self.cells if isinstance(cell, SweepCell)]
+
+    @property
+    def of_texts(self) -> list[TextCell]:
+        """The cells of a sweep that texts judge; empty where a quiz does."""
+        return [cell for cell in self.cells if isinstance(cell, TextCell)]
 
     @property
     def is_complete(self) -> bool:
@@ -102,7 +208,7 @@ class Sweep(Record):
         """Questions that every cell scores."""
         return sum(subject.questions for subject in self.asked.scored.quiz.subjects.values())
 
-    def cell(self, by: str, fraction: float) -> SweepCell | None:
+    def cell(self, by: str, fraction: float) -> SweepCell | TextCell | None:
         """The cell, None if it is not finished."""
         return next((c for c in self.cells if (c.by, c.fraction) == (by, fraction)), None)
 
@@ -141,6 +247,7 @@ class AuditRequest(Record):
     """Everything that an audit depends on, so that two are never mixed.
 
     `profile` is the hash of the profile that scores the experts, `asked` of the held-out questions.
+    Of texts `questions` are documents, and `text` says how they are read.
     """
 
     model: PlanModel
@@ -158,6 +265,7 @@ class AuditRequest(Record):
     sample: int
     seed: int
     truncate: Truncate | None = None
+    text: JudgedTexts | None = None
 
 
 class CriterionRank(Record):
@@ -195,6 +303,25 @@ class AblationEffect(Record):
     lost: int
     mcnemar_p: FiniteFloat
     largest: FiniteFloat
+
+
+class TextEffect(Record):
+    """Held-out texts without one expert, paired with the unedited model.
+
+    `logprob` is the mean loss of log p of the next token, `stderr` its standard error over
+    documents, `accuracy` the loss of next-token accuracy; `text` is the change of each source.
+    Tokens depend on each other, so they are not counted as gained and lost.
+    """
+
+    layer: int
+    expert: int
+    logprob: FiniteFloat
+    stderr: FiniteFloat
+    accuracy: FiniteFloat
+    text: dict[str, TextComparison] = Field(min_length=1)
+
+
+Effect = AblationEffect | TextEffect
 
 
 class Correlation(Record):
@@ -245,7 +372,8 @@ class CriterionEvaluation(Record):
 class Audit(Record):
     """`audit.json`; `verdicts` are set once all `sampled` experts have been ablated.
 
-    `cut` prompts were truncated on the left, None without `--truncate`.
+    `cut` prompts were truncated on the left, None without `--truncate`. Of texts, accuracy and
+    log p are those of next tokens.
     """
 
     format: Format1 = 1
@@ -256,12 +384,14 @@ class Audit(Record):
     right_logprob: FiniteFloat
     sampled: tuple[SampledExpert, ...]
     standings: dict[str, CriterionRank]
-    harms: tuple[AblationEffect, ...] = ()
+    harms: tuple[AblationEffect | TextEffect, ...] = ()
     verdicts: tuple[CriterionEvaluation, ...] = ()
 
     @model_validator(mode="after")
     def _is_of_one_sample(self) -> Self:
         n_sampled, fractions = len(self.sampled), self.asked.fractions
+        if any(isinstance(h, TextEffect) != (self.asked.text is not None) for h in self.harms):
+            raise ValueError("an effect on a quiz among those on texts, or the other way round")
         if len(self.harms) > n_sampled:
             raise ValueError(f"{len(self.harms)} effects of {n_sampled} sampled experts")
         for by, rank in self.standings.items():
@@ -271,6 +401,16 @@ class Audit(Record):
             if tuple(regret.fraction for regret in verdict.regrets) != fractions:
                 raise ValueError(f"{verdict.by[:60]!a} has regrets of other fractions")
         return self
+
+    @property
+    def of_quiz(self) -> list[AblationEffect]:
+        """The effects on a quiz; empty where texts judge."""
+        return [effect for effect in self.harms if isinstance(effect, AblationEffect)]
+
+    @property
+    def of_texts(self) -> list[TextEffect]:
+        """The effects on texts; empty where a quiz judges."""
+        return [effect for effect in self.harms if isinstance(effect, TextEffect)]
 
     @property
     def is_complete(self) -> bool:

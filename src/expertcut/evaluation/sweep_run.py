@@ -13,8 +13,8 @@ from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.sequential import rank_sequentially
-from expertcut.checkpoints.size import Size, size, size_of_cut, size_of_cuts
-from expertcut.data import Quiz, without
+from expertcut.checkpoints.size import size, size_of_cut, size_of_cuts
+from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.layouts import LAYOUTS
@@ -25,14 +25,20 @@ from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation import observed
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
+from expertcut.evaluation.sweep_judges import Cell, Cut, TextScoring, judge_of
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.blend import Blend
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.statistics import Answers
-from expertcut.profiling.storage import Profile, ProfilePart, load_profile
+from expertcut.profiling.storage import (
+    Profile,
+    ProfilePart,
+    TextPart,
+    TextProfile,
+    load_profile,
+)
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.passes import OnPass
-from expertcut.stats import accuracy, compare, logprob_shift, right_logprobs
 
 _MIN_WEIGHT = 0.01  # of an answer's gate weights: less may be lost in rounding
 _MIN_ANSWERS = 0.05  # of all answers
@@ -49,11 +55,16 @@ class SweepRun:
     """A sweep of one profiled model; `sweep` holds the finished cells."""
 
     def __init__(
-        self, profile: Profile, grid: schema.Grid, settings: CutSettings, scoring: Scoring
+        self,
+        profile: Profile,
+        grid: schema.Grid,
+        settings: CutSettings,
+        scoring: Scoring | TextScoring,
     ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
         self.profile, self.grid, self.settings = profile, grid, settings
+        self.scoring = scoring
         self.waits = scoring.options.waits  # for all answers; only such a process saves cells
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
@@ -61,14 +72,14 @@ class SweepRun:
         used = frozenset().union(*(used_hashes(d, _questions(profile, d)) for d in drafts))
         self.engine = engine_as_profiled(profile, source, scoring.load_as)
         options = MeasureOptions("none", measured.batch_tokens, measured.threads, self.waits)
-        self.measurement = Measurement(self.engine.moe, scoring.quiz, scoring.limit, options)
-        self.subjects = [question.subject for question in scoring.quiz]
-        overlap = len(scoring.quiz) - len(without(scoring.quiz, used))
+        self.judge = judge_of(self.engine.moe, scoring, options)
+        overlap = self.judge.n_used(used)
         chosen_on = ChosenOnResult(split=profile.info.quiz.split, overlap=overlap)
         layout_options = LAYOUTS[settings.layout].options
-        is_part = any(isinstance(part, ProfilePart) for part in profile.parts)
+        judged = self.judge.request()
+        judged["scored"] = judged["scored"].called(profile.info.model.id)
         request = schema.SweepRequest(
-            scored=self.measurement.info.called(profile.info.model.id),
+            **judged,
             profile=profile_hash(profile.info),
             by=grid.by,
             fractions=grid.fractions,
@@ -77,7 +88,7 @@ class SweepRun:
             fold=drafts[0].fold if "fold" in layout_options else None,
             protect=tuple(settings.protect),
             sequential=settings.sequential or None,
-            chosen_by=len(profile.subjects()) if is_part else None,
+            chosen_by=_n_choosing(profile),
             blend=profile.key if isinstance(profile, Blend) else None,
         )
         self.sweep = schema.Sweep(asked=request, chosen_on=chosen_on)
@@ -94,12 +105,11 @@ class SweepRun:
         at_once = {by: self._cuts(by) for by in self.grid.by if by not in run_the_model}
         if earlier is None:
             self.sweep.save(file)  # by every process: it claims the folder
-        base = folder / "cells" / "base"
-        yield Step("the unedited model", partial(self.measurement.run, base))
+        store = folder / "cells"
+        yield Step("the unedited model", partial(self.judge.run, store, "base"))
         if self.waits:
-            self.base = load_profile(base).answers
-            model = self._model(self.base, size(self.engine.moe))
-            self.sweep = self.sweep.model_copy(update={"base": model, "chance": self.base.chance})
+            base = self.judge.base(store, size(self.engine.moe))
+            self.sweep = self.sweep.model_copy(update=base)
             self.sweep.save(file)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
@@ -108,14 +118,15 @@ class SweepRun:
                 # Hashed, so that cells of other experts or another kind of removal never mix.
                 content = repr((kept, draft.layout, draft.removed, draft.fold)).encode()
                 name = f"{draft.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
-                cell_folder = folder / "cells" / name
-                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, cell_folder))
+                yield Step(f"{fraction:g} by {by}", partial(self._run, draft, store, name))
                 if self.waits:
-                    cell = self._cell(by, fraction, draft, load_profile(cell_folder).answers)
+                    cell = self._cell(by, fraction, draft, store, name)
                     finished = {(c.by, c.fraction): c for c in (*self.sweep.cells, cell)}
                     in_order = product(self.grid.by, self.grid.fractions)
                     cells = tuple(finished[key] for key in in_order if key in finished)
                     self.sweep = self.sweep.model_copy(update={"cells": cells})
+                    best = self.judge.best(store, self.sweep)
+                    self.sweep = self.sweep.model_copy(update=best)
                     self.sweep.save(file)
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
@@ -132,42 +143,36 @@ class SweepRun:
             drafts[fraction] = cut(own, n_keep).draft
         return drafts
 
-    def _run(self, draft: EditPlan, folder: Path, on_pass: OnPass) -> Iterator[Progress]:
+    def _run(self, draft: EditPlan, store: Path, name: str, on_pass: OnPass) -> Iterator[Progress]:
         edits = fit_edits(self.profile, draft, _questions(self.profile, draft), self.engine)
         with simulated(self.engine.moe, edits, is_as_written=True):
-            yield from self.measurement.run(folder, on_pass)
+            yield from self.judge.run(store, name, on_pass)
 
-    def _model(self, answered: Answers, of: Size) -> schema.SweptModel:
-        scored = accuracy(answered.is_correct_N, self.subjects)
-        return schema.SweptModel(
-            accuracy=scored.accuracy,
-            ci95=scored.ci95,
-            questions=scored.n_questions,
-            cut=answered.n_cut,
-            right_logprob=float(right_logprobs(answered.logprob_NC, answered.answer_N).mean()),
-            parameters=of.parameters,
-            active_parameters=of.active_parameters,
-            bytes=of.size_bytes,
-        )
-
-    def _cell(
-        self, by: str, fraction: float, draft: EditPlan, answered: Answers
-    ) -> schema.SweepCell:
-        base, numbers = self.base, draft.numbers
-        largest, median = logprob_shift(base.logprob_NC, answered.logprob_NC)
-        if not largest and removes_used_experts(self.profile, draft):
-            raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
-        cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
+    def _cell(self, by: str, fraction: float, draft: EditPlan, store: Path, name: str) -> Cell:
+        numbers = draft.numbers
         assert numbers is not None
-        return schema.SweepCell(
-            **self._model(answered, cut_size).model_dump(),
-            by=by,
-            fraction=fraction,
-            keep={name: numbers.kept(name, edit.keep) for name, edit in draft.edits.items()},
-            change=compare(base.is_correct_N, answered.is_correct_N),
-            max_abs_logprob_diff=largest,
-            median_abs_logprob_diff=median,
-        )
+        kept = {block: numbers.kept(block, edit.keep) for block, edit in draft.edits.items()}
+        cut_size = size_of_cut(self.engine.moe, draft, self.size_of(draft))
+        cell = self.judge.cell(store, name, cut_size, Cut(by, fraction, kept))
+        if cell.is_unchanged and self._must_change(draft):
+            raise ContractError(NOT_REACHED.format(f"{fraction:g} by {by}"))
+        return cell
+
+    def _must_change(self, draft: EditPlan) -> bool:
+        """Whether what judges is like what was profiled, and the cut removes what that used."""
+        if isinstance(self.scoring, TextScoring):
+            return self.scoring.is_held_out and removes_used_by_tokens(self.profile, draft)
+        return removes_used_experts(self.profile, draft)
+
+
+def _n_choosing(profile: Profile) -> int | None:
+    """Questions and rows that choose; None if none is held out."""
+    if not any(isinstance(part, ProfilePart | TextPart) for part in profile.parts):
+        return None
+    return sum(
+        len(part.array("tokens_N")) if isinstance(part, TextProfile) else len(part.subjects())
+        for part in profile.parts
+    )
 
 
 def _questions(profile: Profile, draft: EditPlan) -> Questions:
@@ -207,7 +212,8 @@ def simulate(
 
 def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
     """Whether a stock cut removes experts that answers used, so that some answer must change."""
-    if LAYOUTS[plan.layout].keeps_rows:
+    is_of_texts = any(isinstance(part, TextProfile) for part in profile.parts)
+    if LAYOUTS[plan.layout].keeps_rows or is_of_texts:
         return False
     chosen_NLK = profile.array("chosen_NLK")
     share_NLK = np.abs(profile.array("weight_NLK"))
@@ -217,3 +223,15 @@ def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
         is_removed_NK = ~np.isin(chosen_NLK[:, layer], plan.edits[block.name].keep)
         is_hit_N |= (is_removed_NK & (share_NLK[:, layer] > _MIN_WEIGHT)).any(axis=1)
     return bool(is_hit_N.mean() >= _MIN_ANSWERS)
+
+
+def removes_used_by_tokens(profile: Profile, plan: EditPlan) -> bool:
+    """Whether a stock cut removes experts that tokens used, so that some loss must change."""
+    tokens_LE = profile.token_sum("tokens")
+    if LAYOUTS[plan.layout].keeps_rows or tokens_LE is None:
+        return False
+    for tokens_E, block in zip(tokens_LE, profile.info.model.blocks, strict=True):
+        n_removed = tokens_E[list(plan.edits[block.name].removed(block.experts))].sum()
+        if n_removed >= _MIN_ANSWERS * tokens_E.sum() > 0:
+            return True
+    return False

@@ -77,6 +77,18 @@ class BaseRun:
         return read_chunk(self.folder / "chunks" / file, self.info.chunk_hash(file, source))
 
 
+def judged_info(
+    prefix: int | None, top: int, widest: int, base: BaseRun | None = None
+) -> JudgedInfo:
+    """How rows become chunks: as many tokens in one as predictions of `widest` tokens allow."""
+    return JudgedInfo(
+        prefix=prefix,
+        top=top,
+        chunk_tokens=min(_MOST_CHUNK_TOKENS, max(1, _CHUNK_BYTES // (8 * max(widest, 1)))),
+        base=None if base is None else profile_hash(base.info.called("base")),
+    )
+
+
 class TextJudgement(TextMeasurement):
     """One model on the rows of all documents; with a `base` also beside its predictions."""
 
@@ -107,9 +119,9 @@ class TextJudgement(TextMeasurement):
     def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """Sums by row, and the base's predictions or what differs from them."""
         rows = encode_rows([row for row in work.questions if isinstance(row, Row)])
-        recorder, base_of = _RowSums(len(rows)), None
+        recorder, base_of = RowSums(len(rows)), None
         if self.base is not None:
-            base_of = _Predictions(self.base.chunk(self.files[id(work)], work.subject))
+            base_of = Predictions(self.base.chunk(self.files[id(work)], work.subject))
         counter = PassCounter(work.subject, on_pass, recorder)
         observer = PassObserver(counter.begin, counter.undo)
         for _, found in predict(self.engine, rows, observer, n_top=self.top, base_of=base_of):
@@ -121,7 +133,7 @@ class TextJudgement(TextMeasurement):
         return arrays, counter.n_tokens
 
 
-class _RowSums:
+class RowSums:
     """Sums over the scored positions of each row, added in float64."""
 
     def __init__(self, n_rows: int) -> None:
@@ -136,6 +148,7 @@ class _RowSums:
         """Nor behind one that ran out of memory."""
 
     def add(self, found: NextTokens) -> None:
+        """Adds what a pass predicts."""
         values = dict(zip(_SUMS, (found.loss_M, found.loss_M >= 0, found.is_right_M), strict=True))
         values["scored_N"] = torch.ones_like(found.loss_M)
         if found.change is not None:
@@ -148,6 +161,7 @@ class _RowSums:
             self.tops.append(found.top)
 
     def arrays(self) -> Arrays:
+        """The sums (N,), with those of a comparison, or the predictions of a base."""
         names = _SUMS + (_CHANGES if self.is_compared else ())
         arrays = {name: self.sums[name].numpy() for name in names}
         if self.tops:
@@ -157,7 +171,7 @@ class _RowSums:
         return arrays
 
 
-class _Predictions:
+class Predictions:
     """The base's predictions for one chunk."""
 
     def __init__(self, chunk: Arrays) -> None:
@@ -204,6 +218,38 @@ class _Judged:
     is_compared: bool = False
 
 
+def document_sums(
+    run: BaseRun, corpus: Corpus, rows: Mapping[str, Sequence[Row]]
+) -> dict[str, dict[str, Array]]:
+    """Sums by document (D,) of a run whose chunks are all there, by source and name."""
+    parts: dict[str, list[Arrays]] = {}
+    for file, name_of_source, _ in run.info.chunks():
+        chunk = run.chunk(file, name_of_source)
+        kept = {name: chunk[name] for name in _SUMS + _CHANGES if name in chunk}
+        parts.setdefault(name_of_source, []).append(kept)
+    joined = {
+        source: {name: np.concatenate([part[name] for part in own]) for name in own[0]}
+        for source, own in parts.items()
+    }
+    return by_document(corpus, rows, joined)
+
+
+def by_document(
+    corpus: Corpus, rows: Mapping[str, Sequence[Row]], sums: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    """Sums by row (N,) as sums by document (D,), with the bytes of each, by source and name."""
+    found = {}
+    for source in corpus.sources:
+        numbers = {id(document): at for at, document in enumerate(source.documents)}
+        at_N = [numbers[id(row.document)] for row in rows[source.name]]
+        found[source.name] = {
+            name.removesuffix("_N"): np.bincount(at_N, sum_N, len(numbers))
+            for name, sum_N in sums[source.name].items()
+        }
+        found[source.name]["bytes"] = np.array([float(d.n_bytes) for d in source.documents])
+    return found
+
+
 @dataclass
 class TextEvaluation:
     """Judges models one after the other on the same texts; the first is the base."""
@@ -237,11 +283,7 @@ class TextEvaluation:
                 *(source.name, self.sources[0].name),
             )
         widest = self.scoring.top_k if len(self.sources) > 1 else 0
-        chunk_tokens = min(_MOST_CHUNK_TOKENS, max(1, _CHUNK_BYTES // (8 * max(widest, 1))))
-        base_hash = None if base is None else profile_hash(base.info.called("base"))
-        judged = JudgedInfo(
-            prefix=reading.prefix, top=top, chunk_tokens=chunk_tokens, base=base_hash
-        )
+        judged = judged_info(reading.prefix, top, widest, base)
         measurement = TextJudgement(
             moe, reading.corpus, self.scoring.options, reading.rows, judged, base
         )
@@ -253,25 +295,8 @@ class TextEvaluation:
 
     def note(self, measurement: TextJudgement, store: Path) -> None:
         """Keeps the sums of a model whose chunks are all there."""
-        corpus, rows = measurement.corpus, measurement.rows
-        run = BaseRun(store, measurement.info)
-        parts: dict[str, list[Arrays]] = {}
-        for file, name_of_source, _ in measurement.info.chunks():
-            chunk = run.chunk(file, name_of_source)
-            kept = {name: chunk[name] for name in _SUMS + _CHANGES if name in chunk}
-            parts.setdefault(name_of_source, []).append(kept)
-        sums = {}
-        for source in corpus.sources:
-            numbers = {id(document): at for at, document in enumerate(source.documents)}
-            at_N = [numbers[id(row.document)] for row in rows[source.name]]
-            own = parts[source.name]
-            sums[source.name] = {
-                name.removesuffix("_N"): np.bincount(
-                    at_N, np.concatenate([part[name] for part in own]), len(numbers)
-                )
-                for name in own[0]
-            }
-            sums[source.name]["bytes"] = np.array([float(d.n_bytes) for d in source.documents])
+        corpus = measurement.corpus
+        sums = document_sums(BaseRun(store, measurement.info), corpus, measurement.rows)
         contents = {s.name: [d.content_hash for d in s.documents] for s in corpus.sources}
         is_compared = measurement.base is not None
         self.judged.append(_Judged(measurement.moe.source, sums, contents, is_compared))
@@ -280,25 +305,9 @@ class TextEvaluation:
         """The results of all models."""
         assert self.base_reading is not None, "there is a base"
         corpus, _, vocabulary = self.base_reading
-        selection, base = corpus.selection, self.judged[0]
-        asked = JudgedTexts(
-            sources={
-                source.name: JudgedSource(
-                    spec=source.spec if source.revision else Path(source.spec).name,
-                    revision=source.revision,
-                    documents=len(source.documents),
-                    dropped=self.dropped.get(source.name, 0),
-                    content_hash=_hash(base.contents[source.name]),
-                )
-                for source in corpus.sources
-            },
-            max_tokens=selection.max_tokens,
-            tokens=selection.tokens,
-            seed=selection.seed,
-            assistant_only=selection.assistant_only,
-            top_k=min(self.scoring.top_k, vocabulary) if len(self.sources) > 1 else None,
-            vocabulary=vocabulary,
-        )
+        base = self.judged[0]
+        top_k = min(self.scoring.top_k, vocabulary) if len(self.sources) > 1 else None
+        asked = judged_texts(corpus, top_k, vocabulary, self.dropped)
         models = [
             {name: text_result(sums) for name, sums in one.sums.items()} for one in self.judged
         ]
@@ -329,45 +338,90 @@ class TextEvaluation:
                 f"--tokens {selection.tokens:,} counts tokens of one tokenizer, and "
                 f"{moe.source.name} reads others than {self.sources[0].name}: leave it out"
             )
-        corpus = self._without_known(load_corpus(selection, tokenizer))
-        prefix, rows = prefix_token(tokenizer), {}
-        for source in corpus.sources:
-            own = [
-                row
-                for document in source.documents
-                for row in judged_rows(
-                    document,
-                    selection.max_tokens,
-                    None if prefix is None or document.ids[0] == prefix else prefix,
-                )
-            ]
-            if not any((row.next_T >= 0).any() for row in own):
-                raise TextError(f"{source.spec} holds no token that another one precedes")
-            rows[source.name] = own
+        known = [KnownTexts(source.name, *known_texts(source)) for source in self.sources]
+        corpus, dropped = without_known(load_corpus(selection, tokenizer), known)
+        self.dropped = dropped or self.dropped
+        rows, prefix = rows_to_judge(corpus, tokenizer)
         self.reading = Reading(corpus, rows, prefix, key)
         return self.reading
 
-    def _without_known(self, corpus: Corpus) -> Corpus:
-        """Drops documents that a plan was chosen, tuned or healed on; TextError if too many."""
-        documents, known = list(corpus), set[int]()
-        for source in self.sources:
-            hashes, runs = known_texts(source)
-            found = ngrams.overlapping(documents, hashes, runs) if hashes or len(runs) else []
-            known |= set(found)
-            if found:
-                places = ", ".join(documents[at].where for at in found[:_NAMED])
-                text = f"{len(found):,} of {len(documents):,} documents, or most of their text, "
-                text += f"had a part in {source.name}: {places}" + ", …" * (len(found) > _NAMED)
-                if len(found) > MAX_DROPPED_SHARE * len(documents):
-                    raise TextError(f"{text}: at most 5 % may: judge on others")
-                logger.warning("%s: left out", text)
-        if not known:
-            return corpus
-        kept = corpus.only([at for at in range(len(documents)) if at not in known])
-        left = {source.name: len(source.documents) for source in kept.sources}
-        for read in corpus.sources:
-            self.dropped[read.name] = len(read.documents) - left.get(read.name, 0)
-        return kept
+
+def judged_texts(
+    corpus: Corpus, top_k: int | None, vocabulary: int, dropped: Mapping[str, int]
+) -> JudgedTexts:
+    """The entry of the texts in results."""
+    selection = corpus.selection
+    return JudgedTexts(
+        sources={
+            source.name: JudgedSource(
+                spec=source.spec if source.revision else Path(source.spec).name,
+                revision=source.revision,
+                documents=len(source.documents),
+                dropped=dropped.get(source.name, 0),
+                content_hash=_hash([d.content_hash for d in source.documents]),
+            )
+            for source in corpus.sources
+        },
+        max_tokens=selection.max_tokens,
+        tokens=selection.tokens,
+        seed=selection.seed,
+        assistant_only=selection.assistant_only,
+        top_k=top_k,
+        vocabulary=vocabulary,
+    )
+
+
+@dataclass(frozen=True)
+class KnownTexts:
+    """What the texts of an edit are known by: hashes and runs of words; `name` is who read them."""
+
+    name: str
+    hashes: frozenset[str]
+    runs: ngrams.NGrams
+
+
+def without_known(corpus: Corpus, known: Sequence[KnownTexts]) -> tuple[Corpus, dict[str, int]]:
+    """Drops documents that had a part in an edit, with their number by source.
+
+    Raises TextError: more than 5 % of the documents had.
+    """
+    documents, gone = list(corpus), set[int]()
+    for one in known:
+        if not one.hashes and not len(one.runs):
+            continue
+        found = ngrams.overlapping(documents, one.hashes, one.runs)
+        gone |= set(found)
+        if found:
+            places = ", ".join(documents[at].where for at in found[:_NAMED])
+            text = f"{len(found):,} of {len(documents):,} documents, or most of their text, "
+            text += f"had a part in {one.name}: {places}" + ", …" * (len(found) > _NAMED)
+            if len(found) > MAX_DROPPED_SHARE * len(documents):
+                raise TextError(f"{text}: at most 5 % may: judge on others")
+            logger.warning("%s: left out", text)
+    if not gone:
+        return corpus, {}
+    kept = corpus.only([at for at in range(len(documents)) if at not in gone])
+    left = {source.name: len(source.documents) for source in kept.sources}
+    return kept, {s.name: len(s.documents) - left.get(s.name, 0) for s in corpus.sources}
+
+
+def rows_to_judge(corpus: Corpus, tokenizer: Any) -> tuple[dict[str, list[Row]], int | None]:
+    """Rows that score each token once, by source, and what stands before each document."""
+    prefix, rows = prefix_token(tokenizer), {}
+    for source in corpus.sources:
+        own = [
+            row
+            for document in source.documents
+            for row in judged_rows(
+                document,
+                corpus.selection.max_tokens,
+                None if prefix is None or document.ids[0] == prefix else prefix,
+            )
+        ]
+        if not any((row.next_T >= 0).any() for row in own):
+            raise TextError(f"{source.spec} holds no token that another one precedes")
+        rows[source.name] = own
+    return rows, prefix
 
 
 def known_texts(source: Source) -> tuple[frozenset[str], ngrams.NGrams]:
@@ -398,12 +452,12 @@ def _tokenizer_key(tokenizer: Any) -> object:
 def text_result(sums: Mapping[str, Array]) -> TextResult:
     """Perplexity and bits per byte of sums by document."""
     loss_D, scored_D, bytes_D = sums["loss"], sums["scored"], sums["bytes"]
-    ci95, bits_D = _interval(loss_D, scored_D), loss_D / math.log(2)
+    ci95, bits_D = interval(loss_D, scored_D), loss_D / math.log(2)
     return TextResult(
         perplexity=_exp(loss_D.sum() / scored_D.sum()),
         ci95=ci95 and (_exp(ci95[0]), _exp(ci95[1])),
         bits_per_byte=float(bits_D.sum() / bytes_D.sum()),
-        bits_per_byte_ci95=_interval(bits_D, bytes_D),
+        bits_per_byte_ci95=interval(bits_D, bytes_D),
         tokens=int(scored_D.sum()),
         documents=len(loss_D),
     )
@@ -419,10 +473,10 @@ def text_comparison(
         changes = {"kl": "kl", "top1_agreement": "agrees", "acceptance": "accepted"}
         for name, of_sum in changes.items():
             found[name] = float(other[of_sum].sum() / scored_D.sum())
-            found[f"{name}_ci95"] = _interval(other[of_sum], scored_D)
+            found[f"{name}_ci95"] = interval(other[of_sum], scored_D)
         lost_D = other["loss"] - base["loss"]
         found["delta_loss"] = float(lost_D.sum() / scored_D.sum())
-        found["ci95"] = _interval(lost_D, scored_D)
+        found["ci95"] = interval(lost_D, scored_D)
     if has_pairs:
         # Each model's own bytes: a chat template is part of what is read.
         own, first = (one["loss"].sum() / one["bytes"].sum() / math.log(2) for one in (other, base))
@@ -431,7 +485,7 @@ def text_comparison(
     return TextComparison(**found)
 
 
-def _interval(sum_D: Array, weight_D: Array) -> tuple[float, float] | None:
+def interval(sum_D: Array, weight_D: Array) -> tuple[float, float] | None:
     """95 % interval of Σ sum / Σ weight by a bootstrap over documents; None if there are few."""
     n_documents = len(sum_D)
     if n_documents < FEWEST_DOCUMENTS:
@@ -444,14 +498,14 @@ def _difference(
 ) -> tuple[float, float] | None:
     """The same of the difference in bits per byte, linearised where the bytes differ."""
     if (base["bytes"] == other["bytes"]).all():
-        return _interval((other["loss"] - base["loss"]) / math.log(2), base["bytes"])
+        return interval((other["loss"] - base["loss"]) / math.log(2), base["bytes"])
     ratios = [one["loss"].sum() / one["bytes"].sum() for one in (base, other)]
     shifts = [
         one["loss"] - ratio * one["bytes"] for one, ratio in zip((base, other), ratios, strict=True)
     ]
     scales = [one["bytes"].sum() for one in (base, other)]
     change_D = (shifts[1] / scales[1] - shifts[0] / scales[0]) * len(base["bytes"])
-    ends = _interval(change_D, np.ones(len(change_D)))
+    ends = interval(change_D, np.ones(len(change_D)))
     delta = ratios[1] - ratios[0]
     return ends and ((delta + ends[0]) / math.log(2), (delta + ends[1]) / math.log(2))
 

@@ -302,9 +302,7 @@ def _write(run: _Run, model: Any, curve: Curve, before: dict[str, Tensor], out: 
             after = _choice_logprobs(healed, run.scored.quiz)
             plan = plan.model_copy(update={"proof": compare(run.scored, {**before, HEALED: after})})
         plans.save_plan(temporary, plan, used_questions(source, data))
-        runs = data.ngrams | ngrams.load(source.path)
-        if len(runs):
-            ngrams.save(temporary, runs)
+        ngrams.save(temporary, data.ngrams | ngrams.load(source.path))
         add_files(temporary, {plans.HEALING_FILE: content, **run.options.extra_files})
     trained, parameters = model.get_nb_trainable_parameters()
     return Healed(out, plan, run.objective.name, data, curve, trained, parameters - trained)

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 
-# oneDNN keeps what it prepared for products, one for each number of rows: its usual 1,024 take some
-# 100 MB more than these.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
+# Products are prepared for each number of rows and kept, by oneDNN and by torch's layer above it:
+# 1,024 each, if nothing is said, which take some 300 MB in a long run.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_cache, "128")
 INNER = "_old_forward"  # where accelerate keeps the wrapped forward
 _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"

@@ -10,7 +10,7 @@ from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.results import QuizComparison, QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweptModel
 from expertcut.reporting import edit_tables as edits
-from expertcut.reporting import generation_tables, task_tables, text_tables
+from expertcut.reporting import generation_tables, task_tables, text_search_tables, text_tables
 from expertcut.reporting.plots import Series, draw_forest, draw_lines, series_of
 from expertcut.reporting.profile_tables import cut_text
 from expertcut.reporting.tables import Cell, Column, Table, columns, signed
@@ -107,6 +107,27 @@ def part_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]
     names = model_names(results)
     facts = text_tables.judged_facts(results, names) + task_tables.tasks_facts(results, names)
     return facts + generation_tables.generation_facts(results, names, margin)
+
+
+def size_text(size: int, base_size: int = 0) -> str:
+    """How much smaller or larger than the base; without one the size."""
+    if not base_size:
+        return edits.unit(size, "B") if size else "–"
+    change = round(100 * (size / base_size - 1))
+    return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
+
+
+def part_findings(results: Results) -> list[tuple[str, str]]:
+    """The same in plain words, texts first, each with the figures behind it."""
+    names, models = model_names(results), results.models
+    findings: list[tuple[str, str]] = []
+    for index, words, figures in text_tables.text_findings(results, names):
+        size, base_size = models[index].bytes, models[0].bytes
+        if size and base_size and index and (len(models) > 2 or not findings):
+            words = f"{size_text(size, base_size)}, {words}"
+        findings.append((f"{names[index]}: {words}" if len(models) > 2 else words, figures))
+    findings += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
+    return findings + generation_tables.generation_findings(results, names, MARGIN)
 
 
 def evaluation_csv(results: Results) -> Table:
@@ -217,10 +238,12 @@ def _scored(
 
 def sweep_table(sweep: Sweep, margin: float = MARGIN) -> Table:
     """The unedited model and every finished cell."""
+    if sweep.asked.text is not None:
+        return text_search_tables.sweep_table(sweep)
     rows: list[list[Cell]] = []
-    if b := sweep.base:
+    if isinstance(b := sweep.base, SweptModel):
         rows.append(["unedited", *_scored(b, None, margin), None, b.parameters])
-    for c in sweep.cells:
+    for c in sweep.of_quiz:
         name = f"{c.by} {c.fraction:g}"
         rows.append([name, *_scored(c, c.change, margin), c.kept, c.parameters])
     heads = columns(f"criterion, share; {_SCORED}; kept a layer; parameters::,d")
@@ -230,8 +253,8 @@ def sweep_table(sweep: Sweep, margin: float = MARGIN) -> Table:
         f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, layout "
         f"{request.layout}. The size is that of a checkpoint's weights."
     )
-    if sweep.base is not None and sweep.base.cut is not None:
-        note += f" {sweep.base.cut:,} prompts are cut from the left to fit the context."
+    if isinstance(b, SweptModel) and b.cut is not None:
+        note += f" {b.cut:,} prompts are cut from the left to fit the context."
     if not sweep.is_complete:
         note += f" {len(sweep.cells)} of {n_cells} cells: the same command does the rest."
     return Table(f"Sweep of {request.scored.model.label}", heads, rows, note)
@@ -239,16 +262,18 @@ def sweep_table(sweep: Sweep, margin: float = MARGIN) -> Table:
 
 def sweep_csv(sweep: Sweep) -> Table:
     """One row per form of the model, in full precision; the unedited one has no criterion."""
+    if sweep.asked.text is not None:
+        return text_search_tables.sweep_csv(sweep)
     heads = columns(
         "by; fraction; kept; questions; accuracy; ci95_low; ci95_high; right_logprob; delta; "
         "delta_low; delta_high; gained; lost; mcnemar_p; smallest_effect; max_abs_logprob_diff; "
         "median_abs_logprob_diff; parameters; active_parameters; bytes"
     )
     rows: list[list[Cell]] = []
-    if b := sweep.base:
+    if isinstance(b := sweep.base, SweptModel):
         scored: list[Cell] = [b.questions, b.accuracy, *b.ci95, b.right_logprob, *[None] * 9]
         rows.append([None, None, None, *scored, b.parameters, b.active_parameters, b.bytes])
-    for cell in sweep.cells:
+    for cell in sweep.of_quiz:
         c = cell.change
         row: list[Cell] = [cell.by, cell.fraction, cell.kept, cell.questions, cell.accuracy]
         row += [*cell.ci95, cell.right_logprob, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p]
@@ -258,7 +283,12 @@ def sweep_csv(sweep: Sweep) -> Table:
 
 
 def sweep_sentences(sweep: Sweep, margin: float = MARGIN) -> list[str]:
-    """Leakage, and for each share the best cell and those within the margin."""
+    """Leakage, and for each share the best cell and those within the margin.
+
+    Of texts, those that are not told apart from the best.
+    """
+    if sweep.asked.text is not None:
+        return text_search_tables.sweep_sentences(sweep)
     quiz, chosen = sweep.asked.scored.quiz, sweep.chosen_on
     leak = (
         f"The experts were chosen on {chosen.split}, none of the questions scored here."
@@ -275,8 +305,18 @@ def within_margin(cells: Sequence[searches.SweepCell], margin: float) -> list[se
     return [c for c, word in zip(cells, words, strict=True) if word in ("better", "holds")]
 
 
+def cell_to_prune(sweep: Sweep, margin: float) -> searches.SweepCell | searches.TextCell:
+    """The smallest cut within the margin, else the best."""
+    if sweep.asked.text is not None:
+        return text_search_tables.to_prune(sweep)
+    held = within_margin(sweep.of_quiz, margin)
+    if held:
+        return min(held, key=lambda cell: cell.bytes)
+    return max(sweep.of_quiz, key=lambda cell: cell.accuracy)
+
+
 def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
-    cells = [cell for cell in sweep.cells if cell.fraction == fraction]
+    cells = [cell for cell in sweep.of_quiz if cell.fraction == fraction]
     if not cells:
         return f"At {fraction:g} no cell is finished."
     best, n = max(cells, key=lambda cell: cell.accuracy), sweep.n_questions
@@ -287,7 +327,7 @@ def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
         f"{edits.percent(best.accuracy)}{by}: {edits.change_text(best.change)}, "
         + edits.verdict_text(best.change, n, margin)
     )
-    if (base := sweep.base) is not None:
+    if isinstance(base := sweep.base, SweptModel):
         shares = {"the unedited model": base.accuracy, best.by: best.accuracy}
         text += edits.guessing_text(shares, n, sweep.chance)
         is_near = best.ci95[0] <= base.ci95[1] and base.ci95[0] <= best.ci95[1]
@@ -299,9 +339,13 @@ def _best_cell(fraction: float, sweep: Sweep, margin: float) -> str:
 
 def sweep_figure(sweep: Sweep) -> dict[str, bytes]:
     """`sweep.png` and `sweep.svg`: accuracy against the size of the weights, with intervals."""
-    cells = sorted(sweep.cells, key=lambda cell: cell.bytes)
+    if sweep.asked.text is not None:
+        return text_search_tables.sweep_figure(sweep)
+    cells = sorted(sweep.of_quiz, key=lambda cell: cell.bytes)
     series = [_sweep_series(by, [c for c in cells if c.by == by]) for by in sweep.asked.by]
-    base = None if sweep.base is None else _sweep_series("unedited", [sweep.base])
+    base = None
+    if isinstance(sweep.base, SweptModel):
+        base = _sweep_series("unedited", [sweep.base])
     labels = ("size of the weights (MB)", f"accuracy on {sweep.asked.scored.quiz.split} (%)")
     return draw_lines("sweep", series, base, labels)
 
@@ -339,12 +383,18 @@ def _criteria_table(audit: Audit) -> Table:
 
 def audit_tables(audit: Audit, margin: float = MARGIN) -> list[Table]:
     """The criteria, and the ten experts whose ablation has the largest effects."""
+    on_texts = audit.asked.text is not None
+    effects = text_search_tables.effects_table(audit) if on_texts else _effects(audit, margin)
+    return [_criteria_table(audit), effects] if audit.verdicts else [effects]
+
+
+def _effects(audit: Audit, margin: float) -> Table:
     n = audit.asked.questions
     rows: list[list[Cell]] = [
         [h.layer, h.expert, h.logprob, h.stderr, 100 * h.accuracy,
          verdict(h.gained, h.lost, n, margin), h.gained, h.lost,
          h.mcnemar_p if h.gained + h.lost else None]
-        for h in sorted(audit.harms, key=lambda harm: -harm.logprob)[:10]
+        for h in sorted(audit.of_quiz, key=lambda harm: -harm.logprob)[:10]
     ]  # fmt: skip
     heads = columns(
         "layer; expert; loss of log p::+.4f; ± standard error::.4f; points lost::+.1f; verdict | "
@@ -359,19 +409,20 @@ def audit_tables(audit: Audit, margin: float = MARGIN) -> list[Table]:
     if not audit.is_complete:
         note += " The same command does the rest."
     title = f"Audit of {request.model.label}: what removing one expert does"
-    effects = Table(title, heads, rows, note)
-    return [_criteria_table(audit), effects] if audit.verdicts else [effects]
+    return Table(title, heads, rows, note)
 
 
 def audit_csv(audit: Audit) -> Table:
     """One row per ablated expert, with its score by every criterion."""
+    if audit.asked.text is not None:
+        return text_search_tables.audit_csv(audit)
     heads = columns(
         "layer; expert; loss_logprob; stderr; loss_accuracy; gained; lost; mcnemar_p; "
         "largest_abs_logprob_diff"
     )
     rows = [
         [*effect.model_dump().values(), *(ranks.score[i] for ranks in audit.standings.values())]
-        for i, effect in enumerate(audit.harms)
+        for i, effect in enumerate(audit.of_quiz)
     ]
     return Table("audit", (*heads, *map(Column, audit.standings)), rows)
 
@@ -380,27 +431,36 @@ def audit_facts(audit: Audit, margin: float = MARGIN) -> list[tuple[str, str]]:
     """What the ablations did, leakage, and the best criteria, as far as the audit has come."""
     if not audit.harms:
         return []
-    n, worst = audit.asked.questions, max(audit.harms, key=lambda harm: harm.logprob)
-    words = Counter(verdict(h.gained, h.lost, n, margin) for h in audit.harms).most_common()
-    ablated = (
+    on_texts = audit.asked.text is not None
+    first = text_search_tables.ablated_sentence(audit) if on_texts else _ablated(audit, margin)
+    said = [first, *(audit_sentences(audit) if audit.verdicts else [])]
+    labels = ("ablated", "text" if on_texts else "quiz", "best", "regret")
+    return [*zip(labels, said, strict=False)]
+
+
+def _ablated(audit: Audit, margin: float) -> str:
+    n, worst = audit.asked.questions, max(audit.of_quiz, key=lambda harm: harm.logprob)
+    words = Counter(verdict(h.gained, h.lost, n, margin) for h in audit.of_quiz).most_common()
+    return (
         f"{len(audit.harms)} experts, one at a time (layout {audit.asked.layout}); at a margin of "
         f"{edits.margin_text(margin)} {', '.join(f'{k} {word}' for word, k in words)}; most harm "
         f"without {worst.layer}:{worst.expert}, {worst.logprob:.4f} nats of log p"
     )
-    said = [ablated, *(audit_sentences(audit) if audit.verdicts else [])]
-    return [*zip(("ablated", "quiz", "best", "regret"), said, strict=False)]
 
 
 def audit_sentences(audit: Audit) -> list[str]:
     """Leakage, and which criterion predicts the effects."""
     request = audit.asked
+    noun, which = "documents", ""
+    if request.text is None:
+        noun, which = "questions", f" ({request.split})"
     leak = (
-        f"None of the {request.questions:,} held-out questions ({request.split}) had a part in "
-        "scoring the experts."
+        f"None of the {request.questions:,} held-out {noun}{which} had a part in scoring the "
+        "experts."
     )
     if audit.overlap:
         leak = (
-            f"{audit.overlap:,} of the {request.questions:,} questions that were asked had been "
+            f"{audit.overlap:,} of the {request.questions:,} {noun} that were asked had been "
             "profiled, calibrated or cut on, so they are not held out: criteria that look at them "
             "are flattered."
         )

@@ -16,18 +16,18 @@ from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
-from expertcut.evaluation.search_results import Audit, Sweep, SweepCell
+from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
 from expertcut.reporting import (
     edit_tables,
     eval_tables,
-    generation_tables,
-    task_tables,
+    text_search_tables,
     text_tables,
     views,
 )
-from expertcut.reporting.edit_tables import change_text, percent, unit, verdict_text
+from expertcut.reporting.edit_tables import change_text, percent, verdict_text
+from expertcut.reporting.eval_tables import size_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
 from expertcut.reporting.profile_tables import headline_facts
 from expertcut.reporting.tables import Cell, Column, Table, columns
@@ -138,30 +138,20 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
     base, names = results.models[0], eval_tables.model_names(results)
     findings, n = [], base.questions
     for c in results.comparisons[:_HEADLINES]:
-        size = _size_text(results.models[c.other].bytes, base.bytes)
+        size = size_text(results.models[c.other].bytes, base.bytes)
         figures = f"{names[c.other]} against {names[0]}: {change_text(c)}"
         shares = {names[i]: results.models[i].accuracy for i in (0, c.other)}
         text = f"{size}, {_verdict_text(c, n)}{_asked_of(results.models[c.other])}"
         text += edit_tables.guessing_text(shares, n, results.chance)
         findings.append((text, figures))
-    text = f"{_size_text(base.bytes)}, {percent(base.accuracy)} right{_asked_of(base)}"
+    text = f"{size_text(base.bytes)}, {percent(base.accuracy)} right{_asked_of(base)}"
     text += edit_tables.guess_clause(base.accuracy, n, results.chance)
     return Headline(findings or [(text, names[0])], context)
 
 
 def parts_headline(results: Results) -> Headline:
     """The first findings of an evaluation without a quiz; texts come first."""
-    names, models = eval_tables.model_names(results), results.models
-    facts: list[tuple[str, str]] = []
-    for index, words, figures in text_tables.text_findings(results, names):
-        size, base_size = models[index].bytes, models[0].bytes
-        is_first = len(models) > 2 or not facts
-        sized = f"{_size_text(size, base_size)}, {words}" if size and base_size else words
-        text = sized if index and is_first else words
-        facts.append((f"{names[index]}: {text}" if len(models) > 2 else text, figures))
-    facts += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
-    facts += generation_tables.generation_findings(results, names, MARGIN)
-    return Headline(facts[:_HEADLINES])
+    return Headline(eval_tables.part_findings(results)[:_HEADLINES])
 
 
 def _asked_of(model: QuizModelResult) -> str:
@@ -185,11 +175,11 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
         size += edited_size
     scored_on = read_scored_split(plan, folder)
     n = scored_on.questions
-    base: list[Cell] = [name, _size_text(base_size)]
-    own: list[Cell] = [document.name, _size_text(size)]
+    base: list[Cell] = [name, size_text(base_size)]
+    own: list[Cell] = [document.name, size_text(size)]
     words, figures = "not evaluated yet", f"{document.name} against {name}"
     if changes := plan.proof.text:
-        finding = f"{_size_text(size, base_size)}, {text_tables.held_out_finding(changes)}"
+        finding = f"{size_text(size, base_size)}, {text_tables.held_out_finding(changes)}"
         return Headline([(finding, figures)], scored_on.title, text_tables.held_out_table(changes))
     asked = _asked(n, scored_on.used, bool(plan.proof.held_out_used))
     if answered := plan.proof.answered:
@@ -207,22 +197,15 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     rows = [base, own]
     if plan.proof.held_out_used and answered:  # healed
         before = [form.accuracy for form in plan.proof.outcomes[1:2]]
-        rows.insert(1, [plan.model.label, _size_text(edited_size), *before])
+        rows.insert(1, [plan.model.label, size_text(edited_size), *before])
     rows = [[*row, *[None] * (len(heads) - len(row))] for row in rows]
-    finding = f"{_size_text(size, base_size)}, {words}"
+    finding = f"{size_text(size, base_size)}, {words}"
     title = scored_on.title if own[2:] else "Evaluate it with expertcut eval"
     return Headline([(finding, figures)], title, Table(title, heads, rows))
 
 
 def _weight_bytes(folder: Path | None) -> int:
     return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder else 0
-
-
-def _size_text(size: int, base_size: int = 0) -> str:
-    if not base_size:
-        return unit(size, "B") if size else "–"
-    change = round(100 * (size / base_size - 1))
-    return f"{abs(change)} % {'smaller' if change < 0 else 'larger'}" if change else "same size"
 
 
 def _verdict_text(change: Comparison, n: int) -> str:
@@ -455,16 +438,24 @@ def _sweep(sweep: Sweep, key: str) -> list[Part]:
     parts.append(Folded("All figures of the sweep", [table]))
     if not sweep.cells:
         return parts
+    return [
+        *parts,
+        text_search_tables.sweep_curves(sweep, key) if sweep.of_texts else _curves(sweep, key),
+    ]
+
+
+def _curves(sweep: Sweep, key: str) -> Curves:
     fractions = sorted(sweep.asked.fractions, reverse=True)
-    series = [accuracies(by, [sweep.cell(by, f) for f in fractions]) for by in sweep.asked.by]
-    if sweep.base is not None:
+    cells = {(c.by, c.fraction): c for c in sweep.of_quiz}
+    series = [accuracies(by, [cells.get((by, f)) for f in fractions]) for by in sweep.asked.by]
+    if isinstance(sweep.base, SweptModel):
         level = (sweep.base.accuracy,) * len(fractions)
         series.append(Series("unedited", level, is_reference=True))
     title = "Accuracy against the share of experts that stays"
     note = "Bars are 95 % intervals (Wilson); the questions are the same for every cut."
     shares, column = tuple(f"{fraction:g}" for fraction in fractions), Column("accuracy", ".1%")
     across = "share that stays"
-    return [*parts, Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)]
+    return Curves(f"{key}-accuracy", title, note, across, shares, tuple(series), column)
 
 
 def _audit(audit: Audit, key: str) -> list[Part]:

@@ -26,13 +26,13 @@ def judged_tables(results: Results, names: Sequence[str]) -> list[Table]:
     rows: list[list[Cell]] = []
     for index, source, found, c in _judged(results):
         row: list[Cell] = [source, names[index], found.perplexity]
-        row += [c.delta_loss, _span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
-        row += [found.bits_per_byte, _span(found.ci95, ".3f"), found.tokens, found.documents]
+        row += [c.delta_loss, span(c.ci95, "+.3f"), c.kl] if c else [None] * 3
+        row += [found.bits_per_byte, span(found.ci95, ".3f"), found.tokens, found.documents]
         if c is None:
             rows.append([*row, *[None] * 6])
             continue
-        row += [_span(c.kl_ci95, ".4f"), c.top1_agreement, _span(c.top1_agreement_ci95, ".1%")]
-        row += [c.acceptance, _span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
+        row += [span(c.kl_ci95, ".4f"), c.top1_agreement, span(c.top1_agreement_ci95, ".1%")]
+        row += [c.acceptance, span(c.acceptance_ci95, ".1%"), c.delta_bits_per_byte]
         rows.append(row)
     heads = columns(
         "text; model; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f | "
@@ -96,21 +96,22 @@ def judged_facts(results: Results, names: Sequence[str]) -> list[tuple[str, str]
         n += "s" if found.documents > 1 else ""
         n += "" if found.ci95 else ", too few for intervals"
         if c is None and len(results.models) == 1:
-            text = f"{found.perplexity:.3f}{_behind(found.ci95, '.3f')}"
+            text = f"{found.perplexity:.3f}{behind(found.ci95, '.3f')}"
             text = f"{source}: perplexity {text}, {found.bits_per_byte:.4f} bits per byte, on {n}"
             facts.append(("text", text))
         elif c is not None:
             base = (results.models[0].text or {})[source]
-            lost = _lost(base, found, c, _is_bound(results.text))
+            lost = lost_text(base, found, c, is_bound(results.text))
             facts.append(("text", f"{source}: {names[index]} {lost}, on {n}"))
     return facts
 
 
-def _is_bound(asked: JudgedTexts | None) -> bool:
+def is_bound(asked: JudgedTexts | None) -> bool:
+    """Whether KL and acceptance are bounds, because few of the base's tokens are kept."""
     return asked is not None and asked.top_k is not None and asked.top_k < asked.vocabulary
 
 
-def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool) -> str:
+def lost_text(base: TextResult, found: TextResult, c: TextComparison, has_bounds: bool) -> str:
     """A sentence with the changes and their intervals."""
     perplexities = f"perplexity {base.perplexity:.3f} → {found.perplexity:.3f}"
     if c.delta_loss is None or c.kl is None:
@@ -119,19 +120,20 @@ def _lost(base: TextResult, found: TextResult, c: TextComparison, is_bound: bool
         if c.delta_bits_per_byte is None:
             return text
         delta = signed(c.delta_bits_per_byte, "+.4f")
-        return f"{text}, {delta}{_behind(c.delta_bits_per_byte_ci95, '+.4f')}"
+        return f"{text}, {delta}{behind(c.delta_bits_per_byte_ci95, '+.4f')}"
     loss = f"loss {signed(c.delta_loss, '+.4f')} nats per token"
-    loss += _behind(c.ci95, "+.4f").replace("(", "(95 % interval ")
+    loss += behind(c.ci95, "+.4f").replace("(", "(95 % interval ")
     if c.ci95 and c.ci95[0] <= 0 <= c.ci95[1]:
         loss += ", no significant change"
     ratio = math.exp(min(c.delta_loss, 700.0))
-    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if is_bound else ''}{c.kl:.4f}"
-    text += f"{_behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
-    text += f"{_behind(c.top1_agreement_ci95, '.1%')}, acceptance "
-    return f"{text}{'≤ ' if is_bound else ''}{c.acceptance:.1%}{_behind(c.acceptance_ci95, '.1%')}"
+    text = f"{loss}, {perplexities} (× {ratio:.3f}); KL {'≥ ' if has_bounds else ''}{c.kl:.4f}"
+    text += f"{behind(c.kl_ci95, '.4f')}, same top token {c.top1_agreement:.1%}"
+    text += f"{behind(c.top1_agreement_ci95, '.1%')}, acceptance "
+    return f"{text}{'≤ ' if has_bounds else ''}{c.acceptance:.1%}{behind(c.acceptance_ci95, '.1%')}"
 
 
-def _span(ends: Ends, spec: str) -> str | None:
+def span(ends: Ends, spec: str) -> str | None:
+    """An interval; None without one."""
     return None if ends is None else " … ".join(signed(end, spec) for end in ends)
 
 
@@ -142,15 +144,16 @@ def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
         text = f"perplexity {change.perplexity:.3f}, was {change.base_perplexity:.3f} on "
         text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
         text += f"{change.source}: loss {signed(change.delta_loss, '+.4f')} nats per token"
-        lines.append(labelled("predicts", f"{text}{_behind(change.ci95, '+.4f')}"))
+        lines.append(labelled("predicts", f"{text}{behind(change.ci95, '+.4f')}"))
         text = f"KL {change.kl:.4f}, top-1 agreement {100 * change.top1_agreement:.1f} %, "
         text += f"acceptance {100 * change.acceptance:.1f} %, against {change.against}"
         lines.append(labelled("distance", text))
     return lines
 
 
-def _behind(ends: Ends, spec: str) -> str:
-    return f" ({_span(ends, spec)})" if ends else ""
+def behind(ends: Ends, spec: str) -> str:
+    """The interval in brackets; nothing without one."""
+    return f" ({span(ends, spec)})" if ends else ""
 
 
 def text_findings(results: Results, names: Sequence[str]) -> list[tuple[int, str, str]]:
@@ -160,7 +163,7 @@ def text_findings(results: Results, names: Sequence[str]) -> list[tuple[int, str
         if c is not None:
             base = (results.models[0].text or {})[source]
             figures = f"{names[index]} against {names[0]}: "
-            figures += _lost(base, found, c, _is_bound(results.text))
+            figures += lost_text(base, found, c, is_bound(results.text))
             findings.append((index, _in_words(source, c.delta_loss, c.ci95), figures))
         elif len(results.models) == 1:
             findings.append((index, f"perplexity {found.perplexity:.3f} on {source}", names[0]))
@@ -194,7 +197,7 @@ def held_out_table(changes: Sequence[TextChange]) -> Table:
     rows: list[list[Cell]] = [
         [
             *(c.source, c.against, c.base_perplexity, c.perplexity, c.delta_loss),
-            *(_span(c.ci95, "+.4f"), c.kl, c.top1_agreement, c.acceptance, c.documents, c.tokens),
+            *(span(c.ci95, "+.4f"), c.kl, c.top1_agreement, c.acceptance, c.documents, c.tokens),
         ]
         for c in changes
     ]

@@ -1,0 +1,244 @@
+"""The effect of one expert on held-out questions or texts, replayed from its layer."""
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from expertcut import stats
+from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.data import Quiz
+from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows
+from expertcut.edits.reweight_select import right
+from expertcut.errors import ContractError
+from expertcut.evaluation import search_results as schema
+from expertcut.evaluation.reweight_search import CachedScorer
+from expertcut.evaluation.sweep_judges import DocumentSums, compared, pooled, within_context
+from expertcut.evaluation.text_eval import (
+    Predictions,
+    RowSums,
+    by_document,
+    judged_texts,
+    rows_to_judge,
+)
+from expertcut.models.hooks import Routing, observe_routers
+from expertcut.profiling.storage import Arrays
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.next_tokens import predict
+from expertcut.scoring.packing import EncodedRows, Pass, encode_rows
+from expertcut.scoring.passes import OnPass, PassObserver, Replay, ignore
+from expertcut.stats import Array
+
+logger = logging.getLogger(__name__)
+
+KEPT_BYTES = 2 << 30  # of layer outputs
+KEPT_TOKENS = 64  # of the unedited model, likeliest first, at each position
+_MIN_GATE_SHARE = 0.01  # of a gate weight; less may be lost in rounding
+_MIN_TOKENS = 8  # that use an expert, so that some loss must change without it
+Change = AbstractContextManager[OnPass]
+
+
+class Ablations(Protocol):
+    """The unedited model on what is held out, and the same without one expert."""
+
+    def unedited(self) -> dict[str, Any]:
+        """The fields of an audit that the unedited model gives."""
+
+    def effect(
+        self, expert: schema.SampledExpert, change: Change, *, is_masked: bool
+    ) -> schema.Effect:
+        """What the change does; a ContractError if it must change something and did not.
+
+        `is_masked` says that the expert's tokens go to others.
+        """
+
+
+def ablations_of(engine: Engine, data: CalibrationSet) -> Ablations:
+    """The runs of a model that is loaded, of which the first is the unedited one."""
+    return TextAblations(engine, data) if isinstance(data, Corpus) else QuizAblations(engine, data)
+
+
+def request_of(engine: Engine, data: CalibrationSet) -> dict[str, Any]:
+    """What the request of an audit says of the questions or texts."""
+    found = {"quiz": data.id, "questions": len(data), "split": data.split}
+    if isinstance(data, Corpus):
+        corpus = within_context(data, engine.moe)
+        vocabulary = int(engine.moe.model.config.get_text_config().vocab_size)
+        text = judged_texts(corpus, min(KEPT_TOKENS, vocabulary), vocabulary, {})
+        content = "\n".join(document.content_hash for document in data)
+        found |= {"shots": 0, "text": text}
+    else:
+        content = "\n".join(f"{q.content_hash} {q.answer}" for q in data)
+        found |= {"shots": data.shots, "truncate": data.truncate}
+    return found | {"asked": hashlib.sha256(content.encode()).hexdigest()}
+
+
+class QuizAblations:
+    """Answers to a quiz."""
+
+    def __init__(self, engine: Engine, quiz: Quiz) -> None:
+        self.scorer = CachedScorer(engine, quiz, KEPT_BYTES)
+
+    def unedited(self) -> dict[str, Any]:
+        """Accuracy, and log p of the right answers."""
+        base = self.scorer.records
+        return {
+            "cut": self.scorer.n_cut,
+            "accuracy": float(base.is_correct_N.mean()),
+            "right_logprob": float(_right(base.logprob_NC, base.answer_N).mean()),
+        }
+
+    def effect(
+        self, expert: schema.SampledExpert, change: Change, *, is_masked: bool
+    ) -> schema.AblationEffect:
+        """Log p without one expert, compared with the unedited model."""
+        base = self.scorer.records
+        logprob_NC = self.scorer.changed(expert.layer, change)
+        is_chosen_N = (base.chosen_NLK[:, expert.layer] == expert.row).any(axis=1)
+        if is_masked and is_chosen_N.any() and np.array_equal(base.logprob_NC, logprob_NC):
+            # Some answer must change where the expert has a gate weight that counts.
+            alpha_NE = base.alpha_NLE[is_chosen_N, expert.layer]
+            if (alpha_NE[:, expert.row] > _MIN_GATE_SHARE * alpha_NE.sum(axis=1)).any():
+                raise _not_reached(expert)
+        lost_N = _right(base.logprob_NC, base.answer_N) - _right(logprob_NC, base.answer_N)
+        gained, lost = stats.gained_lost(base.is_correct_N, right(logprob_NC, base.answer_N))
+        n = len(lost_N)
+        return schema.AblationEffect(
+            layer=expert.layer,
+            expert=expert.expert,
+            logprob=float(lost_N.mean()),
+            stderr=float(lost_N.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0,
+            accuracy=(lost - gained) / n,
+            gained=gained,
+            lost=lost,
+            mcnemar_p=stats.mcnemar(gained, lost),
+            largest=stats.logprob_shift(base.logprob_NC, logprob_NC)[0],
+        )
+
+
+class TextAblations:
+    """Losses of next tokens, replayed from the layer that changes."""
+
+    def __init__(self, engine: Engine, corpus: Corpus, kept_bytes: int = KEPT_BYTES) -> None:
+        self.engine, self.corpus = engine, within_context(corpus, engine.moe)
+        self.rows, _ = rows_to_judge(self.corpus, engine.moe.tokenizer)
+        self.chunks = {
+            name: [encode_rows(chunk) for chunk in chunk_rows(rows)]
+            for name, rows in self.rows.items()
+        }
+        blocks, model = engine.moe.blocks, engine.moe.model
+        n_tokens = sum(len(row.ids) for rows in self.rows.values() for row in rows)
+        _ = engine.projection  # tried out on a few tokens, which are not to be stored
+        self.replay = Replay(model, blocks, n_tokens, kept_bytes)
+        self.n_used_LE = np.zeros((len(blocks), max(b.n_experts for b in blocks)))
+        with self.replay.recording(), observe_routers(blocks, self._see):
+            self.first = {
+                name: [self._read(chunk, partial(self._begin, chunk)) for chunk in chunks]
+                for name, chunks in self.chunks.items()
+            }
+        self.base = self._by_document(self.first)
+        if not self._replays_exactly():
+            logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
+            self.replay.starts, self.replay.outputs = (), {}
+
+    def _begin(self, chunk: EncodedRows, step: Pass) -> None:
+        self.is_scored_T = chunk.of_pass(step)[0] >= 0
+
+    def _see(self, routing: Routing) -> None:
+        """Counts the tokens that predict and in which an expert's gate weight counts."""
+        share_TK = routing.weights_TK.float().abs()
+        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
+        counts_TK = share_TK > _MIN_GATE_SHARE
+        counts_TK &= self.is_scored_T.to(counts_TK.device)[:, None]
+        used = torch.bincount(routing.experts_TK[counts_TK].cpu(), minlength=1).numpy()
+        self.n_used_LE[routing.layer, : len(used)] += used
+
+    def _read(self, chunk: EncodedRows, begin: OnPass, base: Arrays | None = None) -> Arrays:
+        """Sums by row, of the unedited model with its predictions, else beside these."""
+        sums, observer = RowSums(len(chunk)), PassObserver(begin=begin)
+        n_top = KEPT_TOKENS if base is None else 0
+        base_of = None if base is None else Predictions(base)
+        for _, found in predict(self.engine, chunk, observer, n_top=n_top, base_of=base_of):
+            sums.add(found)
+        return sums.arrays()
+
+    def _by_document(self, found: Mapping[str, Sequence[Arrays]]) -> DocumentSums:
+        sums = {
+            name: {
+                key: np.concatenate([arrays[key] for arrays in own])
+                for key in own[0]
+                if key.endswith("_N")
+            }
+            for name, own in found.items()
+        }
+        return by_document(self.corpus, self.rows, sums)
+
+    def _replays_exactly(self) -> bool:
+        """Whether the first chunk has the same losses from every kept layer."""
+        name = next(iter(self.chunks))
+        chunk, known = self.chunks[name][0], self.first[name][0]["loss_N"]
+        for layer, number in self.replay.decoder_of.items():
+            if number in self.replay.starts:
+                with self.replay.starting_at(layer):
+                    again = self._read(chunk, ignore, self.first[name][0])
+                if not np.array_equal(again["loss_N"], known):
+                    return False
+        return True
+
+    def unedited(self) -> dict[str, Any]:
+        """Next-token accuracy, and log p of next tokens."""
+        base = pooled(self.base)
+        n = base["scored"].sum()
+        return {
+            "accuracy": float(base["right"].sum() / n),
+            "right_logprob": float(-base["loss"].sum() / n),
+        }
+
+    def effect(
+        self, expert: schema.SampledExpert, change: Change, *, is_masked: bool
+    ) -> schema.TextEffect:
+        """Losses without one expert, compared with the unedited model by documents."""
+        with self.replay.starting_at(expert.layer), change as begin:
+            found = {
+                name: [
+                    self._read(chunk, begin, base)
+                    for chunk, base in zip(chunks, self.first[name], strict=True)
+                ]
+                for name, chunks in self.chunks.items()
+            }
+        sums = self._by_document(found)
+        base, other = pooled(self.base), pooled(sums)
+        is_used = self.n_used_LE[expert.layer, expert.row] >= _MIN_TOKENS
+        if is_masked and is_used and np.array_equal(base["loss"], other["loss"]):
+            raise _not_reached(expert)
+        lost_D, scored_D = other["loss"] - base["loss"], base["scored"]
+        return schema.TextEffect(
+            layer=expert.layer,
+            expert=expert.expert,
+            logprob=float(lost_D.sum() / scored_D.sum()),
+            stderr=ratio_stderr(lost_D, scored_D),
+            accuracy=float((base["right"] - other["right"]).sum() / scored_D.sum()),
+            text={name: compared(self.base[name], own) for name, own in sums.items()},
+        )
+
+
+def ratio_stderr(sum_D: Array, weight_D: Array) -> float:
+    """Standard error of Σ sum / Σ weight over D documents, linearised; 0 of a single one."""
+    n, total = len(sum_D), weight_D.sum()
+    if n < 2:
+        return 0.0
+    rest_D = sum_D - sum_D.sum() / total * weight_D
+    return float(np.sqrt(n / (n - 1) * (rest_D**2).sum()) / total)
+
+
+def _not_reached(expert: schema.SampledExpert) -> ContractError:
+    return ContractError(NOT_REACHED.format(f"without expert {expert.layer}:{expert.expert}"))
+
+
+def _right(logprob_NC: Array, answer_N: Array) -> Array:
+    return np.asarray(stats.right_logprobs(logprob_NC, answer_N), np.float64)
