@@ -61,6 +61,11 @@ def _check_exists(text: str) -> None:
         refuse(f"{text[:200]!a} does not exist: give an existing path, or an id of the Hub")
 
 
+def _check_is_here(text: str) -> None:
+    if not Path(text).expanduser().exists():
+        refuse(f"{text[:200]!a} does not exist: give an existing path")
+
+
 def _check_below_here(text: str) -> None:
     """An untrusted recipe writes only below the working directory."""
     path = Path(text)
@@ -73,6 +78,7 @@ Texts = Annotated[list[Text], pydantic.BeforeValidator(as_list)]
 FilePath = Annotated[Path, pydantic.BeforeValidator(lambda v: Path(v) if isinstance(v, str) else v)]
 Count = Annotated[int, pydantic.Field(ge=1)]
 Source = Annotated[str, in_recipe_only(_check_exists)]
+ReadPath = Annotated[FilePath, in_recipe_only(_check_is_here)]
 Folder = Annotated[str, in_recipe_only(_check_below_here)]
 WorkFolder = Annotated[FilePath, in_recipe_only(_check_below_here)]
 

@@ -286,7 +286,7 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"text": 3}', "must hold text, messages"),
+        ('{"text": 3}', "its text must be a text, not int"),
         ("[1]", "a list, must be a JSON object"),
         ('{"text": "\\ud800"}', "a lone surrogate"),
         ('{"text": NaN}', "NaN is not a number"),

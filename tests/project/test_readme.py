@@ -15,6 +15,7 @@ from expertcut.commands.prune import PruneSettings
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.edits.criteria import CRITERIA
 from expertcut.recipes.recipe_schema import (
+    EvalSection,
     HealSection,
     ProfileSection,
     ProveSection,
@@ -293,7 +294,7 @@ def python(page: str) -> str:
 
 def test_the_python_of_the_readme_runs(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = python("README.md")
-    assert code and code in python("docs/python.md")
+    assert code and code in python("docs/recipes.md")
     if not hasattr(expertcut, "profile"):
         pytest.skip("the Python API is not there yet")
     monkeypatch.chdir(clone)
@@ -321,7 +322,7 @@ def test_recipes_in_the_readme_and_the_docs_do_what_they_say(
 def test_every_key_of_a_recipe_stands_in_the_docs() -> None:
     text = read("docs/recipes.md")
     edits = (PruneSettings, MergeSettings, ReweightSettings, HealSection)
-    parts = (ProfileSection, *edits, ProveSection, PublishSection)
+    parts = (ProfileSection, *edits, ProveSection, EvalSection, PublishSection)
     own = {
         key for part in parts for key in part.model_fields if option_details(part, key)["in_recipe"]
     }

@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Place, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("expertcut.evaluation.results.Results.save", killed)
+        patch.setattr("expertcut.evaluation.evaluate.save_answers", killed)
         done.run()
     assert done.run().ran == ("eval",)
     assert done.why["eval"] == "it was begun and not finished"
@@ -467,14 +467,16 @@ def test_shipped_recipes_say_what_they_would_do_without_a_model(
     monkeypatch.chdir(ROOT)
     recipe = read_recipe(file)
     assert Path(recipe.model).is_dir() or len(recipe.revision or "") == 40
-    outcome = run(RunSettings(recipe=file, out=tmp_path / "run", dry_run=True))
+    outcome = run(
+        RunSettings(recipe=file, out=tmp_path / "run", dry_run=True, confirm_run_unsafe_code=True)
+    )
     assert outcome.ran == tuple(stage.name for stage in stages_of(recipe))
     assert {"profile", "eval"} < set(outcome.ran)
     assert not (tmp_path / "run").exists()
 
 
 def test_the_shipped_recipes_are_these() -> None:
-    names = {"quickstart", "olmoe-mmlu", "qwen3-30b-half", "domain-prune"}
+    names = {"quickstart", "olmoe-mmlu", "qwen3-30b-half", "domain-prune", "code"}
     assert {file.stem for file in SHIPPED} == names
 
 

@@ -126,6 +126,18 @@ def test_the_python_api_of_texts(
     assert {"next_token_accuracy", "weighted_accuracy", "mean_loss", "reap"} <= {*table.columns}
 
 
+def test_a_cut_on_texts_has_the_same_bytes_again_and_show_says_what_it_said(
+    profiled: TextProfile, expertcut: Commands
+) -> None:
+    first = expertcut("prune --profile p --sparsity 0.5 --by reap --out one")
+    expertcut("prune --profile p --sparsity 0.5 --by reap --out two")
+    for name in ("plan.json", "chosen_on.txt", "chosen_on.ngrams"):
+        assert Path("one", name).read_bytes() == Path("two", name).read_bytes()
+    shown = expertcut("show one")
+    said = [line for line in first.splitlines() if line.startswith(("predicts", "distance"))]
+    assert len(said) >= 2 and all(line in shown for line in said)
+
+
 RECIPE = """
 model: {model}
 quiz: {quiz}

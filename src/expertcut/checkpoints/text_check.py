@@ -118,16 +118,16 @@ class TextScores:
             torch.cat([getattr(c, field) for c in changes]).double()
             for field in ("kl_M", "agrees_M", "acceptance_M")
         )
-        documents = [id(row.document) for row in self.rows[name]]
+        places: dict[int, int] = {}  # of documents in turn: draws must not depend on addresses
+        of_document_N = [places.setdefault(id(r.document), len(places)) for r in self.rows[name]]
         n_scored_N = [int((row.next_T >= 0).sum()) for row in self.rows[name]]
-        _, of_document_N = np.unique(documents, return_inverse=True)
         of_document_M = np.repeat(of_document_N, n_scored_N)
         delta_D = np.bincount(of_document_M, (own_M - base_M).numpy())
         weight_D = np.bincount(of_document_M)
         return stats.TextChange(
             against=against,
             source=name,
-            documents=len(set(documents)),
+            documents=len(places),
             tokens=len(own_M),
             perplexity=float(own_M.mean().exp()),
             base_perplexity=float(base_M.mean().exp()),

@@ -343,9 +343,14 @@ class BlendedSettings(ProfiledSettings):
         texts = self.profile or []
         return [Weighted(t) if os.path.lexists(t) else Weighted.read(t) for t in texts]
 
-    def check_blend(self, criteria: Sequence[str]) -> None:
-        """Refuses --blend with one profile, and criteria that cannot rank a blend."""
+    def check_blend(self, criteria: Sequence[str], *, is_sequential: bool) -> None:
+        """Refuses --blend with one profile, and what cannot rank a blend."""
         if len(self.weighted) > 1:
+            if is_sequential:
+                raise SettingsError(
+                    "--sequential reads what one profile read: profile the texts together, as "
+                    "--text a=2 --text b=1, or leave --sequential out"
+                )
             from expertcut.edits.selection import check_criteria
 
             check_criteria(criteria, self.blend or "sum")

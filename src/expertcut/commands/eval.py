@@ -16,7 +16,7 @@ from expertcut.commands import (
     text_option,
 )
 from expertcut.errors import SettingsError
-from expertcut.settings import Count, FilePath, Texts, flag_of, option
+from expertcut.settings import Count, FilePath, ReadPath, Texts, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.generation_prompts import Prompts
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     Model = tuple[str, Source | None]
     """The name of a model, and its checkpoint if it is one here."""
 
-task_option = partial(option, panel="Tasks", in_recipe=False)
-generation_option = partial(option, panel="Generation", in_recipe=False)
+task_option = partial(option, panel="Tasks", is_recorded="set")
+generation_option = partial(option, panel="Generation", is_recorded="set")
 
 
 class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
@@ -59,7 +59,7 @@ class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
         [], "Tasks of lm-evaluation-harness, separated by commas; no quiz then, unless --quiz.",
         separator=",",
     )  # fmt: skip
-    include_path: FilePath | None = task_option(
+    include_path: ReadPath | None = task_option(
         None, "Folder of further task YAMLs.", metavar="FOLDER"
     )
     backend: Literal["hf", "vllm", "local-completions"] = task_option(
@@ -67,16 +67,17 @@ class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
     )
     base_url: Texts = task_option(
         [], "Completions URL of each model's server, in their order; one for all is enough.",
-        metavar="URL",
+        metavar="URL", in_recipe=False,
     )  # fmt: skip
     apply_chat_template: bool = task_option(False, "Ask in the tokenizer's chat template.")
     confirm_run_unsafe_code: bool = task_option(
         False, "Run tasks that execute what a model writes."
     )
     samples: bool = task_option(
-        False, "The arguments are samples_*.jsonl of lm-evaluation-harness, or folders of them."
-    )
-    generate: FilePath | None = generation_option(
+        False, "The arguments are samples_*.jsonl of lm-evaluation-harness, or folders of them.",
+        in_recipe=False,
+    )  # fmt: skip
+    generate: ReadPath | None = generation_option(
         None, "Prompts for the models to answer: lines of JSON with prompt, text or messages.",
         metavar="FILE",
     )  # fmt: skip
@@ -205,7 +206,7 @@ def run(settings: EvalSettings, ui: UI = SILENT) -> "Results | None":
     facts = [("quiz", tables[0].note)] if scored else []
     following = [["report", str(settings.out)]]
     edited = [source for source in sources if (source.path / "plan.json").is_file()]
-    following += [["publish", str(s.path), "--dry-run"] for s in edited[-1:] if scored]
+    following += [["publish", str(s.path), "--dry-run"] for s in edited[-1:]]
     ui.end([*facts, *evaluation_facts(results, margin)], written, *following)
     return results
 

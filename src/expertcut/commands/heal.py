@@ -68,6 +68,9 @@ def run(
         facts = healing_facts(healed, before, settings.checkpoint, settings.margin / 100)
         names = [settings.eval_quiz, *(quiz.name for quiz in settings.quizzes)]
         asked = (settings.checkpoint, out, next(filter(None, names), ""), settings.n_shots, None)
-        following = [] if settings.adapter else [commands.eval_words(*asked)]
+        words = commands.eval_words(*asked)
+        if settings.texts and not settings.quizzes:  # without a quiz to ask
+            words = ["eval", settings.checkpoint, str(out), "--text", "NEW.jsonl"]
+        following = [] if settings.adapter else [words]
         ui.end(facts, out, *following, ["show", str(out)])
     return healed

@@ -81,7 +81,7 @@ class PruneSettings(BlendedSettings, CheckpointSettings, _Cut):
             return
         self.check_model()
         super().check()
-        self.check_blend([self.by])
+        self.check_blend([self.by], is_sequential=self.sequential)
         if self.blend == "maxmin" and self.keep_active:
             raise SettingsError("--blend maxmin ranks experts: give it without --keep-active")
         if self.adapter is not None and self.plan_only:
@@ -157,7 +157,8 @@ def write(
     removed = removed_traffic(profile, plan.edits)
     if settings.wide:
         ui.say([tables.touched_table(removed)], tables.pruning_sentences(pruning))
-    cut = tables.cut_line(pruning, profile.info.model.blocks)
+    is_text = profile.info.text is not None
+    cut = tables.cut_line(pruning, profile.info.model.blocks, is_text=is_text)
     traffic = traffic_lines(profile, plan.edits, "removed experts")
     touched = tables.touched_sentences(pruning, removed)
     ui.say([], [cut, *traffic, *(labelled("", sentence) for sentence in touched)])
@@ -170,7 +171,8 @@ def write(
     sentences = tables.adapter_sentences(built) if built else []
     if plan.blend is not None and built and built.proof:
         heaviest = plan.blend.profiles[0].name
-        sentences.append(f"Held-out questions are those of {heaviest}: judge the others with eval.")
+        things = built.scored_on.things if built.scored_on else "questions"
+        sentences.append(f"Held-out {things} are those of {heaviest}: judge the others with eval.")
     sentences += tables.tilt_sentences(choice.biases, built, plan.numbers)
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     settings.say_result(built, folder, profile, sentences, ui)

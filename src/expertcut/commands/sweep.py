@@ -74,7 +74,7 @@ def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":
     from expertcut.edits.criteria import read_criteria
 
     criteria = read_criteria(settings.by)  # options are refused before imports
-    settings.check_blend(criteria)
+    settings.check_blend(criteria, is_sequential=settings.sequential)
     from expertcut.evaluation.search_results import Grid
 
     grid = Grid(criteria, fractions)

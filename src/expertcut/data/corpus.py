@@ -32,6 +32,7 @@ from expertcut.stats import Array
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 2048
+TEXT_SPLIT = "text"  # stands for a quiz's split
 CHUNK_TOKENS = 1 << 16
 _BATCH = 64  # documents tokenized at a time
 _NAME_BYTES = 100  # of a source as part of a file's name
@@ -143,8 +144,8 @@ class Corpus:
 
     @property
     def split(self) -> str:
-        """What stands for a quiz's split."""
-        return "text"
+        """`TEXT_SPLIT`."""
+        return TEXT_SPLIT
 
     @property
     def n_tokens(self) -> int:
@@ -223,12 +224,6 @@ def as_quiz(data: CalibrationSet) -> Quiz:
     if isinstance(data, Quiz):
         return data
     raise ProfileError(f"{data.id} is text, which has no answers: profile a quiz for this")
-
-
-def as_corpus(data: CalibrationSet) -> Corpus:
-    """The texts, where they are known to be some."""
-    assert isinstance(data, Corpus), "a quiz has no documents"
-    return data
 
 
 def hash_lines(data: CalibrationSet) -> frozenset[str]:

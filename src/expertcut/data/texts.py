@@ -426,12 +426,16 @@ def text_files(spec: str) -> list[Path] | None:
 
 
 def _files_below(folder: Path) -> list[Path]:
-    """All files that are not hidden, in name order."""
+    """All files that are not hidden and not compiled Python, in name order."""
     return [
         file
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(folder).parts)
+        if file.is_file() and not any(map(_is_passed_over, file.relative_to(folder).parts))
     ]
+
+
+def _is_passed_over(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
 
 
 def _blocks_of(file: Path) -> list[Block]:

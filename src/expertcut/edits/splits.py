@@ -9,15 +9,14 @@ from typing import NamedTuple
 
 from expertcut.data import Quiz, Selection, load_quiz, round_robin, sources, without
 from expertcut.data.corpus import (
+    TEXT_SPLIT,
     CalibrationSet,
     Corpus,
     TextSelection,
-    as_corpus,
     hash_lines,
     load_corpus,
     rows_hash,
 )
-from expertcut.data.ngrams import NGrams, ngrams_of
 from expertcut.data.questions import hashes_in, replace_questions
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
@@ -49,31 +48,34 @@ class ScoredSplit(NamedTuple):
     how: str = ""  # in words, how they were used, if recorded
 
     @property
+    def things(self) -> str:
+        """What was scored: documents of texts, or questions."""
+        return "documents" if self.split == TEXT_SPLIT else "questions"
+
+    @property
     def title(self) -> str:
         """A heading; questions are held out only if none of them was used."""
         if self.used and not self.how:
             n_used = f"{self.used:,} of {self.questions:,}"
-            return f"Questions ({self.split}), {n_used} used to choose or fit"
-        how = (
-            f"Questions that {self.how or 'were asked'}" if self.used != 0 else "Held-out questions"
-        )
-        return f"{how} ({self.split})"
+            return f"{self.things.capitalize()} ({self.split}), {n_used} used to choose or fit"
+        how = f"{self.things.capitalize()} that {self.how or 'were asked'}"
+        return f"{how if self.used != 0 else f'Held-out {self.things}'} ({self.split})"
 
     @property
     def noun(self) -> str:
         """A name for the questions within a sentence."""
-        return "held-out questions" if self.used == 0 else "the questions that were asked"
+        return f"held-out {self.things}" if self.used == 0 else f"the {self.things} that were asked"
 
     @property
     def clause(self) -> str:
         """A clause with the use of the questions."""
         if self.used == 0:
-            return f"{self.split} questions that were not used to choose or fit anything"
+            return f"{self.split} {self.things} that were not used to choose or fit anything"
         if self.how:
-            return f"{self.split} questions that {self.how}"
+            return f"{self.split} {self.things} that {self.how}"
         if self.used is None:
-            return f"{self.split} questions, of which it is not recorded whether they were used"
-        which = f"{self.questions:,} {self.split} questions"
+            return f"{self.split} {self.things}, of which it is not recorded whether they were used"
+        which = f"{self.questions:,} {self.split} {self.things}"
         return f"{which}, {self.used:,} of them used to choose or fit"
 
 
@@ -266,12 +268,6 @@ def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
-
-
-def read_runs(profile: Profile) -> NGrams:
-    """Runs of words of the texts that choose, of every profile of a blend."""
-    texts = (profiled_on(part) for part in profile.parts if isinstance(part, TextProfile))
-    return ngrams_of(document.said for corpus in texts for document in as_corpus(corpus))
 
 
 def profiled_on(profile: Profile) -> CalibrationSet:

@@ -313,7 +313,10 @@ def quizzes_kept_out(settings: HealSettings) -> list[Quiz]:
         except SplitError as error:
             logger.warning("no evaluation split to keep out: %s", error)
     if not kept_out:
-        logger.warning("nothing is kept out of the training: name the scored quiz by --eval-quiz")
+        logger.warning(
+            "nothing is kept out of the training: name the scored quiz by --eval-quiz; eval --text "
+            "leaves out documents that were trained on"
+        )
     return kept_out
 
 

@@ -18,7 +18,7 @@ from expertcut import __version__
 from expertcut.checkpoints.exact import has_constants, has_earlier_names
 from expertcut.checkpoints.export import edits_of
 from expertcut.edits.criteria import CRITERIA
-from expertcut.edits.plan import PLAN_FILE
+from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.reporting import edit_tables, eval_tables, page_sections, tables, text_tables
@@ -131,8 +131,8 @@ def card_text(
         autoescape=False,
     )
     environment.globals.update(code=tables.code, table=tables.markdown_table, Markdown=Markdown)
-    environment.globals.update(eval_tables=eval_tables, page_sections=page_sections)
-    environment.globals.update(text_tables=text_tables)
+    environment.globals.update(eval_tables=eval_tables, text_tables=text_tables)
+    environment.globals.update(page_sections=page_sections)
     template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
@@ -154,19 +154,20 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
         EvalResult(
             task_type="multiple-choice",
             task_name="Multiple choice",
-            dataset_type=one.results.quiz,
-            dataset_name=one.results.quiz,
-            dataset_split=one_line(one.results.split),
-            dataset_revision=one.results.revision,
-            dataset_args={"num_few_shot": one.results.shots},
+            dataset_type=quiz.quiz,
+            dataset_name=quiz.quiz,
+            dataset_split=one_line(quiz.split),
+            dataset_revision=quiz.revision,
+            dataset_args={"num_few_shot": quiz.shots},
             metric_type="accuracy",
-            metric_name=f"accuracy ({one.results.shots} shots, {one.model.questions} questions)",
-            metric_value=round(one.model.accuracy, 6),
+            metric_name=f"accuracy ({quiz.shots} shots, {quiz.models[-1].questions} questions)",
+            metric_value=round(quiz.models[-1].accuracy, 6),
             source_name="expertcut eval",
             source_url=f"{place.files}/{one.file}",
         )
         for one in evaluated
-        if not (one.model.chosen_on and one.model.chosen_on.overlap)  # else it is flattered
+        # Without a quiz there is no accuracy; if its questions chose the experts it is flattered.
+        if (quiz := one.quiz) and not (one.model.chosen_on and one.model.chosen_on.overlap)
     ]
     return ModelCardData(
         base_model=origin.id if origin.revision else None,
@@ -189,7 +190,8 @@ def _facts(
     plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
     name = place.repo.split("/")[-1]
     document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
-    found = page_sections.checkpoint_headline(document) if plan.proof.answered else None
+    is_judged = plan.proof.answered or plan.proof.text
+    found = page_sections.checkpoint_headline(document) if is_judged else None
     return {
         "name": name,
         "version": __version__,
@@ -205,6 +207,7 @@ def _facts(
         "papers": {c: p for c in (s.criterion for s in origin.steps) if (p := _PAPERS.get(c))},
         "held_out": edit_tables.shifts_table("Shifts", plan.proof.held_out),
         "scored_on": read_scored_split(plan, checkpoint.folder),
+        "limits": _limits(plan, evaluated),
         "judged": found,
         "proof_table": edit_tables.cross_fit_table(proof) if proof else None,
         "size": _size(checkpoint, evaluated),
@@ -214,6 +217,23 @@ def _facts(
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),
     }
+
+
+def _limits(plan: PlanFile, evaluated: Sequence[Evaluated]) -> Iterator[str]:
+    """What was not judged."""
+    is_text = plan.chosen_on.text_tokens is not None
+    what = "on the texts above" if is_text else "for one quiz"
+    yield (
+        f"Experts were chosen {what}. What they do for anything else was not measured, and an "
+        "expert that is idle here may matter there."
+    )
+    models = [one.model for one in evaluated]
+    letters = "Answers are judged by log p of a letter after the prompt. "
+    judged = "" if is_text and not any(one.quiz for one in evaluated) else letters
+    if not any(model.generation or model.tasks for model in models):
+        judged += "What the model writes was not judged."
+    if judged:
+        yield judged.strip()
 
 
 def _base_link(origin: Origin, endpoint: str, *, is_pinned: bool = False) -> Markdown:
@@ -228,7 +248,8 @@ def _size(checkpoint: Checkpoint, evaluated: Sequence[Evaluated]) -> Table:
     dtypes = Counter[str]()
     for tensor in tensors:
         dtypes[tensor.dtype] += math.prod(tensor.shape)
-    parameters = evaluated[0].model.parameters if evaluated else sum(dtypes.values())
+    measured = evaluated[0].model.parameters if evaluated else None
+    parameters = measured or sum(dtypes.values())
     active = evaluated[0].model.active_parameters if evaluated else None
     size_mb = sum(f.stat().st_size for f in {tensor.file for tensor in tensors}) / 1e6
     heads = columns("parameters::,d; used per token::,d; MB::,.1f; stored as")

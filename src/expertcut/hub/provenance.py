@@ -19,7 +19,7 @@ from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
-from expertcut.evaluation.results import QuizModelResult, QuizResults, Results, load_results
+from expertcut.evaluation.results import ModelResult, QuizResults, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
@@ -126,13 +126,18 @@ class Evaluated:
     """An evaluation of checkpoint and base, without local paths."""
 
     file: str  # its name on the Hub
-    results: QuizResults
+    results: Results
     source: Path  # where it was read
 
     @property
-    def model(self) -> QuizModelResult:
+    def model(self) -> ModelResult:
         """The checkpoint's own result."""
         return self.results.models[-1]
+
+    @property
+    def quiz(self) -> QuizResults | None:
+        """The results if a quiz was asked."""
+        return self.results if isinstance(self.results, QuizResults) else None
 
 
 def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluated, ...]:
@@ -140,7 +145,7 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
 
     It may lie in the folder, in the one above, in the run's, and in the working directory.
     """
-    folder, found = checkpoint.folder, dict[Path, QuizResults]()
+    folder, found = checkpoint.folder, dict[Path, Results]()
     above = folder.resolve().parents
     runs = [place for place in above if (place / "manifest.json").is_file()]
     places = {place.resolve(): place for place in (Path(), *runs[:1], above[0], folder)}
@@ -157,7 +162,7 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
             found[file] = own
         elif own is None and named:
             raise SettingsError(
-                f"{file} holds no results of {folder} in a quiz, known by the hash of its weights: "
+                f"{file} holds no results of {folder}, known by the hash of its weights: "
                 "evaluate it again with `expertcut eval`"
             )
     return tuple(
@@ -166,10 +171,8 @@ def evaluations(checkpoint: Checkpoint, named: Sequence[Path]) -> tuple[Evaluate
     )
 
 
-def of_model(results: Results, fingerprint: str) -> QuizResults | None:
-    """Results of the base and of the model with these weights; None without it or a quiz."""
-    if not isinstance(results, QuizResults):
-        return None
+def of_model(results: Results, fingerprint: str) -> Results | None:
+    """Results of the base and of the model with these weights; None without it."""
     own = (i for i, m in enumerate(results.models) if m.fingerprint == fingerprint)
     if (place := max(own, default=None)) is None:
         return None
@@ -177,8 +180,16 @@ def of_model(results: Results, fingerprint: str) -> QuizResults | None:
     kept = [results.models[i] for i in ([compared[0].base, place] if compared else [place])]
     models = [m.model_copy(update={"path": public_name(m.path, m.revision)}) for m in kept]
     comparisons = [c.model_copy(update={"base": 0, "other": 1}) for c in compared[:1]]
-    quiz = public_name(results.quiz, results.revision)
-    return results.model_copy(update={"quiz": quiz, "models": models, "comparisons": comparisons})
+    changed: dict[str, object] = {"models": models, "comparisons": comparisons}
+    if results.quiz is not None:
+        changed["quiz"] = public_name(results.quiz, results.revision)
+    if results.text is not None:
+        sources = {
+            name: source.model_copy(update={"spec": public_name(source.spec, source.revision)})
+            for name, source in results.text.sources.items()
+        }
+        changed["text"] = results.text.model_copy(update={"sources": sources})
+    return results.model_copy(update=changed)
 
 
 def public_name(id: str, revision: str | None) -> str:

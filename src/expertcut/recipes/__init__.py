@@ -9,6 +9,7 @@ from expertcut.errors import RecipeError, SettingsError
 from expertcut.settings import FilePath, Settings, option
 
 if TYPE_CHECKING:
+    from expertcut.recipes.recipe_schema import Recipe
     from expertcut.recipes.stage_runs import Outcome
 
 
@@ -31,6 +32,9 @@ class RunSettings(Settings):
         flags=("--from",), metavar="STAGE",
     )  # fmt: skip
     trust_remote_code: bool = option(False, "Run code that comes with a checkpoint.")
+    confirm_run_unsafe_code: bool = option(
+        False, "Run tasks that execute what a model writes, and code beside their YAMLs."
+    )
 
 
 def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
@@ -51,6 +55,11 @@ def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
             f"{file} asks to run code that comes with {recipe.model}: read it, and if you trust it "
             "add --trust-remote-code"
         )
+    if (why := _runs_code(recipe)) and not settings.confirm_run_unsafe_code:
+        raise RecipeError(
+            f"{file} {why}: read it, and if you trust it add --confirm-run-unsafe-code, in a "
+            "sandbox"
+        )
     folder = settings.out or Path(recipe.out or Path("results") / file.stem)
     ledger, start = Ledger(folder, read_bytes(file)), settings.start
     outcome = RecipeRun(recipe, ledger, ui, start=start, is_dry=settings.dry_run).all()
@@ -64,10 +73,22 @@ def run(settings: RunSettings, ui: UI = SILENT) -> "Outcome":
     if n_ran and not settings.dry_run and "eval" in outcome.stages:
         from expertcut.evaluation.results import QuizResults, load_results
         from expertcut.recipes.stages import RESULTS
-        from expertcut.reporting.eval_tables import result_sentences
+        from expertcut.reporting.eval_tables import part_facts, result_sentences
+        from expertcut.reporting.tables import labelled
 
         results = load_results(folder / RESULTS)
         said = result_sentences(results) if isinstance(results, QuizResults) else []
-        ui.say([], ["", *said])
+        ui.say([], ["", *said, *(labelled(*fact) for fact in part_facts(results))])
     ui.say([], [f"{name} is no longer in the recipe; its files stay" for name in outcome.left_over])
     return outcome
+
+
+def _runs_code(recipe: "Recipe") -> str:
+    """Which code other than a model's the recipe asks to run; empty if none."""
+    if recipe.eval is None:
+        return ""
+    if recipe.eval.confirm_run_unsafe_code:
+        return "asks to run what the models write"
+    folder = recipe.eval.include_path
+    code = next(iter(sorted(folder.rglob("*.py"))), None) if folder else None
+    return f"asks to run {code}" if code else ""

@@ -54,7 +54,7 @@ class HealSection(HealSettings):
     """`expertcut heal` of the variant `of`.
 
     `quiz`, `shots` and `subjects` default to those of the recipe, `eval_quiz` and `eval_split` to
-    those that its `eval` scores.
+    those that its `eval` scores. In a recipe without a quiz `text` defaults to the profile's.
     """
 
     of: Name
@@ -62,8 +62,15 @@ class HealSection(HealSettings):
 
     def scored(self, recipe: "Recipe") -> tuple[str | None, str]:
         """The quiz and split to keep out of training; without a quiz, that of the training."""
-        quiz, split = (recipe.quiz, recipe.eval.split) if recipe.eval else (None, "test")
+        quiz, split = None, "test"
+        if recipe.eval and recipe.has_quiz:
+            quiz, split = recipe.quiz, recipe.eval.split
         return self.eval_quiz or quiz, self.eval_split or split
+
+    def texts_of(self, recipe: "Recipe") -> tuple[str, ...]:
+        """Its texts; those of the profile where it names nothing and the recipe has no quiz."""
+        is_own = self.quiz or self.text or recipe.has_quiz
+        return self.text if is_own else tuple(recipe.profile.text)
 
     def recipe_values(self) -> dict[str, Any]:
         """The recorded fields, `of` first, as in the hashes of older runs."""
@@ -74,6 +81,7 @@ class EvalSection(EvalSettings):
     """`expertcut eval` of the model and all variants."""
 
     models: Texts = option([], "The model and the variants.", in_recipe=False)
+    backend: Literal["hf", "vllm"] = option("hf", "As of the command.", is_recorded="set")
 
 
 class ReportSection(Settings):
@@ -164,6 +172,20 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
         """All fields, its own first."""
         own = (name for name in cls.__annotations__ if name in cls.model_fields)
         return {name: name for name in (*own, *cls.model_fields)}
+
+    @property
+    def has_quiz(self) -> bool:
+        """Whether it names a quiz, or profiles no texts and so means the default one."""
+        return "quiz" in self.model_fields_set or not self.profile.text
+
+    @model_validator(mode="after")
+    def _has_something_to_judge_by(self) -> Self:
+        if self.eval and not (self.has_quiz or self.eval.parts_asked):
+            refuse(
+                "eval has nothing to judge by: give it text, tasks or generate, or name a quiz "
+                "beside the model"
+            )
+        return self
 
     @model_validator(mode="after")
     def _names_known_variants(self) -> Self:

@@ -119,9 +119,10 @@ class RecipeRun:
         """The recipe's own values of all fields of these settings."""
         return {name: getattr(self.recipe, name) for kind in settings for name in kind.model_fields}
 
-    def scored(self) -> dict[str, Any]:
-        """The recipe's quiz, its model, and how it is loaded."""
-        own = self.values_of(commands.ModelSettings, commands.QuizSettings)
+    def scored(self, *, has_quiz: bool) -> dict[str, Any]:
+        """The recipe's model, how it is loaded, and its quiz if that is asked."""
+        quiz = [commands.QuizSettings] if has_quiz else []
+        own = self.values_of(commands.ModelSettings, *quiz)
         return own | {"revision": self.inputs.commit or self.recipe.revision}
 
     def checkpoints(self) -> dict[str, Path]:
@@ -144,9 +145,7 @@ def _find_stage(name: str, stages: list[Stage]) -> int:
 def _profile(run: RecipeRun, _: Stage) -> None:
     recipe = run.recipe
     own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": run.folder / PROFILE}
-    given = run.scored()
-    if recipe.profile.text:  # the recipe's quiz is for other stages
-        given = {k: v for k, v in given.items() if k not in commands.QuizSettings.model_fields}
+    given = run.scored(has_quiz=not recipe.profile.text)
     profile.run(recipe.profile.updated(**given, **own), run.ui)
 
 
@@ -190,7 +189,9 @@ def heal_settings(recipe: Recipe, section: HealSection) -> HealSection:
         "eval_revision": None if section.eval_quiz else recipe.quiz_revision,
         "truncate": recipe.truncate,
     }
-    if not section.quiz and not section.text:
+    if texts := section.texts_of(recipe):
+        given["text"] = texts
+    elif not section.quiz:
         given |= {"quiz": (f"{recipe.quiz}=1",), "quiz_revision": recipe.quiz_revision}
     return section.updated(**given)
 
@@ -204,7 +205,8 @@ def _eval(run: RecipeRun, _: Stage) -> None:
     missing = [variant.name for variant in recipe.variants if variant.name not in made]
     run.ui.say([], [f"{name} made no checkpoint, so none is scored" for name in missing])
     measured = load_profile(run.folder / PROFILE).info.settings
-    given = {**run.scored(), "batch_tokens": measured.batch_tokens, "threads": measured.threads}
+    given = run.scored(has_quiz=recipe.has_quiz)
+    given |= {"batch_tokens": measured.batch_tokens, "threads": measured.threads}
     models = [recipe.model, *map(str, made.values())]
     eval.run(recipe.eval.updated(**given, models=models, out=run.folder / RESULTS), run.ui)
 

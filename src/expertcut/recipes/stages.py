@@ -1,13 +1,13 @@
 """The stages of a recipe: their settings, what each reads, and what it makes in the run folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from expertcut.commands import SplitSettings
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
-from expertcut.recipes.recipe_schema import Recipe, Variant, VariantKind
+from expertcut.recipes.recipe_schema import EvalSection, Recipe, Variant, VariantKind
 
 Kind = Literal["profile", "show", VariantKind, "eval", "report", "publish"]
 PROFILE, RESULTS, REPORT = "profile", "results.json", "report.html"
@@ -32,7 +32,7 @@ class Stage:
     keeps: tuple[str, ...] = ()  # folders that let it resume
     leaves: tuple[str, ...] = ()  # files in another stage's folder
     reads: tuple[str, ...] = ()  # other quizzes and files
-    texts: tuple[str, ...] = ()  # files, folders and data sets of texts
+    texts: tuple[str, ...] = ()  # data sets of texts; files and folders that are read whole
     adapter: str | None = None  # an adapter's folder
 
 
@@ -52,8 +52,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
         stages.append(make(recipe, variant))
     results = tuple(stage.name for stage in stages if stage.kind != "show")
     if recipe.eval:
-        files = {"makes": (RESULTS, "predictions.parquet"), "keeps": ("results.chunks",)}
-        stages.append(_scoring_stage(recipe, "eval", recipe.eval, after=results, **files))
+        stages.append(_eval_stage(recipe, recipe.eval, after=results))
         results += ("eval",)
     if recipe.report:
         settings = recipe.report.recipe_values()
@@ -76,11 +75,31 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 def _profile_stage(recipe: Recipe) -> Stage:
     """Profiles on the recipe's quiz, or on the section's own texts."""
     stage = _scoring_stage(recipe, "profile", recipe.profile, makes=(PROFILE,))
-    if not (texts := recipe.profile.text):
-        return stage
+    texts = recipe.profile.text
+    return replace(_without_quiz(stage), texts=_names(texts)) if texts else stage
+
+
+def _eval_stage(recipe: Recipe, section: EvalSection, after: tuple[str, ...]) -> Stage:
+    """Judges on the recipe's quiz, if it has one, and on all that the section names."""
+    files = (section.generate, section.include_path)
+    makes = (RESULTS, *(["predictions.parquet"] if recipe.has_quiz else []))
+    stage = _scoring_stage(
+        *(recipe, "eval", section),
+        makes=(*makes, *(["generations.jsonl"] if section.generate else [])),
+        keeps=("results.chunks",),
+        after=after,
+        texts=(*_names(section.text), *(str(file) for file in files if file is not None)),
+    )
+    return stage if recipe.has_quiz else _without_quiz(stage)
+
+
+def _without_quiz(stage: Stage) -> Stage:
     settings = {k: v for k, v in stage.settings.items() if k not in _QUIZ}
-    names = tuple(Weighted.read(text).name for text in texts)
-    return replace(stage, settings=settings, questions=(), texts=names)
+    return replace(stage, settings=settings, questions=())
+
+
+def _names(weighted: Iterable[str]) -> tuple[str, ...]:
+    return tuple(Weighted.read(text).name for text in weighted)
 
 
 def _scoring_stage(recipe: Recipe, kind: Kind, section: SplitSettings, **more: Any) -> Stage:
@@ -95,21 +114,25 @@ def _heal_stage(recipe: Recipe, variant: Variant) -> Stage:
     section = variant.heal
     assert section is not None
     folder = variant_folder(variant.name)
-    is_own = not section.quiz and not section.text
+    texts = _names(section.texts_of(recipe))
+    is_own = not section.quiz and not texts
     # With subjects of its own it may read more of that quiz than other stages: it depends on all.
-    read = [*section.quiz, *section.text, *([recipe.quiz] if is_own and section.subjects else [])]
+    quizzes = (*_names(section.quiz), *([recipe.quiz] if is_own and section.subjects else []))
+    lines = tuple(text for text in texts if text.endswith(".jsonl"))  # hashed as in older runs
     _, split = section.scored(recipe)
     others = (section.eval_quiz,) if section.eval_quiz else ()
+    is_scored = recipe.has_quiz and not section.eval_quiz
     settings = _recipe_keys(recipe, *_LOADED, "threads") | variant.recipe_values()
     return Stage(
         *(variant.name, variant.kind, settings | {"scored": split}),
         makes=(folder,),
         after=("profile", section.of),
         questions=(recipe.selection(section.split, section.limit),) if is_own else (),
-        optional_questions=() if section.eval_quiz else (recipe.selection(split),),
+        optional_questions=(recipe.selection(split),) if is_scored else (),
         reads_model=True,
         keeps=(f"{folder}.healing",),
-        reads=tuple(Weighted.read(text).name for text in read) + others,
+        reads=quizzes + lines + others,
+        texts=tuple(text for text in texts if text not in lines),
     )
 
 

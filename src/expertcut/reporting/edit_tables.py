@@ -63,7 +63,7 @@ def profile_line(profile: Profile, unfinished: Sequence[Profile] | None) -> str:
     return labelled("profile", text)
 
 
-def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
+def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo], *, is_text: bool) -> str:
     """How many experts stay and by which criterion; idle and protected ones among them."""
     draft, numbers = pruning.draft, pruning.draft.numbers or ExpertIds()
     n_keeps, n_blocks = [len(edit.keep) for edit in draft.edits.values()], len(blocks)
@@ -77,7 +77,7 @@ def cut_line(pruning: Pruning, blocks: Sequence[BlockInfo]) -> str:
     if draft.criterion in CRITERIA and CRITERIA[draft.criterion].positions:
         text += " over all tokens" if draft.positions == "all" else " at answer positions"
     if n_idle := sum(len(numbers.kept(name, ids)) for name, ids in pruning.fillers.items()):
-        is_any = (draft.criterion, draft.positions) == ("activations", "all")
+        is_any = is_text or (draft.criterion, draft.positions) == ("activations", "all")
         text += f"; {n_idle:,} of those were never chosen{'' if is_any else ' to answer'}"
     spared = [
         f"{layer}:{expert}"

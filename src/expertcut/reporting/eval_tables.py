@@ -50,7 +50,12 @@ def made_on(plan: PlanFile) -> str:
 def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
     """The questions that a plan was chosen and fitted on."""
     text = f"{chosen.questions:,} {chosen.split} questions of {chosen.quiz}"
-    if blend is not None:
+    if chosen.text_tokens is not None:
+        text = f"{chosen.text_tokens:,} tokens in {chosen.questions:,} documents of {chosen.quiz}"
+    if blend is not None and all(part.questions is None for part in blend.profiles):
+        parts = (f"{p.tokens:,} tokens of {p.quiz} (weight {p.weight:.3g})" for p in blend.profiles)
+        text = ", ".join(parts)
+    elif blend is not None:
         n_more = len(blend.profiles) - 1
         text += f" and what {n_more} more profile{'s' if n_more > 1 else ''} read"
     if chosen.fitted_split:
@@ -94,10 +99,14 @@ def evaluation_tables(results: Results, margin: float = MARGIN) -> list[Table]:
 def evaluation_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
     """Verdicts and changes in each part, with labels."""
     facts = result_facts(results, margin) if isinstance(results, QuizResults) else []
+    return facts + part_facts(results, margin)
+
+
+def part_facts(results: Results, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """Changes in each part beside the quiz, with labels."""
     names = model_names(results)
-    facts += text_tables.judged_facts(results, names)
-    facts += task_tables.tasks_facts(results, names)
-    return [*facts, *generation_tables.generation_facts(results, names, margin)]
+    facts = text_tables.judged_facts(results, names) + task_tables.tasks_facts(results, names)
+    return facts + generation_tables.generation_facts(results, names, margin)
 
 
 def evaluation_csv(results: Results) -> Table:

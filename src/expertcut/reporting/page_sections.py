@@ -116,7 +116,7 @@ def headlines(run: Run) -> Iterator[Headline]:
     for document in run.results:
         results = document.content
         if not isinstance(results, QuizResults):
-            yield tasks_headline(results)
+            yield parts_headline(results)
             continue
         (_, context), *_ = _quiz(results, results.quiz)
         chunks = document.file.with_suffix(".chunks").glob(f"*/{views.RUN_FILE}")
@@ -150,10 +150,17 @@ def results_headline(results: QuizResults, context: str = "") -> Headline:
     return Headline(findings or [(text, names[0])], context)
 
 
-def tasks_headline(results: Results) -> Headline:
-    """The first findings of an evaluation without a quiz."""
-    names = eval_tables.model_names(results)
-    facts = [(text, "") for _, text in task_tables.tasks_facts(results, names)]
+def parts_headline(results: Results) -> Headline:
+    """The first findings of an evaluation without a quiz; texts come first."""
+    names, models = eval_tables.model_names(results), results.models
+    facts: list[tuple[str, str]] = []
+    for index, words, figures in text_tables.text_findings(results, names):
+        size, base_size = models[index].bytes, models[0].bytes
+        is_first = len(models) > 2 or not facts
+        sized = f"{_size_text(size, base_size)}, {words}" if size and base_size else words
+        text = sized if index and is_first else words
+        facts.append((f"{names[index]}: {text}" if len(models) > 2 else text, figures))
+    facts += [(text, "") for _, text in task_tables.tasks_facts(results, names)]
     facts += generation_tables.generation_findings(results, names, MARGIN)
     return Headline(facts[:_HEADLINES])
 
@@ -182,6 +189,9 @@ def checkpoint_headline(document: NamedDocument[PlanFile]) -> Headline | None:
     base: list[Cell] = [name, _size_text(base_size)]
     own: list[Cell] = [document.name, _size_text(size)]
     words, figures = "not evaluated yet", f"{document.name} against {name}"
+    if changes := plan.proof.text:
+        finding = f"{_size_text(size, base_size)}, {text_tables.held_out_finding(changes)}"
+        return Headline([(finding, figures)], scored_on.title, text_tables.held_out_table(changes))
     asked = _asked(n, scored_on.used, bool(plan.proof.held_out_used))
     if answered := plan.proof.answered:
         c = answered.change
@@ -370,8 +380,9 @@ def _results_parts(results: Results, key: str) -> list[Part]:
             Folded(f"All figures: {table.title}", [table]),
         ]
     names = eval_tables.model_names(results)
-    said = [f"{text}." for _, text in text_tables.judged_facts(results, names)]
-    return [*parts, *said, *([text_tables.judged_note(results.text)] if said else [])]
+    said = [text for _, text in text_tables.judged_facts(results, names)]
+    said += text_tables.checked_sentences(results.text)
+    return [*parts, *(f"{text}." for text in said)]
 
 
 def _quiz_parts(results: QuizResults, key: str) -> list[Part]:

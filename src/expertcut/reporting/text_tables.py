@@ -154,3 +154,68 @@ def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
 def behind(ends: Ends, spec: str) -> str:
     """The interval in brackets; nothing without one."""
     return f" ({span(ends, spec)})" if ends else ""
+
+
+def text_findings(results: Results, names: Sequence[str]) -> list[tuple[int, str, str]]:
+    """What a model, by index, lost on each source in plain words, and the figures behind."""
+    findings = []
+    for index, source, found, c in _judged(results):
+        if c is not None:
+            base = (results.models[0].text or {})[source]
+            figures = f"{names[index]} against {names[0]}: "
+            figures += lost_text(base, found, c, is_bound(results.text))
+            findings.append((index, _in_words(source, c.delta_loss, c.ci95), figures))
+        elif len(results.models) == 1:
+            findings.append((index, f"perplexity {found.perplexity:.3f} on {source}", names[0]))
+    return findings
+
+
+def _in_words(source: str, delta_loss: float | None, ends: Ends) -> str:
+    """How much the perplexity rose: exp of the change of the loss, and of its ends."""
+    if delta_loss is None:
+        return f"reads {source} in other tokens than the base"
+    text = f"perplexity on {source} {_ratio(delta_loss)}"
+    if ends is None:
+        return f"{text}, too few documents for an interval"
+    text += f" ({_ratio(ends[0])} … {_ratio(ends[1])})"
+    return f"{text}, no significant change" if ends[0] <= 0 <= ends[1] else text
+
+
+def _ratio(delta_loss: float) -> str:
+    return f"{signed(100 * math.expm1(min(delta_loss, 700.0)), '+.1f')} %"
+
+
+def held_out_finding(changes: Sequence[TextChange]) -> str:
+    """The same of a checkpoint's held-out documents, against its base."""
+    against = [c for c in changes if c.against == changes[0].against]
+    words = "; ".join(_in_words(c.source, c.delta_loss, c.ci95) for c in against)
+    return f"{words}, on {sum(c.documents for c in against):,} held-out documents"
+
+
+def held_out_table(changes: Sequence[TextChange]) -> Table:
+    """One row per source and base of the held-out check on texts."""
+    rows: list[list[Cell]] = [
+        [
+            *(c.source, c.against, c.base_perplexity, c.perplexity, c.delta_loss),
+            *(span(c.ci95, "+.4f"), c.kl, c.top1_agreement, c.acceptance, c.documents, c.tokens),
+        ]
+        for c in changes
+    ]
+    heads = columns(
+        "text; against; its perplexity::.3f; perplexity::.3f; Δ loss::+.4f; 95 % interval; "
+        "KL::.4f | same top token::.1%; acceptance::.1%; documents::,d; tokens::,d"
+    )
+    note = (
+        "Δ loss and KL are in nats per token. Of the base's tokens the likeliest count one by one, "
+        "the others as one: where there are others, KL is a lower bound and acceptance an upper."
+    )
+    return Table("Held-out documents", heads, rows, note)
+
+
+def checked_sentences(asked: JudgedTexts | None) -> list[str]:
+    """Which documents were read, and how many were left out for a part in an edit."""
+    return [
+        f"{name}: {source.documents:,} documents, none of which chose, tuned or trained a model "
+        f"({source.dropped:,} left out, by hash and by runs of 13 words)"
+        for name, source in (asked.sources if asked else {}).items()
+    ]

@@ -270,7 +270,8 @@ def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
         after = stored_size(Source(str(folder), folder))
         name, base = compared_with(plan, folder)
         before = stored_size(Source(name, base)) if base else None
-    proof, scored_on = plan.proof if plan.proof.held_out else None, read_scored_split(plan, folder)
+    is_scored = plan.proof.held_out or plan.proof.text
+    proof, scored_on = plan.proof if is_scored else None, read_scored_split(plan, folder)
     built = Built(folder, plan, [], proof, scored_on=scored_on)
     return [] if after is None else edit_tables.outcome_lines(built, before, after, margin)
 
