@@ -278,7 +278,7 @@ def test_a_killed_run_goes_on_where_it_was(done: Place, monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("expertcut.evaluation.results.Results.save", killed)
+        patch.setattr("expertcut.evaluation.evaluate.save_answers", killed)
         done.run()
     assert done.run().ran == ("eval",)
     assert done.why["eval"] == "it was begun and not finished"

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -32,7 +32,7 @@ from expertcut.errors import ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
-from expertcut.profiling.storage import Profile, once_per_profile
+from expertcut.profiling.storage import Profile, TextProfile, once_per_profile
 from expertcut.scoring.engine import Engine
 from expertcut.stats import HeldOutResult
 
@@ -104,8 +104,7 @@ def build(
             proof = _judge(engine, questions.held_out, plan, before)
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
-        save_plan(temporary, file, used)
-        ngrams.save(temporary, splits.read_runs(profile))
+        _save_records(temporary, profile, file, used)
         add_files(temporary, options.extra_files)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]
     scored_on = scored_split(proof.held_out_hashes, used, proof.held_out_split) if proof else None
@@ -123,8 +122,7 @@ def write_plan(
         used = splits.used_hashes(draft, questions)
     with atomic_dir(folder, is_forced=options.is_forced) as temporary:
         if draft is not None:
-            save_plan(temporary, plan, used)
-            ngrams.save(temporary, splits.read_runs(profile))
+            _save_records(temporary, profile, plan, used)
         add_files(temporary, options.extra_files)
 
 
@@ -221,6 +219,14 @@ def _judge(
         assert isinstance(held_out, Corpus), "both read the same"
         return score_edited_texts(engine, held_out, before)
     return score_edited(engine, as_quiz(held_out), plan, before)
+
+
+def _save_records(folder: Path, profile: Profile, plan: PlanFile, used: Collection[str]) -> None:
+    """The plan, what chose it by hash, and the runs of words of texts that did."""
+    save_plan(folder, plan, used)
+    chosen = [splits.profiled_on(p) for p in profile.parts if isinstance(p, TextProfile)]
+    texts = [one for one in chosen if isinstance(one, Corpus)]
+    ngrams.save(folder, ngrams.ngrams_of(d.said for corpus in texts for d in corpus))
 
 
 def fit_edits(profile: Profile, plan: EditPlan, questions: Questions, engine: Engine) -> list[Edit]:

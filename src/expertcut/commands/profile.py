@@ -29,7 +29,7 @@ class ProfileSettings(TextSettings, SplitSettings):
     examples: ClassVar = (
         "expertcut profile MODEL --quiz my.jsonl --shots 0",
         "expertcut profile allenai/OLMoE-1B-7B-0125-Instruct --split val --device cuda",
-        "expertcut profile MODEL --text code.jsonl=2 --text chat.jsonl --tokens 1M",
+        "expertcut profile MODEL --text code.jsonl=7 --text chat.jsonl=3 --tokens 1M",
     )
 
     model: str = option(

@@ -226,12 +226,6 @@ def as_quiz(data: CalibrationSet) -> Quiz:
     raise ProfileError(f"{data.id} is text, which has no answers: profile a quiz for this")
 
 
-def as_corpus(data: CalibrationSet) -> Corpus:
-    """The texts, where they are known to be some."""
-    assert isinstance(data, Corpus), "a quiz has no documents"
-    return data
-
-
 def hash_lines(data: CalibrationSet) -> frozenset[str]:
     """Both hashes of every question or document, as lines of `chosen_on.txt`."""
     return frozenset(item.hash_line for item in data)

@@ -13,12 +13,10 @@ from expertcut.data.corpus import (
     CalibrationSet,
     Corpus,
     TextSelection,
-    as_corpus,
     hash_lines,
     load_corpus,
     rows_hash,
 )
-from expertcut.data.ngrams import NGrams, ngrams_of
 from expertcut.data.questions import hashes_in, replace_questions
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
@@ -270,12 +268,6 @@ def used_hashes(draft: EditPlan, questions: Questions) -> frozenset[str]:
     tuning = hash_lines(questions.tuning) if draft.asks_tuning else frozenset()
     chosen = tuning if draft.is_tuned else hash_lines(questions.profiled) | tuning
     return chosen | questions.inherited
-
-
-def read_runs(profile: Profile) -> NGrams:
-    """Runs of words of the texts that choose, of every profile of a blend."""
-    texts = (profiled_on(part) for part in profile.parts if isinstance(part, TextProfile))
-    return ngrams_of(document.said for corpus in texts for document in as_corpus(corpus))
 
 
 def profiled_on(profile: Profile) -> CalibrationSet:
