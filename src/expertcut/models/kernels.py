@@ -21,7 +21,7 @@ from transformers.integrations.moe import ExpertsInterface
 # Products are prepared for each number of rows and kept, by oneDNN and by torch's layer above it:
 # 1,024 each, if nothing is said, which take some 300 MB in a long run.
 for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-    os.environ.setdefault(_cache, "64")
+    os.environ.setdefault(_cache, "128")
 INNER = "_old_forward"  # where accelerate keeps the wrapped forward
 _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 BY_EXPERT = "by_expert"
