@@ -7,10 +7,13 @@ lm-evaluation-harness runs at its best batch size of 1, 8 and 32, found on the f
 each subject. Every run is a process of its own, one after another. Scoring only is what is left
 without starting Python and loading the model. No ratio is printed where a prediction differs or a
 log-probability by more than 1e-4.
+
+With --texts, rolling log-likelihoods of 15 documents beside `eval --text`, three rounds in turns.
 """
 
 import argparse
 import json
+import math
 import re
 import sys
 import tempfile
@@ -20,10 +23,11 @@ from pathlib import Path
 import numpy as np
 from tests.support.harness import GROUP, Asked, read_output, write_data_set, write_tasks
 
-from benchmarks.common import SUBJECTS, Took, parser, random_olmoe, report, timed
+from benchmarks.common import SUBJECTS, Took, parser, random_olmoe, report, text_rows, timed
 
 BATCH_SIZES = (1, 8, 32)
 TOLERANCE = 1e-4
+TEXT_TOLERANCE = 1e-5  # of the mean loss, which is the relative error of the perplexity
 # lm_eval's command line, with a clock around what scores.
 TIMED_LM_EVAL = """
 import sys, time
@@ -151,14 +155,51 @@ def measured(model: Path, shots: int, args: argparse.Namespace, place: Path) -> 
     return rows
 
 
+def rolling(model: Path, args: argparse.Namespace, place: Path) -> list[list[object]]:
+    """Texts: lm_eval's rolling log-likelihood beside `eval --text`, three rounds in turns."""
+    documents = text_rows(args.quiz, args.tokenizer, (200, 700, 1500, 3000, 4096) * 3)
+    (place / "docs.jsonl").write_text(
+        "".join(json.dumps({"text": d["text"]}) + "\n" for d in documents)
+    )
+    rows: list[list[object]] = []
+    for number in range(3):
+        for tool in ("lm_eval", "expertcut"):
+            folder = place / f"{tool}{number}"
+            folder.mkdir()
+            if tool == "lm_eval":
+                words = [sys.executable, "-c", TIMED_ROLLING, model, place / "docs.jsonl", "1"]
+                took = timed(words, args.threads, folder / "log", folder)
+                found = json.loads((folder / "rolling.json").read_text())
+                loss = -sum(found["loglikelihoods"]) / sum(found["tokens"])
+                rows.append([tool, sum(found["tokens"]), found["scoring_s"], took.elapsed_s, loss])
+                continue
+            words = [sys.executable, "-m", "expertcut", "eval", model, "--text"]
+            words += [place / "docs.jsonl", "--max-tokens", "4096", "--threads", args.threads]
+            took = timed(words, args.threads, folder / "log", folder)
+            (store,) = (folder / "results.chunks").iterdir()
+            run = json.loads((store / "run.json").read_text())
+            own = json.loads((folder / "results.json").read_text())["models"][0]["text"]["docs"]
+            loss = math.log(own["perplexity"])
+            rows.append([tool, own["tokens"], run["elapsed_s"], took.elapsed_s, loss])
+    return rows
+
+
 def main() -> None:
     """Reads the command line, measures, reports; exit status 1 where answers differ."""
     options = parser(__doc__, "against_lm_eval")
     options.add_argument("--shots", type=int, nargs="+", default=[5, 0])
     options.add_argument("--limit", type=int, help="questions of each subject")
     options.add_argument("--tuning-limit", type=int, default=8, help="to find the batch size with")
+    options.add_argument("--texts", action="store_true", help="rolling log-likelihoods instead")
     args = options.parse_args()
     rows = []
+    if args.texts:
+        with tempfile.TemporaryDirectory() as folder:
+            model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
+            rows = rolling(model, args, Path(folder))
+        columns = {"run": "", "tokens": ",d", "scoring s": ".1f", "process s": ".1f"}
+        report(args.out, "rolling", columns | {"mean loss": ".7f"}, rows)
+        sys.exit(max(row[4] for row in rows) - min(row[4] for row in rows) > TEXT_TOLERANCE)
     with tempfile.TemporaryDirectory() as folder:
         model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
         for shots in args.shots:

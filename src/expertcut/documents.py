@@ -83,5 +83,7 @@ class Identified(Record):
 def first_fault(error: pydantic.ValidationError) -> str:
     """The first error of a validation, in one line."""
     fault = error.errors(include_url=False)[0]
-    place = ".".join(str(part)[:80] for part in fault["loc"]) or "the file"
+    # Of a union pydantic names the class that it tried last, which no file holds.
+    parts = [str(part)[:80] for part in fault["loc"]]
+    place = ".".join(part for part in parts if not part[:1].isupper()) or "the file"
     return f"{place}: {fault['msg'].removeprefix('Value error, ')[:300]}"

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from expertcut.healing import micro_batch, objectives
+from expertcut.healing import micro_batch
 from expertcut.healing.adapters import adapted
 from expertcut.healing.micro_batch import MICRO_BATCH_FILE, MemoryEstimate, _chosen
 from expertcut.healing.objectives import (
@@ -25,6 +25,7 @@ from expertcut.healing.objectives import (
 )
 from expertcut.healing.recovery import Healed
 from expertcut.models import devices
+from expertcut.scoring import projection
 from tests.conftest import FAMILIES, Commands, open_model
 from tests.support.healed_models import (
     SHORT,
@@ -54,7 +55,7 @@ def stock(
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(objectives._CHUNK_BYTES, "cpu", 4 * 290 * CHUNK)
+    monkeypatch.setitem(projection._CHUNK_BYTES, "cpu", 4 * 290 * CHUNK)
 
 
 class Largest(TorchDispatchMode):

@@ -250,7 +250,7 @@ class Bars:
 class Line:
     """The bar of a run: questions or rows, tokens per second, time left."""
 
-    def __init__(self, what: str, total: int, bars: Bars, unit: str) -> None:
+    def __init__(self, what: str, total: int, bars: Bars, unit: str = "questions") -> None:
         self.what, self.total, self.bars, self.unit = what, total, bars, unit
         self.started = time.monotonic()
         self.done = self.tokens = self.n_running = 0
