@@ -9,7 +9,7 @@ import torch
 from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED, reference_name
-from expertcut.data.corpus import Corpus, Row, chunk_rows
+from expertcut.data.corpus import Corpus, Row, chunk_rows, rows_to_judge
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.errors import ContractError
@@ -44,7 +44,7 @@ class TextScores:
         self.engine, self.on_pass = engine, on_pass
         self.found: dict[str, list[NextTokens]] = {}
         self._tops: dict[str, TopLogprobs] = {}
-        self.rows = {name: list(rows) for name, rows in corpus.rows.items()}
+        self.rows, _ = rows_to_judge(corpus, engine.moe.tokenizer)
         self.depends_on_removed = False
         blocks = engine.moe.blocks
         removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks} if edits else {}
@@ -99,7 +99,7 @@ class TextScores:
         share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
         counts_T = (is_removed_TK & (share_TK > _MIN_GATE_SHARE)).any(dim=1).cpu()
         own = slice(None) if self._step.valid_T is None else self._step.valid_T
-        # The last token of each row predicts nothing.
+        # The last token of a row may predict nothing.
         self.depends_on_removed |= int(counts_T[own].sum()) > len(self._step.questions)
 
     def loss_M(self, name: str) -> torch.Tensor:

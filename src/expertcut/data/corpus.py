@@ -271,6 +271,31 @@ def _counted(document: Document) -> Array:
     return np.ones(len(document), bool) if is_whole else np.asarray(document.counts_T)
 
 
+def rows_to_judge(corpus: Corpus, tokenizer: Any) -> tuple[dict[str, list[Row]], int | None]:
+    """Rows that score each token once, by source, and what stands before each document."""
+    prefix, rows = prefix_token(tokenizer), {}
+    for source in corpus.sources:
+        own = [
+            row
+            for document in source.documents
+            for row in judged_rows(
+                document,
+                corpus.selection.max_tokens,
+                None if prefix is None or document.ids[0] == prefix else prefix,
+            )
+        ]
+        if not any((row.next_T >= 0).any() for row in own):
+            raise TextError(f"{source.spec} holds no token that another one precedes")
+        rows[source.name] = own
+    return rows, prefix
+
+
+def prefix_token(tokenizer: Any) -> int | None:
+    """What lm-evaluation-harness puts before the first token: BOS, else EOS; None without both."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    return int(bos) if bos is not None else None if eos is None else int(eos)
+
+
 def chunk_rows(rows: Sequence[Row], most: int = CHUNK_TOKENS) -> list[Sequence[Row]]:
     """Consecutive rows of at most so many tokens, or one longer row."""
     chunks: list[list[Row]] = []

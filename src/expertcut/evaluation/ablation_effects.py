@@ -13,7 +13,7 @@ import torch
 from expertcut import stats
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.data import Quiz
-from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows
+from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows, rows_to_judge
 from expertcut.edits.reweight_select import right
 from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
@@ -24,7 +24,6 @@ from expertcut.evaluation.text_eval import (
     RowSums,
     by_document,
     judged_texts,
-    rows_to_judge,
 )
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.storage import Arrays

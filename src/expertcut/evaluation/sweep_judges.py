@@ -10,7 +10,7 @@ import numpy as np
 from expertcut.checkpoints.build import profiled_source
 from expertcut.checkpoints.size import Size
 from expertcut.data import ngrams, without
-from expertcut.data.corpus import Corpus, TextSelection, hash_lines, load_corpus
+from expertcut.data.corpus import Corpus, TextSelection, hash_lines, load_corpus, rows_to_judge
 from expertcut.data.questions import hashes_in
 from expertcut.edits.splits import profiled_on, questions_for
 from expertcut.errors import ProfileError
@@ -24,7 +24,6 @@ from expertcut.evaluation.text_eval import (
     judged_info,
     judged_texts,
     known_texts,
-    rows_to_judge,
     text_comparison,
     text_result,
     without_known,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from expertcut.data import ngrams
-from expertcut.data.corpus import Corpus, Row, TextSelection, judged_rows, load_corpus
+from expertcut.data.corpus import Corpus, Row, TextSelection, load_corpus, rows_to_judge
 from expertcut.data.questions import hashes_in
 from expertcut.edits.plan import lineage, load_hashes
 from expertcut.errors import SettingsError, TextError
@@ -405,25 +405,6 @@ def without_known(corpus: Corpus, known: Sequence[KnownTexts]) -> tuple[Corpus, 
     return kept, {s.name: len(s.documents) - left.get(s.name, 0) for s in corpus.sources}
 
 
-def rows_to_judge(corpus: Corpus, tokenizer: Any) -> tuple[dict[str, list[Row]], int | None]:
-    """Rows that score each token once, by source, and what stands before each document."""
-    prefix, rows = prefix_token(tokenizer), {}
-    for source in corpus.sources:
-        own = [
-            row
-            for document in source.documents
-            for row in judged_rows(
-                document,
-                corpus.selection.max_tokens,
-                None if prefix is None or document.ids[0] == prefix else prefix,
-            )
-        ]
-        if not any((row.next_T >= 0).any() for row in own):
-            raise TextError(f"{source.spec} holds no token that another one precedes")
-        rows[source.name] = own
-    return rows, prefix
-
-
 def known_texts(source: Source) -> tuple[frozenset[str], ngrams.NGrams]:
     """Hashes and runs of words of all that a checkpoint or one it was made from was edited on."""
     folder, hashes, runs = source.path, frozenset[str](), ngrams.NOTHING
@@ -432,12 +413,6 @@ def known_texts(source: Source) -> tuple[frozenset[str], ngrams.NGrams]:
         runs |= ngrams.load(folder)
         folder = base or folder
     return hashes, runs
-
-
-def prefix_token(tokenizer: Any) -> int | None:
-    """What lm-evaluation-harness puts before the first token: BOS, else EOS; None without both."""
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    return int(bos) if bos is not None else None if eos is None else int(eos)
 
 
 def _tokenizer_key(tokenizer: Any) -> object:
