@@ -19,6 +19,8 @@ Count = Annotated[int, Field(ge=0)]
 Z95 = 1.959963984540054  # the 97.5th percentile of the normal distribution
 LEVEL = 0.05
 MARGIN = 0.01  # a loss of accuracy that is accepted unless another is named
+MIN_DOCUMENTS = 10
+_DRAWN = 10**8  # documents of a bootstrap, in all draws
 _Z90 = 1.2815515655446004
 Verdict = Literal["better", "holds", "worse", "undecided"]
 
@@ -167,6 +169,19 @@ def bootstrap_ci95(
         ratios.append(sum_N[drawn_BN].sum(axis=1) / weight_N[drawn_BN].sum(axis=1))
     low, high = np.quantile(np.concatenate(ratios), [LEVEL / 2, 1 - LEVEL / 2])
     return float(low), float(high)
+
+
+def document_ci95(sum_D: Array, weight_D: Array) -> tuple[float, float] | None:
+    """The same over documents of texts, without those of no weight; None of fewer than 10.
+
+    Of fewer documents a bootstrap is too narrow.
+    """
+    counts_D = weight_D > 0
+    n = int(counts_D.sum())
+    if n < MIN_DOCUMENTS:
+        return None
+    draws = min(10_000, max(1000, _DRAWN // n))
+    return bootstrap_ci95(sum_D[counts_D], weight_D[counts_D], draws=draws)
 
 
 def smallest_effect(gained: int, lost: int, n: int) -> float:
@@ -345,7 +360,8 @@ class TextChange(_Measured):
     top1_agreement: float
     acceptance: float
     delta_loss: float
-    ci95: tuple[float, float]
+    ci95: tuple[float, float] | None  # None of fewer than 10 documents
+    has_bounds: bool = False  # `kl` is a lower bound, `acceptance` an upper one
 
 
 class HeldOutResult(_Measured):

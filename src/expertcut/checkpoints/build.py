@@ -16,7 +16,7 @@ from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.text_check import (
-    BaseTextScores,
+    BaseTexts,
     score_base_texts,
     score_edited_texts,
 )
@@ -196,7 +196,7 @@ def _fit_and_score(
     load_as: LoadOptions,
     *,
     is_verified: bool,
-) -> tuple[list[Edit], list[Fit | Quality], BaseScores | BaseTextScores | None]:
+) -> tuple[list[Edit], list[Fit | Quality], BaseScores | BaseTexts | None]:
     """All that needs the unedited model, so that only one model is in memory at a time."""
     engine = None
     if is_verified or any(edit.needs_engine(calibration) for edit in edits):
@@ -212,10 +212,10 @@ def _fit_and_score(
 
 
 def _judge(
-    engine: Engine, held_out: CalibrationSet, plan: EditPlan, before: BaseScores | BaseTextScores
+    engine: Engine, held_out: CalibrationSet, plan: EditPlan, before: BaseScores | BaseTexts
 ) -> HeldOutResult:
     """The written checkpoint against the unedited model."""
-    if isinstance(before, BaseTextScores):
+    if isinstance(before, BaseTexts):
         assert isinstance(held_out, Corpus), "both read the same"
         return score_edited_texts(engine, held_out, before)
     return score_edited(engine, as_quiz(held_out), plan, before)

@@ -158,12 +158,6 @@ class Corpus:
         most = self.selection.max_tokens
         return {s.name: [r for d in s.documents for r in rows_of(d, most)] for s in self.sources}
 
-    @property
-    def question_rows(self) -> Iterator[Row]:
-        """All rows, source after source."""
-        for rows in self.rows.values():
-            yield from rows
-
     def only(self, documents: Collection[int]) -> "Corpus":
         """The corpus of the documents with these positions in it."""
         kept, begin, sources = set(documents), 0, []
@@ -288,6 +282,22 @@ def rows_to_judge(corpus: Corpus, tokenizer: Any) -> tuple[dict[str, list[Row]],
             raise TextError(f"{source.spec} holds no token that another one precedes")
         rows[source.name] = own
     return rows, prefix
+
+
+def by_document(
+    corpus: Corpus, rows: Mapping[str, Sequence[Row]], sums: Mapping[str, Mapping[str, Array]]
+) -> dict[str, dict[str, Array]]:
+    """Sums by row (N,) as sums by document (D,), with the bytes of each, by source and name."""
+    found = {}
+    for source in corpus.sources:
+        numbers = {id(document): at for at, document in enumerate(source.documents)}
+        at_N = [numbers[id(row.document)] for row in rows[source.name]]
+        found[source.name] = {
+            name.removesuffix("_N"): np.bincount(at_N, sum_N, len(numbers))
+            for name, sum_N in sums[source.name].items()
+        }
+        found[source.name]["bytes"] = np.array([float(d.n_bytes) for d in source.documents])
+    return found
 
 
 def prefix_token(tokenizer: Any) -> int | None:

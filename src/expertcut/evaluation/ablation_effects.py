@@ -2,43 +2,30 @@
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from expertcut import stats
 from expertcut.checkpoints.held_out_check import NOT_REACHED
+from expertcut.checkpoints.text_check import KEPT_TOKENS, MIN_TOKENS, JudgedRows
 from expertcut.data import Quiz
-from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows, rows_to_judge
+from expertcut.data.corpus import CalibrationSet, Corpus
 from expertcut.edits.reweight_select import right
 from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.reweight_search import CachedScorer
-from expertcut.evaluation.sweep_judges import DocumentSums, compared, pooled, within_context
-from expertcut.evaluation.text_eval import (
-    Predictions,
-    RowSums,
-    by_document,
-    judged_texts,
-)
-from expertcut.models.hooks import Routing, observe_routers
-from expertcut.profiling.storage import Arrays
+from expertcut.evaluation.sweep_judges import compared, pooled, within_context
+from expertcut.evaluation.text_eval import judged_texts
 from expertcut.scoring.engine import Engine
-from expertcut.scoring.next_tokens import predict
-from expertcut.scoring.packing import EncodedRows, Pass, encode_rows
-from expertcut.scoring.passes import OnPass, PassObserver, Replay, ignore
+from expertcut.scoring.passes import OnPass, Replay, ignore
 from expertcut.stats import Array
 
 logger = logging.getLogger(__name__)
 
 KEPT_BYTES = 2 << 30  # of layer outputs
-KEPT_TOKENS = 64  # of the unedited model, likeliest first, at each position
 _MIN_GATE_SHARE = 0.01  # of a gate weight; less may be lost in rounding
-_MIN_TOKENS = 8  # that use an expert, so that some loss must change without it
 Change = AbstractContextManager[OnPass]
 
 
@@ -124,68 +111,26 @@ class TextAblations:
     """Losses of next tokens, replayed from the layer that changes."""
 
     def __init__(self, engine: Engine, corpus: Corpus, kept_bytes: int = KEPT_BYTES) -> None:
-        self.engine, self.corpus = engine, within_context(corpus, engine.moe)
-        self.rows, _ = rows_to_judge(self.corpus, engine.moe.tokenizer)
-        self.chunks = {
-            name: [encode_rows(chunk) for chunk in chunk_rows(rows)]
-            for name, rows in self.rows.items()
-        }
+        self.texts = JudgedRows(engine, within_context(corpus, engine.moe))
         blocks, model = engine.moe.blocks, engine.moe.model
-        n_tokens = sum(len(row.ids) for rows in self.rows.values() for row in rows)
-        _ = engine.projection  # tried out on a few tokens, which are not to be stored
+        n_tokens = sum(len(row.ids) for rows in self.texts.rows.values() for row in rows)
         self.replay = Replay(model, blocks, n_tokens, kept_bytes)
-        self.n_used_LE = np.zeros((len(blocks), max(b.n_experts for b in blocks)))
-        with self.replay.recording(), observe_routers(blocks, self._see):
-            self.first = {
-                name: [self._read(chunk, partial(self._begin, chunk)) for chunk in chunks]
-                for name, chunks in self.chunks.items()
-            }
-        self.base = self._by_document(self.first)
+        with self.replay.recording():
+            self.first, self.n_used_LE = self.texts.read_base()
+        self.base = self.texts.by_document(self.first)
         if not self._replays_exactly():
             logger.warning("replay does not reproduce the same bits: every run starts at layer 0")
             self.replay.starts, self.replay.outputs = (), {}
 
-    def _begin(self, chunk: EncodedRows, step: Pass) -> None:
-        self.is_scored_T = chunk.of_pass(step)[0] >= 0
-
-    def _see(self, routing: Routing) -> None:
-        """Counts the tokens that predict and in which an expert's gate weight counts."""
-        share_TK = routing.weights_TK.float().abs()
-        share_TK = share_TK / share_TK.sum(dim=-1, keepdim=True)
-        counts_TK = share_TK > _MIN_GATE_SHARE
-        counts_TK &= self.is_scored_T.to(counts_TK.device)[:, None]
-        used = torch.bincount(routing.experts_TK[counts_TK].cpu(), minlength=1).numpy()
-        self.n_used_LE[routing.layer, : len(used)] += used
-
-    def _read(self, chunk: EncodedRows, begin: OnPass, base: Arrays | None = None) -> Arrays:
-        """Sums by row, of the unedited model with its predictions, else beside these."""
-        sums, observer = RowSums(len(chunk)), PassObserver(begin=begin)
-        n_top = KEPT_TOKENS if base is None else 0
-        base_of = None if base is None else Predictions(base)
-        for _, found in predict(self.engine, chunk, observer, n_top=n_top, base_of=base_of):
-            sums.add(found)
-        return sums.arrays()
-
-    def _by_document(self, found: Mapping[str, Sequence[Arrays]]) -> DocumentSums:
-        sums = {
-            name: {
-                key: np.concatenate([arrays[key] for arrays in own])
-                for key in own[0]
-                if key.endswith("_N")
-            }
-            for name, own in found.items()
-        }
-        return by_document(self.corpus, self.rows, sums)
-
     def _replays_exactly(self) -> bool:
         """Whether the first chunk has the same losses from every kept layer."""
-        name = next(iter(self.chunks))
-        chunk, known = self.chunks[name][0], self.first[name][0]["loss_N"]
+        name = next(iter(self.first))
+        chunk, known = self.texts.chunks[name][0], self.first[name][0]
         for layer, number in self.replay.decoder_of.items():
             if number in self.replay.starts:
                 with self.replay.starting_at(layer):
-                    again = self._read(chunk, ignore, self.first[name][0])
-                if not np.array_equal(again["loss_N"], known):
+                    again = self.texts.read_chunk(chunk, ignore, known)
+                if not np.array_equal(again["loss_N"], known["loss_N"]):
                     return False
         return True
 
@@ -203,16 +148,9 @@ class TextAblations:
     ) -> schema.TextEffect:
         """Losses without one expert, compared with the unedited model by documents."""
         with self.replay.starting_at(expert.layer), change as begin:
-            found = {
-                name: [
-                    self._read(chunk, begin, base)
-                    for chunk, base in zip(chunks, self.first[name], strict=True)
-                ]
-                for name, chunks in self.chunks.items()
-            }
-        sums = self._by_document(found)
+            sums = self.texts.by_document(self.texts.read(begin, self.first))
         base, other = pooled(self.base), pooled(sums)
-        is_used = self.n_used_LE[expert.layer, expert.row] >= _MIN_TOKENS
+        is_used = self.n_used_LE[expert.layer, expert.row] >= MIN_TOKENS
         if is_masked and is_used and np.array_equal(base["loss"], other["loss"]):
             raise _not_reached(expert)
         lost_D, scored_D = other["loss"] - base["loss"], base["scored"]

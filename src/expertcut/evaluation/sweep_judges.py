@@ -9,6 +9,7 @@ import numpy as np
 
 from expertcut.checkpoints.build import profiled_source
 from expertcut.checkpoints.size import Size
+from expertcut.checkpoints.text_check import DocumentSums
 from expertcut.data import ngrams, without
 from expertcut.data.corpus import Corpus, TextSelection, hash_lines, load_corpus, rows_to_judge
 from expertcut.data.questions import hashes_in
@@ -28,17 +29,14 @@ from expertcut.evaluation.text_eval import (
     text_result,
     without_known,
 )
-from expertcut.evaluation.text_eval import interval as interval_over_documents
 from expertcut.models.load import LoadOptions, MoeModel, load_tokenizer
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, TextProfile, load_profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import context_length
 from expertcut.scoring.passes import OnPass
-from expertcut.stats import Array, accuracy, compare, logprob_shift, right_logprobs
+from expertcut.stats import Array, accuracy, compare, document_ci95, logprob_shift, right_logprobs
 
-DocumentSums = Mapping[str, Mapping[str, Array]]
-"""Sums by document (D,) of one form of the model, by source and name."""
 Cell = schema.SweepCell | schema.TextCell
 
 
@@ -242,7 +240,7 @@ class TextJudge:
                 if cell.by != best.by:
                     other = pooled(self._sums(cells, cell.chunks))
                     lost_D = other["loss"] - least["loss"]
-                    behind[cell.by] = interval_over_documents(lost_D, least["scored"])
+                    behind[cell.by] = document_ci95(lost_D, least["scored"])
             found.append(schema.BestOnTexts(fraction=fraction, by=best.by, behind=behind))
         return {"text": tuple(found)}
 

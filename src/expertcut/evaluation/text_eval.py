@@ -14,10 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from expertcut.data import ngrams
-from expertcut.data.corpus import Corpus, Row, TextSelection, load_corpus, rows_to_judge
+from expertcut.data.corpus import (
+    Corpus,
+    Row,
+    TextSelection,
+    by_document,
+    load_corpus,
+    rows_to_judge,
+)
 from expertcut.data.questions import hashes_in
 from expertcut.edits.plan import lineage, load_hashes
 from expertcut.errors import SettingsError, TextError
@@ -36,23 +42,17 @@ from expertcut.profiling.schema import JudgedInfo, TextProfileInfo
 from expertcut.profiling.storage import Arrays, read_chunk
 from expertcut.profiling.workers import Work
 from expertcut.scoring.engine import context_length
-from expertcut.scoring.next_tokens import NextTokens, predict
-from expertcut.scoring.packing import Pass, encode_rows
+from expertcut.scoring.next_tokens import ROW_SUMS, Predictions, RowSums, predict
+from expertcut.scoring.packing import encode_rows
 from expertcut.scoring.passes import OnPass, PassObserver
-from expertcut.scoring.projection import TopLogprobs
-from expertcut.stats import Array, bootstrap_ci95
+from expertcut.stats import Array, document_ci95
 
 logger = logging.getLogger(__name__)
 
 MAX_DROPPED_SHARE = 0.05
-FEWEST_DOCUMENTS = 10  # for an interval: of fewer, a bootstrap is too narrow
 _NAMED = 3  # dropped documents in a message
 _CHUNK_BYTES = 8 << 20  # of the base's predictions
 _MOST_CHUNK_TOKENS = 1 << 14
-_DRAWN = 10**8  # documents of a bootstrap, in all draws
-_SUMS = ("loss_N", "scored_N", "right_N")
-_CHANGES = ("kl_N", "agrees_N", "accepted_N")
-_IDS, _LOGPROBS = "top_ids_MK", "top_logprob_MK"
 
 
 @dataclass(frozen=True)
@@ -133,63 +133,6 @@ class TextJudgement(TextMeasurement):
         return arrays, counter.n_tokens
 
 
-class RowSums:
-    """Sums over the scored positions of each row, added in float64."""
-
-    def __init__(self, n_rows: int) -> None:
-        self.sums = {name: torch.zeros(n_rows, dtype=torch.float64) for name in _SUMS + _CHANGES}
-        self.tops: list[TopLogprobs] = []
-        self.is_compared = False
-
-    def begin(self, _step: Pass) -> None:
-        """Sums are added behind a pass, so before it there is nothing to do."""
-
-    def undo(self, _step: Pass) -> None:
-        """Nor behind one that ran out of memory."""
-
-    def add(self, found: NextTokens) -> None:
-        """Adds what a pass predicts."""
-        values = dict(zip(_SUMS, (found.loss_M, found.loss_M >= 0, found.is_right_M), strict=True))
-        values["scored_N"] = torch.ones_like(found.loss_M)
-        if found.change is not None:
-            self.is_compared, own = True, found.change
-            of_change = (own.kl_M, own.agrees_M, own.acceptance_M)
-            values |= dict(zip(_CHANGES, of_change, strict=True))
-        for name, value_M in values.items():
-            self.sums[name].index_add_(0, found.row_M, value_M.double())
-        if found.top is not None:
-            self.tops.append(found.top)
-
-    def arrays(self) -> Arrays:
-        """The sums (N,), with those of a comparison, or the predictions of a base."""
-        names = _SUMS + (_CHANGES if self.is_compared else ())
-        arrays = {name: self.sums[name].numpy() for name in names}
-        if self.tops:
-            arrays[_IDS] = torch.cat([top.ids_MR for top in self.tops]).int().numpy()
-            logprobs = torch.cat([top.logprob_MR for top in self.tops])
-            arrays[_LOGPROBS] = logprobs.float().numpy()
-        return arrays
-
-
-class Predictions:
-    """The base's predictions for one chunk."""
-
-    def __init__(self, chunk: Arrays) -> None:
-        self.ends_N = chunk["scored_N"].astype(np.int64).cumsum()
-        self.ids_MK, self.logprob_MK = chunk[_IDS], chunk[_LOGPROBS]
-
-    def __call__(self, row_M: Tensor) -> TopLogprobs:
-        """Those at the scored positions of consecutive rows."""
-        if not len(row_M):
-            at = slice(0, 0)
-        else:
-            first, last = int(row_M[0]), int(row_M[-1])
-            at = slice(int(self.ends_N[first - 1]) if first else 0, int(self.ends_N[last]))
-        assert at.stop - at.start == len(row_M), "the rows are those of the base"
-        ids_MK = torch.from_numpy(self.ids_MK[at]).long()
-        return TopLogprobs(ids_MK, torch.from_numpy(self.logprob_MK[at]))
-
-
 @dataclass(frozen=True)
 class Reading:
     """The documents as one tokenizer reads them, and the rows in which each is scored once."""
@@ -225,29 +168,13 @@ def document_sums(
     parts: dict[str, list[Arrays]] = {}
     for file, name_of_source, _ in run.info.chunks():
         chunk = run.chunk(file, name_of_source)
-        kept = {name: chunk[name] for name in _SUMS + _CHANGES if name in chunk}
+        kept = {name: chunk[name] for name in ROW_SUMS if name in chunk}
         parts.setdefault(name_of_source, []).append(kept)
     joined = {
         source: {name: np.concatenate([part[name] for part in own]) for name in own[0]}
         for source, own in parts.items()
     }
     return by_document(corpus, rows, joined)
-
-
-def by_document(
-    corpus: Corpus, rows: Mapping[str, Sequence[Row]], sums: Mapping[str, Mapping[str, Array]]
-) -> dict[str, dict[str, Array]]:
-    """Sums by row (N,) as sums by document (D,), with the bytes of each, by source and name."""
-    found = {}
-    for source in corpus.sources:
-        numbers = {id(document): at for at, document in enumerate(source.documents)}
-        at_N = [numbers[id(row.document)] for row in rows[source.name]]
-        found[source.name] = {
-            name.removesuffix("_N"): np.bincount(at_N, sum_N, len(numbers))
-            for name, sum_N in sums[source.name].items()
-        }
-        found[source.name]["bytes"] = np.array([float(d.n_bytes) for d in source.documents])
-    return found
 
 
 @dataclass
@@ -427,12 +354,12 @@ def _tokenizer_key(tokenizer: Any) -> object:
 def text_result(sums: Mapping[str, Array]) -> TextResult:
     """Perplexity and bits per byte of sums by document."""
     loss_D, scored_D, bytes_D = sums["loss"], sums["scored"], sums["bytes"]
-    ci95, bits_D = interval(loss_D, scored_D), loss_D / math.log(2)
+    ci95, bits_D = document_ci95(loss_D, scored_D), loss_D / math.log(2)
     return TextResult(
         perplexity=_exp(loss_D.sum() / scored_D.sum()),
         ci95=ci95 and (_exp(ci95[0]), _exp(ci95[1])),
         bits_per_byte=float(bits_D.sum() / bytes_D.sum()),
-        bits_per_byte_ci95=interval(bits_D, bytes_D),
+        bits_per_byte_ci95=document_ci95(bits_D, bytes_D),
         tokens=int(scored_D.sum()),
         documents=len(loss_D),
     )
@@ -448,10 +375,10 @@ def text_comparison(
         changes = {"kl": "kl", "top1_agreement": "agrees", "acceptance": "accepted"}
         for name, of_sum in changes.items():
             found[name] = float(other[of_sum].sum() / scored_D.sum())
-            found[f"{name}_ci95"] = interval(other[of_sum], scored_D)
+            found[f"{name}_ci95"] = document_ci95(other[of_sum], scored_D)
         lost_D = other["loss"] - base["loss"]
         found["delta_loss"] = float(lost_D.sum() / scored_D.sum())
-        found["ci95"] = interval(lost_D, scored_D)
+        found["ci95"] = document_ci95(lost_D, scored_D)
     if has_pairs:
         # Each model's own bytes: a chat template is part of what is read.
         own, first = (one["loss"].sum() / one["bytes"].sum() / math.log(2) for one in (other, base))
@@ -460,27 +387,19 @@ def text_comparison(
     return TextComparison(**found)
 
 
-def interval(sum_D: Array, weight_D: Array) -> tuple[float, float] | None:
-    """95 % interval of Σ sum / Σ weight by a bootstrap over documents; None if there are few."""
-    n_documents = len(sum_D)
-    if n_documents < FEWEST_DOCUMENTS:
-        return None
-    return bootstrap_ci95(sum_D, weight_D, draws=min(10_000, max(1000, _DRAWN // n_documents)))
-
-
 def _difference(
     base: Mapping[str, Array], other: Mapping[str, Array]
 ) -> tuple[float, float] | None:
     """The same of the difference in bits per byte, linearised where the bytes differ."""
     if (base["bytes"] == other["bytes"]).all():
-        return interval((other["loss"] - base["loss"]) / math.log(2), base["bytes"])
+        return document_ci95((other["loss"] - base["loss"]) / math.log(2), base["bytes"])
     ratios = [one["loss"].sum() / one["bytes"].sum() for one in (base, other)]
     shifts = [
         one["loss"] - ratio * one["bytes"] for one, ratio in zip((base, other), ratios, strict=True)
     ]
     scales = [one["bytes"].sum() for one in (base, other)]
     change_D = (shifts[1] / scales[1] - shifts[0] / scales[0]) * len(base["bytes"])
-    ends = interval(change_D, np.ones(len(change_D)))
+    ends = document_ci95(change_D, np.ones(len(change_D)))
     delta = ratios[1] - ratios[0]
     return ends and ((delta + ends[0]) / math.log(2), (delta + ends[1]) / math.log(2))
 

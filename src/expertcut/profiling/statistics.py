@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from expertcut.profiling.schema import BlockInfo
-from expertcut.stats import Array, bootstrap_ci95, chance
+from expertcut.stats import Array, chance, document_ci95
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,6 @@ class NextTokenStatistics:
         return share(self.loss_E, self.predicted_E)
 
 
-MIN_DOCUMENTS = 10  # redraws of fewer say too little of others
-_DRAWS = 1_000
-
-
 @dataclass(frozen=True)
 class TextScore:
     """Σ −log p of next tokens (nats), how many were scored, and predicted, by document (D,).
@@ -134,19 +130,13 @@ class TextScore:
     @cached_property
     def perplexity_ci95(self) -> tuple[float, float] | None:
         """95 % interval of the perplexity."""
-        ends = self._ci95(self.loss_D)
+        ends = document_ci95(self.loss_D, self.scored_D)
         return None if ends is None else (_exp(ends[0]), _exp(ends[1]))
 
     @cached_property
     def accuracy_ci95(self) -> tuple[float, float] | None:
         """95 % interval of the accuracy."""
-        return self._ci95(self.right_D)
-
-    def _ci95(self, sum_D: Array) -> tuple[float, float] | None:
-        is_scored_D = self.scored_D > 0
-        if int(is_scored_D.sum()) < MIN_DOCUMENTS:
-            return None
-        return bootstrap_ci95(sum_D[is_scored_D], self.scored_D[is_scored_D], draws=_DRAWS)
+        return document_ci95(self.right_D, self.scored_D)
 
 
 def _exp(mean_loss: float) -> float:
@@ -263,27 +253,22 @@ def entropy(p_NE: Array) -> Array:
 
 def layer_json(layer: LayerStatistics) -> dict[str, Any]:
     """The numbers of a layer and its experts."""
-    return {
-        "layer": layer.layer,
-        "block": layer.block,
-        "experts": layer.n_experts,
-        "top_k": layer.top_k,
-        "activated": layer.n_activated,
-        **routing_json(layer, slice(None)),
-        "expert": [expert_json(layer, expert) for expert in range(layer.n_experts)],
-    }
+    experts = [expert_json(layer, expert) for expert in range(layer.n_experts)]
+    return _block_json(layer) | routing_json(layer, slice(None)) | {"expert": experts}
 
 
 def text_layer_json(layer: TextLayer) -> dict[str, Any]:
     """The numbers of a layer and its experts over texts, undefined shares as None."""
+    return _block_json(layer) | layer.routing_json() | {"expert": text_experts(layer)}
+
+
+def _block_json(layer: LayerStatistics | TextLayer) -> dict[str, Any]:
     return {
         "layer": layer.layer,
         "block": layer.block,
         "experts": layer.n_experts,
         "top_k": layer.top_k,
         "activated": layer.n_activated,
-        **layer.routing_json(),
-        "expert": text_experts(layer),
     }
 
 

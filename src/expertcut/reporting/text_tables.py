@@ -145,8 +145,9 @@ def text_change_lines(changes: Sequence[TextChange]) -> list[str]:
         text += f"{change.tokens:,} held-out tokens in {change.documents:,} documents of "
         text += f"{change.source}: loss {signed(change.delta_loss, '+.4f')} nats per token"
         lines.append(labelled("predicts", f"{text}{behind(change.ci95, '+.4f')}"))
-        text = f"KL {change.kl:.4f}, top-1 agreement {100 * change.top1_agreement:.1f} %, "
-        text += f"acceptance {100 * change.acceptance:.1f} %, against {change.against}"
+        least, most = ("≥ ", "≤ ") if change.has_bounds else ("", "")
+        text = f"KL {least}{change.kl:.4f}, same top token {100 * change.top1_agreement:.1f} %, "
+        text += f"acceptance {most}{100 * change.acceptance:.1f} %, against {change.against}"
         lines.append(labelled("distance", text))
     return lines
 

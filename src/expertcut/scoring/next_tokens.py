@@ -1,8 +1,9 @@
 """What a model predicts behind each token of a text, beside what a base model predicted there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -11,6 +12,12 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import EncodedRows, Pass
 from expertcut.scoring.passes import PassObserver, ScoringMode
 from expertcut.scoring.projection import TopLogprobs, acceptance, kl_divergence
+from expertcut.stats import Array
+
+_SUMS = ("loss_N", "scored_N", "right_N")
+_CHANGES = ("kl_N", "agrees_N", "accepted_N")
+_IDS, _LOGPROBS = "top_ids_MK", "top_logprob_MK"
+ROW_SUMS = _SUMS + _CHANGES
 
 
 @dataclass(frozen=True)
@@ -111,3 +118,60 @@ def _predictions(
     if changes:
         change = Comparison(*(torch.cat(parts) for parts in zip(*changes, strict=True)))
     return torch.cat(losses), torch.cat(hits), top, change
+
+
+class RowSums:
+    """Sums over the scored positions of each row, added in float64."""
+
+    def __init__(self, n_rows: int) -> None:
+        self.sums = {name: torch.zeros(n_rows, dtype=torch.float64) for name in _SUMS + _CHANGES}
+        self.tops: list[TopLogprobs] = []
+        self.is_compared = False
+
+    def begin(self, _step: Pass) -> None:
+        """Sums are added behind a pass, so before it there is nothing to do."""
+
+    def undo(self, _step: Pass) -> None:
+        """Nor behind one that ran out of memory."""
+
+    def add(self, found: NextTokens) -> None:
+        """Adds what a pass predicts."""
+        values = dict(zip(_SUMS, (found.loss_M, found.loss_M >= 0, found.is_right_M), strict=True))
+        values["scored_N"] = torch.ones_like(found.loss_M)
+        if found.change is not None:
+            self.is_compared, own = True, found.change
+            of_change = (own.kl_M, own.agrees_M, own.acceptance_M)
+            values |= dict(zip(_CHANGES, of_change, strict=True))
+        for name, value_M in values.items():
+            self.sums[name].index_add_(0, found.row_M, value_M.double())
+        if found.top is not None:
+            self.tops.append(found.top)
+
+    def arrays(self) -> dict[str, Array]:
+        """The sums (N,), with those of a comparison, or the predictions of a base."""
+        names = _SUMS + (_CHANGES if self.is_compared else ())
+        arrays = {name: self.sums[name].numpy() for name in names}
+        if self.tops:
+            arrays[_IDS] = torch.cat([top.ids_MR for top in self.tops]).int().numpy()
+            logprobs = torch.cat([top.logprob_MR for top in self.tops])
+            arrays[_LOGPROBS] = logprobs.float().numpy()
+        return arrays
+
+
+class Predictions:
+    """The base's predictions for one chunk."""
+
+    def __init__(self, chunk: Mapping[str, Array]) -> None:
+        self.ends_N = chunk["scored_N"].astype(np.int64).cumsum()
+        self.ids_MK, self.logprob_MK = chunk[_IDS], chunk[_LOGPROBS]
+
+    def __call__(self, row_M: Tensor) -> TopLogprobs:
+        """Those at the scored positions of consecutive rows."""
+        if not len(row_M):
+            at = slice(0, 0)
+        else:
+            first, last = int(row_M[0]), int(row_M[-1])
+            at = slice(int(self.ends_N[first - 1]) if first else 0, int(self.ends_N[last]))
+        assert at.stop - at.start == len(row_M), "the rows are those of the base"
+        ids_MK = torch.from_numpy(self.ids_MK[at]).long()
+        return TopLogprobs(ids_MK, torch.from_numpy(self.logprob_MK[at]))
