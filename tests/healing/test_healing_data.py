@@ -290,7 +290,7 @@ def test_how_the_judges_were_used_is_said(quiz_folder: Path) -> None:
         ("[1]", "a list, must be a JSON object"),
         ('{"text": "\\ud800"}', "a lone surrogate"),
         ('{"text": NaN}', "NaN is not a number"),
-        ('{"messages": [{"role": "user"}]}', "must hold text, messages"),
+        ('{"messages": [{"role": "user"}]}', "messages must be turns"),
         ("{", "not JSON"),
     ],
 )

@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,7 +19,7 @@ from expertcut.data.questions import (
     without,
 )
 from expertcut.data.readers import json_lines, read_csv, read_records
-from expertcut.errors import QuizError, SettingsError, SplitError
+from expertcut.errors import ExpertcutError, QuizError, SettingsError, SplitError
 from expertcut.files import advance, hub_reason, open_file
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ class _DataSet:
     def _read_config(self, config: str, split: str, subject: str | None) -> list[Question]:
         from datasets import get_dataset_split_names, load_dataset
 
-        with _one_line(self.id, self.revision):
+        with _quiz_errors(self.id, self.revision):
             splits = get_dataset_split_names(self.id, config, revision=self.revision)
             name = "validation" if split == "val" and "validation" in splits else split
             if name not in splits:
@@ -174,7 +174,7 @@ class _DataSet:
     def missing(self, split: str) -> str:
         from datasets import get_dataset_split_names
 
-        with _one_line(self.id, self.revision):
+        with _quiz_errors(self.id, self.revision):
             splits = get_dataset_split_names(self.id, self.main, revision=self.revision)
         return f"{self.id} has no questions in split {split}: it has {', '.join(splits)}"
 
@@ -220,7 +220,7 @@ def _find_in(folder: Path) -> _Files | _DataSet:
 
 
 def _config_names(quiz: str, revision: str | None) -> list[str]:
-    with _one_line(quiz, revision):
+    with _quiz_errors(quiz, revision):
         advance(f"reading {quiz}", 0, 0)
         from datasets import config, get_dataset_config_names
         from huggingface_hub import DatasetCard, hf_hub_download
@@ -234,19 +234,22 @@ def _config_names(quiz: str, revision: str | None) -> list[str]:
 
 
 @contextmanager
-def _one_line(quiz: str, revision: str | None) -> Iterator[None]:
-    """Turns any error of `datasets` and the libraries below it into a QuizError."""
+def hub_errors(kind: type[ExpertcutError], named: str, hint: str = "") -> Iterator[None]:
+    """Turns any error of `datasets` and the libraries below it into one of a kind, in one line."""
     try:
         yield
     except Exception as error:
-        pinned = f" at revision {revision[:8]}" if revision else ""
         cause: BaseException = error
         while cause.__cause__ is not None and not isinstance(cause, OSError):
             cause = cause.__cause__  # an OSError names the file, others only wrap it
-        reason = hub_reason(cause)
-        if (quiz, revision) == (MMLU_HUB_ID, None):  # the default, which nobody may have named
-            reason += ": name a quiz of your own with --quiz FILE.jsonl"
-        raise QuizError(f"no such quiz: {quiz}{pinned} cannot be read: {reason}") from error
+        raise kind(f"{named} cannot be read: {hub_reason(cause)}{hint}") from error
+
+
+def _quiz_errors(quiz: str, revision: str | None) -> AbstractContextManager[None]:
+    pinned, hint = f" at revision {revision[:8]}" if revision else "", ""
+    if (quiz, revision) == (MMLU_HUB_ID, None):  # the default, which nobody may have named
+        hint = ": name a quiz of your own with --quiz FILE.jsonl"
+    return hub_errors(QuizError, f"no such quiz: {quiz}{pinned}", hint)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,9 @@ from jinja2 import TemplateError
 
 from expertcut.data.questions import normalised
 from expertcut.data.readers import opened, read_object
+from expertcut.data.sources import hub_errors
 from expertcut.errors import ModelError, TextError
-from expertcut.files import MARK_BYTES, hub_reason, open_file, read_file, wide_encoding
+from expertcut.files import MARK_BYTES, open_file, read_file, wide_encoding
 
 logger = logging.getLogger(__name__)
 
@@ -218,7 +219,7 @@ class TextReader:
     def read(self, where: str, record: Any) -> Text | None:
         """The text; None if it is empty. Raises TextError with file and line."""
         text = self._text(where, record)
-        _check_characters(where, text.read)
+        check_characters(where, text.read)
         if self.marks_assistant and text.completion is None and text.is_assistant is None:
             raise TextError(
                 f"{where}: --assistant-only needs messages, or prompt and completion: this is text"
@@ -265,7 +266,7 @@ class TextReader:
         return Text(read, read, where, len(prompt))
 
     def _chat(self, where: str, messages: Any, tools: Any) -> Text:
-        messages, tools = _checked_messages(where, messages), _checked_tools(where, tools)
+        messages, tools = checked_messages(where, messages), checked_tools(where, tools)
         template = getattr(self.tokenizer, "chat_template", None)
         if not template:
             raise TextError(f"{where}: a chat, but the tokenizer has no chat template: write text")
@@ -279,7 +280,7 @@ class TextReader:
         ids = is_assistant = None
         try:
             read = apply(tokenize=False)
-            _check_characters(where, read)
+            check_characters(where, read)
             if self.marks_assistant:
                 found = apply(tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
                 ids = tuple(found["input_ids"])
@@ -287,11 +288,12 @@ class TextReader:
         except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ModelError(f"{where}: the tokenizer's chat template fails: {reason}") from None
-        said = "\n".join(filter(None, map(_said_in, messages)))
+        said = "\n".join(filter(None, map(said_in, messages)))
         return Text(read, said, where, None, True, ids, is_assistant)
 
 
-def _check_characters(where: str, text: str) -> None:
+def check_characters(where: str, text: str) -> None:
+    """Raises TextError for a lone surrogate, and for a text that is too long."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -304,19 +306,21 @@ def _keys(record: Mapping[str, Any]) -> str:
     return ", ".join(map(ascii, record))[:200] or "nothing"
 
 
-def _checked_messages(where: str, messages: Any) -> list[dict[str, Any]]:
+def checked_messages(where: str, messages: Any) -> list[dict[str, Any]]:
+    """The turns of a chat, each with role and content or calls of tools; else a TextError."""
     is_list = isinstance(messages, list | tuple) and len(messages) > 0
     for message in messages if is_list else [None]:
         own = message if isinstance(message, dict) else {}
         content, has_calls = own.get("content"), bool(own.get("tool_calls"))
         has_content = isinstance(content, str | list) or (content is None and has_calls)
         if not isinstance(own.get("role"), str) or not has_content:
-            raise TextError(f"{where}: {_MUST}: its messages do not")
+            raise TextError(f"{where}: messages must be turns with role and content")
     # Parquet and `datasets` fill absent keys with None, which templates do not expect.
     return [{k: v for k, v in m.items() if v is not None or k == "content"} for m in messages]
 
 
-def _checked_tools(where: str, tools: Any) -> list[Any] | None:
+def checked_tools(where: str, tools: Any) -> list[Any] | None:
+    """The JSON schemas of a chat's tools, if any; TextError for anything else."""
     if isinstance(tools, str):  # as data sets keep them
         try:
             tools = json.loads(tools)
@@ -329,7 +333,7 @@ def _checked_tools(where: str, tools: Any) -> list[Any] | None:
     return list(tools)
 
 
-def _said_in(message: Mapping[str, Any]) -> str:
+def said_in(message: Mapping[str, Any]) -> str:
     """The text of a message, whose content may be a list of parts."""
     content = message.get("content")
     if isinstance(content, list):
@@ -452,7 +456,7 @@ def hub_records(
     Raises TextError: it cannot be read.
     """
     id, config, split, _ = hub_parts(name, revision)
-    with _one_line(name):
+    with hub_errors(TextError, name):
         from datasets import load_dataset
 
         pinned = revision or _commit_of(id)
@@ -461,7 +465,7 @@ def hub_records(
             rows = rows.shuffle(seed=seed, buffer_size=10_000)
 
     def records() -> Iterator[tuple[str, Any]]:
-        with _one_line(name):
+        with hub_errors(TextError, name):
             for number, row in enumerate(rows, start=1):
                 yield f"{id} {split} row {number}", row
 
@@ -487,7 +491,7 @@ def hub_parts(name: str, revision: str | None = None) -> tuple[str, str | None, 
 
 @lru_cache
 def _configs_of(id: str, revision: str | None) -> tuple[str, ...]:
-    with _one_line(id):
+    with hub_errors(TextError, id):
         from datasets import get_dataset_config_names
 
         return tuple(get_dataset_config_names(id, revision=revision))
@@ -501,17 +505,3 @@ def _commit_of(id: str) -> str | None:
     if Path(id).is_dir() or config.HF_HUB_OFFLINE:
         return None
     return HfApi().dataset_info(id).sha
-
-
-class _one_line:
-    """Turns any error of `datasets` and the libraries below it into a TextError."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return
-
-    def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, TextError):
-            raise TextError(f"{self.name} cannot be read: {hub_reason(error)}") from error

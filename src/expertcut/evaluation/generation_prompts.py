@@ -11,7 +11,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from expertcut.data.readers import json_lines
-from expertcut.errors import ModelError, QuizError
+from expertcut.data.texts import check_characters, checked_messages, checked_tools, said_in
+from expertcut.errors import ModelError, TextError
 from expertcut.models import validate
 from expertcut.models.checkpoint_dir import read_object
 from expertcut.models.load import LoadOptions, Source, load_config, load_tokenizer
@@ -35,7 +36,7 @@ class Prompt:
         if not self.messages:
             return self.text
         if not getattr(tokenizer, "chat_template", None):
-            raise QuizError(
+            raise TextError(
                 f"{self.where}: a chat, but {validate.file_of(tokenizer).parent} has no chat "
                 "template: write prompt or text"
             )
@@ -94,13 +95,13 @@ def read_for(
 
 
 def read_prompts(file: Path) -> list[Prompt]:
-    """Prompts from lines of `{"prompt"}`, `{"text"}` or `{"messages"}`, else a QuizError.
+    """Prompts from lines of `{"prompt"}`, `{"text"}` or `{"messages"}`, else a TextError.
 
     The last turns of a chat are left out if they are the assistant's: the model writes them.
     """
     prompts = [_prompt(record, where) for where, record in json_lines(file)]
     if not prompts:
-        raise QuizError(f"{file} holds no prompts: write lines of JSON with prompt or messages")
+        raise TextError(f"{file} holds no prompts: write lines of JSON with prompt or messages")
     n_different = len({json.dumps([p.text, p.messages, p.tools]) for p in prompts})
     if n_different < len(prompts):
         logger.warning(
@@ -119,34 +120,25 @@ def _sha256(prompts: Sequence[Prompt]) -> str:
 
 def _prompt(record: Mapping[str, Any], where: str) -> Prompt:
     text = record.get("prompt", record.get("text"))
-    messages, tools = record.get("messages"), record.get("tools") or ()
     if isinstance(text, str):
         contents, prompt = [text], Prompt(where, text)
-    elif isinstance(messages, list) and messages and all(map(_is_turn, messages)):
+    elif "messages" in record:
+        messages = checked_messages(where, record["messages"])
         while messages and messages[-1]["role"] == "assistant":
-            messages = messages[:-1]
-        contents = [m["content"] for m in messages if isinstance(m.get("content"), str)]
-        if not isinstance(tools, list | tuple):
-            raise QuizError(f"{where}: tools must be a list")
+            messages.pop()
+        contents = [said_in(message) for message in messages if message.get("content")]
+        tools = checked_tools(where, record.get("tools")) or ()
         prompt = Prompt(where, messages=tuple(messages), tools=tuple(tools))
     else:
-        raise QuizError(
+        raise TextError(
             f"{where}: must hold prompt or text, or messages with role and content: it holds "
             f"{', '.join(record)[:200] or 'nothing'}"
         )
     if not any(content.strip() for content in contents):
-        raise QuizError(f"{where}: the prompt is empty")
-    if any("\ud800" <= char <= "\udfff" for content in contents for char in content):
-        raise QuizError(f"{where}: a lone surrogate is not a character: remove it")
+        raise TextError(f"{where}: the prompt is empty")
+    for content in contents:
+        check_characters(where, content)
     return prompt
-
-
-def _is_turn(message: Any) -> bool:
-    """A role with content, or an assistant's calls of tools without."""
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        return False
-    content = message.get("content")
-    return isinstance(content, str) or (content is None and bool(message.get("tool_calls")))
 
 
 def encode_prompts(
@@ -165,13 +157,13 @@ def encode_prompts(
         is_text = not prompt.messages
         ids.append(tuple(validate.token_ids(tokenizer, [text], add_special_tokens=is_text)[0]))
         if not ids[-1]:
-            raise QuizError(f"{prompt.where}: {source.id} reads no token of the prompt")
+            raise TextError(f"{prompt.where}: {source.id} reads no token of the prompt")
     most = None if grows_with_prompt(config) else context_length(config, tokenizer)
     room = None if most is None else most - max_new_tokens
     long = [n for n, found in enumerate(ids) if room is not None and len(found) > room]
     if long:
         longest = max(long, key=lambda n: len(ids[n]))
-        raise QuizError(
+        raise TextError(
             f"{prompts[longest].where}: a prompt of {len(ids[longest]):,} tokens and "
             f"{max_new_tokens:,} new ones do not fit in the {most:,} of the context of {source.id} "
             f"({len(long):,} of {len(ids):,} prompts): lower --max-new-tokens or leave it out"
