@@ -68,7 +68,7 @@ def test_each_expert_gets_the_tokens_that_chose_it_and_no_more() -> None:
         assert torch.equal(output_MD, x_TD[tokens_M] * (expert + 1))
         assert torch.equal(weights_M, weights_TK[tokens_M][experts_TK[tokens_M] == expert])
 
-    y_TD = by_expert(x_TD, experts_TK, weights_TK, lambda e, x_MD: x_MD * (e + 1), see)
+    y_TD = by_expert(x_TD, experts_TK, weights_TK, 6, lambda e, x_MD: x_MD * (e + 1), see)
     expected = x_TD * (weights_TK * (experts_TK + 1)).sum(dim=1, keepdim=True)
     torch.testing.assert_close(y_TD, expected)
     for expert, tokens_M in seen.items():

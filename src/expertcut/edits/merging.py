@@ -17,7 +17,8 @@ from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, validate_edits
 from expertcut.errors import ContractError, ProfileError
 from expertcut.models.hooks import Routing, own_expert, own_forward, registered, replaced_forward
 from expertcut.models.kernels import Own
-from expertcut.models.moe_block import SCORES, MoeBlock
+from expertcut.models.modeling_routed import SCORES
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask

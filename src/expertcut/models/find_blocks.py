@@ -96,10 +96,10 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
             raise ContractError(f"{unseen.name}: its router did not run on a forward pass")
         block, routing = seen[unseen.layer]
         shapes = (*routing.logits_TE.shape[1:], *routing.experts_TK.shape[1:])
-        if shapes != (block.n_experts, block.top_k):
+        if shapes != (block.n_experts, block.n_places):
             raise ContractError(
                 f"{block.name}: router gave logits and choices of widths {shapes}, "
-                f"must be {(block.n_experts, block.top_k)}"
+                f"must be {(block.n_experts, block.n_places)}"
             )
         probed = explain_gate(block, routing, model_type)
         output_factor, residual = probes[block.layer].connections()
@@ -141,4 +141,6 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
         raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
     n_groups = int(getattr(router, "num_group", 1) or 1)
     top_groups = int(getattr(router, "topk_group", 1) or 1) if n_groups > 1 else 1
-    return MoeBlock(name, layer, module, router, experts, n_experts, top_k, n_groups, top_groups)
+    parts = (router, experts, n_experts, top_k, n_groups, top_groups)
+    most = getattr(router, "n_places", None)  # of a router with a routing rule
+    return MoeBlock(name, layer, module, *parts, most=most)

@@ -32,7 +32,8 @@ from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
-from expertcut.models.moe_block import SCORES, MoeBlock, RouterCall, Scoring, Selection, WeightRule
+from expertcut.models.modeling_routed import SCORES, Scoring
+from expertcut.models.moe_block import MoeBlock, RouterCall, Selection, WeightRule
 
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 See = Callable[[MoeBlock, Routing], None]  # a block whose `call` is that of the routing
@@ -50,7 +51,21 @@ EXCEPTIONS: tuple[tuple[Law, str], ...] = (
 
 @torch.inference_mode()
 def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock:
-    """The block with its gate, identified from its routing of the probe and synthetic logits."""
+    """The block with its gate, identified from its routing of the probe and synthetic logits.
+
+    A rule of a routed checkpoint acts behind its family's gate, which is what is identified.
+    """
+    with hooks.family_routing(block.router):
+        return _explain_gate(block, _by_family(block, routing), model_type)
+
+
+def _by_family(block: MoeBlock, routing: Routing) -> Routing:
+    if not hasattr(block.router, "family_forward"):
+        return routing
+    return Routing(block.layer, routing.input_TD, *route(block.router, block.call))
+
+
+def _explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock:
     is_table = _is_table(block, routing)
     logits_TE, weights_TK, experts_TK = route(block.router, block.call)
     is_same = torch.equal(experts_TK, routing.experts_TK) and torch.allclose(
@@ -73,6 +88,11 @@ def explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBlock
 
 def check_gate(block: MoeBlock, routing: Routing) -> None:
     """Checks the identified gate on the routing of other tokens, by the block's `call`."""
+    with hooks.family_routing(block.router):
+        _check_gate(block, _by_family(block, routing))
+
+
+def _check_gate(block: MoeBlock, routing: Routing) -> None:
     if block.is_hashed != _is_table(block, routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
     off = 0.0 if block.weights is None else _misfit(block.scoring, block.weights, routing)
@@ -329,7 +349,8 @@ def _one_by_one(block: MoeBlock) -> Iterator[list[Tensor]]:
         output = forward(*args, **kwargs)
         x, experts_TK, weights_TK, *_ = (*args, *kwargs.values())
         rows, x_TD = slice(16), x.reshape(-1, x.shape[-1])
-        sums.append(by_expert(x_TD[rows], experts_TK[rows], weights_TK[rows], own))
+        parts = x_TD[rows], experts_TK[rows], weights_TK[rows]
+        sums.append(by_expert(*parts, block.n_experts, own))
         return output
 
     with replaced_forward(block.experts, run):

@@ -7,12 +7,13 @@ position is found once, by trial, and changes act on its result: after any cap o
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -96,14 +97,18 @@ def observe_experts(
     of the model, so no family needs code here.
     """
 
-    def run(layer: int, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        call = partial(ExpertCall, layer)
-        y_TD = by_expert(x_TD, experts_TK, weights_TK, own, lambda *parts: see(call(*parts)))
+    def run(
+        block: MoeBlock, own: Own, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor
+    ) -> Tensor:
+        def watch(*parts: Any) -> None:
+            see(ExpertCall(block.layer, *parts))
+
+        y_TD = by_expert(x_TD, experts_TK, weights_TK, block.n_experts, own, watch)
         if combined is not None:
-            combined(layer, y_TD)
+            combined(block.layer, y_TD)
         return y_TD
 
-    changes = (replaced_forward(b.experts, partial(run, b.layer, own_expert(b))) for b in blocks)
+    changes = (replaced_forward(b.experts, partial(run, b, own_expert(b))) for b in blocks)
     return registered(changes)
 
 
@@ -140,6 +145,12 @@ def replaced_forward(module: nn.Module, forward: Forward) -> Iterator[None]:
             delattr(module, name)
         else:
             setattr(module, name, before)
+
+
+def family_routing(router: nn.Module) -> Scope:
+    """Routes without the rule of a routed checkpoint, whose routers name their family's forward."""
+    family: Forward | None = getattr(router, "family_forward", None)
+    return nullcontext() if family is None else replaced_forward(router, family)
 
 
 @torch.inference_mode()
@@ -263,7 +274,8 @@ def biased_forward(
             args = tuple(map(masked, args))
             kwargs = {name: masked(value) for name, value in kwargs.items()}
         routed = _run_changed(forward, op, add, read, *args, **kwargs)
-        if bool(is_forbidden_E.to(routed[2].device)[routed[2]].any()):
+        is_forbidden_X = F.pad(is_forbidden_E, (0, 1)).to(routed[2].device)  # nobody may be chosen
+        if bool(is_forbidden_X[routed[2]].any()):
             raise ContractError(
                 f"{block.name}: its router chooses an expert that is masked: this cut cannot "
                 "be shown as a mask"

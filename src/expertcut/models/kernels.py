@@ -10,6 +10,7 @@ has the same order, but searches all assignments again for every expert.
 
 import os
 from collections.abc import Callable, Iterable
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -58,15 +59,25 @@ def use_faster_products(model: nn.Module, routers: Iterable[nn.Module]) -> None:
 
 
 def by_expert(
-    x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, own: Own, see: See | None = None
+    x_TD: Tensor,
+    experts_TK: Tensor,
+    weights_TK: Tensor,
+    n_experts: int,
+    own: Own,
+    see: See | None = None,
 ) -> Tensor:
-    """Σ weight · output in the order of expert ids; `see` gets the outputs of each expert."""
+    """Σ weight · output in the order of expert ids; `see` gets the outputs of each expert.
+
+    Ids from `n_experts` on mean nobody: nothing runs for them.
+    """
     y_TD = torch.zeros_like(x_TD)
     # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
     expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
     hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
     parts = ((order_A % len(x_TD)).split(counts), weights_TK.T.flatten()[order_A].split(counts))
     for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
+        if expert >= n_experts:
+            break
         # oneDNN prepares each new number of rows for a millisecond.
         n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
         output_MD = own(expert, x_TD.index_select(0, F.pad(tokens_M, (0, n_more))))[: len(tokens_M)]
@@ -96,13 +107,9 @@ def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
 def _forward(
     experts: nn.Module, x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor, *_: object
 ) -> Tensor:
+    # As in eager, an index behind the last row adds nothing.
     n_rows = len(experts.down_proj)  # type: ignore[arg-type]
-
-    def own(expert: int, x_MD: Tensor) -> Tensor:
-        # As in eager, an index behind the last row gives zeros.
-        return own_output(experts, expert, x_MD) if expert < n_rows else torch.zeros_like(x_MD)
-
-    return by_expert(x_TD, experts_TK, weights_TK, own)
+    return by_expert(x_TD, experts_TK, weights_TK, n_rows, partial(own_output, experts))
 
 
 ExpertsInterface.register(BY_EXPERT, _forward)

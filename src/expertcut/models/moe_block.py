@@ -1,6 +1,6 @@
 """A MoE block under the contract: its router, its experts and its gate."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -8,13 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+from expertcut.models.modeling_routed import SCORES, Scoring
+
 Selection = Literal["score", "logits", "table"]
-SCORES: dict[Scoring, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),
-}
 SELECTION_BIAS = ("e_score_correction_bias", "expert_bias")
 
 
@@ -74,11 +70,17 @@ class MoeBlock:
     call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)  # on the probe
     logits_op: LogitsOp | None = None  # where logits can be changed; None is nowhere
     is_linear: bool = True  # logits are gate matrix times input plus bias
+    most: int | None = None  # places per token that a routing rule gives; None is `top_k`
 
     @property
     def is_hashed(self) -> bool:
         """Whether a table of token ids chooses the experts, so none can be removed."""
         return self.selection == "table"
+
+    @property
+    def n_places(self) -> int:
+        """Places per token that the router gives; with a routing rule some hold nobody (id E)."""
+        return self.most or self.top_k
 
     def alpha(self, logits_TE: Tensor) -> Tensor:
         """Router score of every expert before top-k, (T, E) float32."""
@@ -114,11 +116,16 @@ class MoeBlock:
         return best[..., 0], best.sum(dim=-1)
 
     def selection_gap(self, score_TE: Tensor, experts_TK: Tensor) -> Tensor:
-        """Each token's distance of scores (T,) to another set of experts or groups."""
+        """Each token's distance of scores (T,) to another set of experts or groups.
+
+        The id E means nobody.
+        """
         if self.is_hashed:
             return score_TE.new_full((len(score_TE),), torch.inf)
-        last_T1 = score_TE.gather(1, experts_TK).min(dim=-1, keepdim=True).values
-        gap_T = (score_TE - last_T1).abs().scatter(1, experts_TK, torch.inf).min(dim=-1).values
+        score_TX = F.pad(score_TE, (0, 1), value=torch.inf)
+        last_T1 = score_TX.gather(1, experts_TK).min(dim=-1, keepdim=True).values
+        gap_TE = (score_TX - last_T1).abs().scatter(1, experts_TK, torch.inf)[:, : self.n_experts]
+        gap_T = gap_TE.min(dim=-1).values
         if self.top_groups == self.n_groups:
             return gap_T
         for group_score_TG in self.group_scores(score_TE):

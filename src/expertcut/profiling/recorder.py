@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.errors import ModelError
@@ -54,7 +55,7 @@ class Recorder:
     ) -> None:
         self.blocks = blocks
         self.stats = stats
-        n_layers, top_k = len(blocks), blocks[0].top_k
+        n_layers, n_places = len(blocks), blocks[0].n_places
         n_experts = max(block.n_experts for block in blocks)
         self.device = device = runs_on(blocks[0].router)
         self.tokens = TokenSums(blocks, n_experts, device)
@@ -62,8 +63,8 @@ class Recorder:
         if in_calibration is not None and stats == "all":
             self.in_calibration_N = torch.tensor(in_calibration, device=device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
-        self.weight_NLK = torch.zeros(n_questions, n_layers, top_k, device=device)
-        self.chosen_NLK = torch.zeros_like(self.weight_NLK, dtype=torch.int16)
+        self.weight_NLK = torch.zeros(n_questions, n_layers, n_places, device=device)
+        self.chosen_NLK = torch.full_like(self.weight_NLK, -1, dtype=torch.int16)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
         # Separate for the last block's other tokens, which no answer depends on.
@@ -141,8 +142,11 @@ class Recorder:
         if self.answers_N is not None:
             at = (self.questions_N, routing.layer)
             self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
-            self.chosen_NLK[at] = routing.experts_TK[self.answers_N].to(torch.int16)
-            self.weight_NLK[at] = routing.weights_TK[self.answers_N].float()
+            chosen_NK = routing.experts_TK[self.answers_N]
+            chosen_NK = chosen_NK.masked_fill(chosen_NK >= block.n_experts, -1)  # nobody
+            places = slice(chosen_NK.shape[1])
+            self.chosen_NLK[(*at, places)] = chosen_NK.to(torch.int16)
+            self.weight_NLK[(*at, places)] = routing.weights_TK[self.answers_N].float()
         if self.stats == "all":
             self.tokens.route(routing, self.valid_T)
 
@@ -206,7 +210,7 @@ class TokenSums:
 
     def __init__(self, blocks: Sequence[MoeBlock], n_experts: int, device: torch.device) -> None:
         shape = (len(NAMES), len(PARTS), len(blocks), n_experts)
-        self.blocks = blocks
+        self.blocks, self.n_experts = blocks, n_experts
         self.sums = torch.zeros(shape, dtype=torch.float64, device=device)
         self.largest = torch.zeros(shape[1:], device=device)
         self.is_in_width = True  # False once experts have another width than the block's input
@@ -239,9 +243,15 @@ class TokenSums:
         if valid_T is not None:
             experts_TK, weights_TK = experts_TK[valid_T], weights_TK[valid_T]
         # Scattered to (T, E) and summed: the same bits every time, also on CUDA.
-        nothing_TE = weights_TK.new_zeros(len(experts_TK), self.sums.shape[-1])
-        self._add("weight", routing.layer, nothing_TE.scatter(1, experts_TK, weights_TK), valid_T)
-        self._add("tokens", routing.layer, nothing_TE.scatter(1, experts_TK, 1.0), valid_T)
+        place_TK = self.places(routing.layer, experts_TK)
+        nothing_TX = weights_TK.new_zeros(len(experts_TK), self.n_experts + 1)
+        for name, values in (("weight", weights_TK), ("tokens", torch.ones_like(weights_TK))):
+            amount_TE = nothing_TX.scatter(1, place_TK, values)[:, :-1]
+            self._add(name, routing.layer, amount_TE, valid_T)
+
+    def places(self, layer: int, experts_TK: Tensor) -> Tensor:
+        """Columns of the experts; nobody's is behind the last of all blocks."""
+        return experts_TK.masked_fill(experts_TK >= self.blocks[layer].n_experts, self.n_experts)
 
     def expert(self, call: hooks.ExpertCall, valid_T: Tensor | None) -> None:
         """Keeps what `combined` needs of one expert's outputs."""
@@ -285,7 +295,8 @@ class TokenSums:
         largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
         largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
         assert routing is not None, "a block's router runs before its experts"
-        self._add("votes", layer, borda_points(weighted_TE, routing.experts_TK))
+        place_TK = self.places(layer, routing.experts_TK)
+        self._add("votes", layer, borda_points(F.pad(weighted_TE, (0, 1)), place_TK)[:, :-1])
         if output_TD.shape != routing.input_TD.shape:
             self.is_in_width = False
             return

@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.models import hooks
@@ -44,7 +45,7 @@ class TextRecorder:
         self.next_sums = torch.zeros(len(NEXT), 3, *shape, **kwargs)
         self.alpha_sums = torch.zeros(3, *shape, **kwargs)
         # Σ and Σ² by layer: entropy over the chosen experts, over all, probability by rank.
-        self.moments = torch.zeros(2, len(blocks), 2 + blocks[0].top_k, **kwargs)
+        self.moments = torch.zeros(2, len(blocks), 2 + blocks[0].n_places, **kwargs)
         self.by_row = torch.zeros(3, len(rows), dtype=torch.float64)  # scored, loss, right
         self.chooses_N = torch.tensor(chooses, dtype=torch.bool)
 
@@ -81,14 +82,18 @@ class TextRecorder:
         routing = routing.on(self.device)
         block, layer = self.blocks[routing.layer], routing.layer
         alpha_TE = block.alpha(routing.logits_TE)
-        alpha_TK = alpha_TE.gather(1, routing.experts_TK)
-        self.chosen[layer] = routing.experts_TK, alpha_TK
+        place_TK = self.tokens.places(layer, routing.experts_TK)
+        alpha_TK = F.pad(alpha_TE, (0, self.tokens.n_experts + 1 - block.n_experts)).gather(
+            1, place_TK
+        )
+        self.chosen[layer] = place_TK, alpha_TK
         self.tokens.route(routing, self.counts_T)
         own = slice(block.n_experts)
         for part, counts_T in self._parts():
             self.alpha_sums[part, layer, own] += alpha_TE[counts_T].double().sum(dim=0)
         p_TK = alpha_TK[self.counts_T].double().sort(dim=1, descending=True).values
         p_TK = p_TK / p_TK.sum(dim=1, keepdim=True)
+        p_TK = p_TK.nan_to_num(0.0)  # of a token without experts
         entropies = [entropy(p_TK), entropy(alpha_TE[self.counts_T].double())]
         values_TX = torch.cat([torch.stack(entropies, dim=1), p_TK], dim=1)
         self.moments[0, layer] += values_TX.sum(dim=0)
@@ -113,9 +118,9 @@ class TextRecorder:
         chooses_M = self.chooses_N[found.row_M].to(self.device)
         for layer, (experts_TK, alpha_TK) in self.chosen.items():
             experts_MK, alpha_MK = experts_TK[at_M], alpha_TK[at_M].double()
-            nothing_ME = alpha_MK.new_zeros(len(at_M), self.next_sums.shape[-1])
-            is_chosen_ME = nothing_ME.scatter(1, experts_MK, 1.0)
-            alpha_ME = nothing_ME.scatter(1, experts_MK, alpha_MK)
+            nothing_MX = alpha_MK.new_zeros(len(at_M), self.next_sums.shape[-1] + 1)
+            is_chosen_ME = nothing_MX.scatter(1, experts_MK, 1.0)[:, :-1]
+            alpha_ME = nothing_MX.scatter(1, experts_MK, alpha_MK)[:, :-1]
             amounts = [is_chosen_ME * own_M[:, None] for own_M in (scored_M, right_M, loss_M)]
             amounts += [alpha_ME, alpha_ME * right_M[:, None]]
             for name, amount_ME in enumerate(amounts):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.errors import ContractError
@@ -70,15 +71,16 @@ def _add_bias(stack: ExitStack, block: MoeBlock, bias_E: Tensor, answers: _Answe
 
 def _scale(stack: ExitStack, block: MoeBlock, scale_E: Tensor, answers: _Answers | None) -> None:
     forward, before = own_forward(block.router), _probe(block, answers)
+    factors_E = F.pad(scale_E.double(), (0, 1), value=1.0)  # also of nobody
 
     def scaled(*args: Any, **kwargs: Any) -> Routed:
         logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-        factors_TK = scale_E.double().to(experts_TK.device)[experts_TK]
+        factors_TK = factors_E.to(experts_TK.device)[experts_TK]
         return logits_TE, (weights_TK * factors_TK).to(weights_TK.dtype), experts_TK
 
     stack.enter_context(replaced_forward(block.router, scaled))
     logits_TE, weights_TK, experts_TK = _probe(block, answers)
-    factors_TK = scale_E.to(experts_TK.device)[experts_TK].double()
+    factors_TK = factors_E.to(experts_TK.device)[experts_TK]
     wanted_TK = (before[1].double() * factors_TK).to(weights_TK.dtype)
     is_same = torch.equal(experts_TK, before[2]) and torch.equal(logits_TE, before[0])
     if not is_same or not torch.allclose(weights_TK, wanted_TK):
