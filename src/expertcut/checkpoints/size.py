@@ -2,8 +2,8 @@
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from torch import nn
@@ -30,6 +30,7 @@ from expertcut.edits.selection import (
 )
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
@@ -49,13 +50,29 @@ def size(moe: MoeModel) -> Size:
     """Parameters of a loaded model, tied weights once; bytes of its safetensors files."""
     total, idle = sum(p.numel() for p in moe.model.parameters()), 0
     for block in moe.blocks:
-        experts = dict(block.experts.named_parameters())
-        constants = experts.pop("approx_value", None)
-        n_kept = len(next(iter(experts.values())))
-        per_expert = sum(p.numel() for p in experts.values()) // n_kept
-        idle += per_expert * max(0, n_kept - block.top_k)
-        idle += 0 if constants is None else constants.numel()
+        n_kept, per_expert, n_constants = _of_experts(block)
+        idle += per_expert * max(0, n_kept - block.top_k) + n_constants
     return Size(total, total - idle, sum(file.stat().st_size for file in moe.source.weight_files))
+
+
+def size_with(moe: MoeModel, experts_by_layer: Sequence[float]) -> Size:
+    """The `size` of a loaded model whose tokens use so many experts in the mean."""
+    whole = size(moe)
+    unused = sum(
+        (min(block.top_k, n_kept) - n_used) * per_expert
+        for block, n_used in zip(moe.blocks, experts_by_layer, strict=True)
+        for n_kept, per_expert, _ in [_of_experts(block)]
+    )
+    return replace(whole, active_parameters=round(whole.active_parameters - unused))
+
+
+def _of_experts(block: MoeBlock) -> tuple[int, int, int]:
+    """Experts of a block that are no constants, parameters of each, and of all constants."""
+    experts = dict(block.experts.named_parameters())
+    constants = experts.pop("approx_value", None)
+    n_kept = len(next(iter(experts.values())))
+    per_expert = sum(p.numel() for p in experts.values()) // n_kept
+    return n_kept, per_expert, 0 if constants is None else constants.numel()
 
 
 def stored_size(source: Source) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from expertcut.commands import (
     publish,
     report,
     reweight,
+    route,
     show,
     sweep,
 )
@@ -64,6 +65,7 @@ COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
     ("Change", "prune", prune.PruneSettings, prune.run),
     ("Change", "merge", merge.MergeSettings, merge.run),
     ("Change", "reweight", reweight.ReweightSettings, reweight.run),
+    ("Change", "route", route.RouteSettings, route.run),
     ("Change", "heal", heal.HealSettings, heal.run),
     ("Judge", "sweep", sweep.SweepSettings, sweep.run),
     ("Judge", "eval", eval.EvalSettings, eval.run),

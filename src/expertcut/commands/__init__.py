@@ -33,6 +33,7 @@ from expertcut.settings import (
 if TYPE_CHECKING:
     from expertcut.checkpoints.build import BuildOptions, Built
     from expertcut.data.corpus import Corpus, TextSelection
+    from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.sweep_judges import TextScoring
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
@@ -443,6 +444,14 @@ class ScoredTextSettings(TextRowsSettings, ScoredSettings, ProfiledSettings):
             return None
         how = (self.top_k_logprobs, self.load_as(), options)
         return TextScoring(corpus, *how, dropped, is_held_out=not self.text)
+
+    def scoring(self, profile: "Profile", options: "MeasureOptions") -> "Scoring | TextScoring":
+        """What judges: texts or a quiz as named, else what the profile holds out."""
+        from expertcut.evaluation.results import Scoring
+
+        if self.scored_given or (texts := self.scored_texts(profile, options)) is None:
+            return Scoring(self.scored_quiz(profile), self.limit, self.load_as(), options)
+        return texts
 
 
 class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):

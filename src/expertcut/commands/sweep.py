@@ -18,10 +18,7 @@ from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath, flag_of, option
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.search_results import Sweep
-    from expertcut.evaluation.sweep_judges import TextScoring
-    from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
 
 
@@ -53,14 +50,6 @@ class SweepSettings(
         """What all cuts of the grid share; the criterion is set for each."""
         names = {*edit_settings.RankSettings.model_fields} - {"by"}
         return edit_settings.CutSettings(**self.model_dump(include=names))
-
-    def scoring(self, profile: "Profile", options: "MeasureOptions") -> "Scoring | TextScoring":
-        """What judges: texts or a quiz as named, else what the profile holds out."""
-        from expertcut.evaluation.results import Scoring
-
-        if self.scored_given or (texts := self.scored_texts(profile, options)) is None:
-            return Scoring(self.scored_quiz(profile), self.limit, self.load_as(), options)
-        return texts
 
 
 def run(settings: SweepSettings, ui: UI = SILENT) -> "Sweep":

@@ -308,13 +308,13 @@ def sample_inputs(engine: Engine, quiz: CalibrationSet) -> dict[int, Tensor]:
     width = int(engine.moe.model.config.get_text_config().hidden_size)
     by_inputs = KEPT_BYTES // (len(blocks) * width * engine.moe.dtype.itemsize)
     by_grams = KEPT_BYTES // (max(block.n_experts for block in blocks) ** 2 * 8)
-    reservoir = _Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
+    reservoir = Reservoir(max(1, min(MOST_TOKENS, by_inputs, by_grams)))
     few, layers = round_robin(quiz, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
-    collect_routing(engine, few, layers, reservoir.add)
+    collect_routing(engine, few, layers, lambda r, _: reservoir.add(r.layer, r.input_TD))
     return reservoir.kept
 
 
-class _Reservoir:
+class Reservoir:
     """A sample of tokens by reservoir sampling: those with the smallest of seeded random keys."""
 
     def __init__(self, n_tokens: int) -> None:
@@ -325,19 +325,18 @@ class _Reservoir:
         self.stays = torch.empty(0, dtype=torch.long)
         self.seen: set[int] = set()
 
-    def add(self, routing: Routing, _is_answer_T: Tensor) -> None:
-        """One router's tokens; the first router of a pass draws for all."""
-        layer, input_TD = routing.layer, routing.input_TD
+    def add(self, layer: int, rows_TX: Tensor) -> None:
+        """A row for each token of one router; the first router of a pass draws for all."""
         if not self.seen or layer in self.seen:
             self.seen = set()
-            keys = torch.cat([self.keys, torch.rand(len(input_TD), generator=self.generator)])
+            keys = torch.cat([self.keys, torch.rand(len(rows_TX), generator=self.generator)])
             n_kept = min(self.n_tokens, len(keys))
             self.stays = keys.topk(n_kept, largest=False).indices.sort().values
             self.keys = keys[self.stays]
         self.seen.add(layer)
-        before = self.kept.get(layer, input_TD[:0])
+        before = self.kept.get(layer, rows_TX[:0])
         is_old_T = self.stays < len(before)
-        rows = (before[self.stays[is_old_T]], input_TD[self.stays[~is_old_T] - len(before)])
+        rows = (before[self.stays[is_old_T]], rows_TX[self.stays[~is_old_T] - len(before)])
         self.kept[layer] = torch.cat(rows)
 
 

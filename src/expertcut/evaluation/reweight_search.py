@@ -71,19 +71,25 @@ class CachedScorer:
         if not shifts:
             return self.records.logprob_NC
         name = (*sorted((s.layer, s.expert, float(s.bias)) for s in shifts), apply_at)
-        if name not in self.known:
-            arrays = self._stored(name) or {"logprob_NC": self._tilted(shifts, apply_at)}
-            self._store((), self.unedited)
-            self._store(name, arrays)
-            self.known[name] = arrays["logprob_NC"]
-        return self.known[name]
-
-    def _tilted(self, shifts: tuple[RouterEdit, ...], apply_at: ApplyAt) -> Array:
         blocks = self.engine.moe.blocks
         biases = {s.layer: torch.zeros(blocks[s.layer].n_experts) for s in shifts}
         for shift in shifts:
             biases[shift.layer][shift.expert] += shift.bias
-        return self.changed(min(biases), tilted(blocks, Tilts(biases, apply_at=apply_at)))
+        return self.scored(name, min(biases), tilted(blocks, Tilts(biases, apply_at=apply_at)))
+
+    def scored(
+        self, name: tuple[object, ...], layer: int, change: AbstractContextManager[OnPass]
+    ) -> Array:
+        """Log p (N, C) with a change from this MoE block on; entered only if no result is cached.
+
+        `name` says all that the result depends on, besides the model and the questions.
+        """
+        if name not in self.known:
+            arrays = self._stored(name) or {"logprob_NC": self.changed(layer, change)}
+            self._store((), self.unedited)
+            self._store(name, arrays)
+            self.known[name] = arrays["logprob_NC"]
+        return self.known[name]
 
     @cached_property
     def _identity(self) -> str:

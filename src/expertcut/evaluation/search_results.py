@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Literal, Self, TypeVar
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -26,10 +26,13 @@ from expertcut.evaluation.results import (
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, Settings
 from expertcut.stats import LEVEL, Comparison, Count, Share
 
+if TYPE_CHECKING:
+    from expertcut.evaluation.route_results import RouteSweep
+
 SWEEP_FILE = "sweep.json"
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
-Search = TypeVar("Search", "Sweep", "Audit")
+Search = TypeVar("Search", "Sweep", "Audit", "RouteSweep")
 
 
 class SweepRequest(Record):

@@ -33,7 +33,7 @@ from expertcut.models.load import LoadOptions, MoeModel, load_tokenizer
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, TextProfile, load_profile
 from expertcut.profiling.workers import Progress
-from expertcut.scoring.engine import context_length
+from expertcut.scoring.engine import Engine, context_length
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import Array, accuracy, compare, document_ci95, logprob_shift, right_logprobs
 
@@ -66,6 +66,10 @@ class Judge(Protocol):
     def n(self) -> int:
         """Units that every form reads."""
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the edited forms."""
+
     def request(self) -> dict[str, Any]:
         """What the request of the sweep says of what is read."""
 
@@ -78,8 +82,11 @@ class Judge(Protocol):
     def base(self, cells: Path, size: Size) -> dict[str, Any]:
         """The fields of the sweep that the unedited model gives, once all of it is scored."""
 
+    def figures(self, cells: Path, name: str, size: Size) -> dict[str, Any]:
+        """The fields of a finished cell, paired with the unedited model, but for its settings."""
+
     def cell(self, cells: Path, name: str, size: Size, cut: Cut) -> Cell:
-        """A finished cell."""
+        """A finished cell of a cut."""
 
     def best(self, cells: Path, finished: schema.Sweep) -> dict[str, Any]:
         """The fields of the sweep that compare cells with each other."""
@@ -99,6 +106,11 @@ class QuizJudge:
     def n(self) -> int:
         """Questions."""
         return len(self.quiz)
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the edited forms."""
+        return self.measurement.engine
 
     def request(self) -> dict[str, Any]:
         """The questions and the scoring settings."""
@@ -129,17 +141,20 @@ class QuizJudge:
             **_size(size),
         )
 
-    def cell(self, cells: Path, name: str, size: Size, cut: Cut) -> schema.SweepCell:
-        """A cut, paired with the unedited model."""
+    def figures(self, cells: Path, name: str, size: Size) -> dict[str, Any]:
+        """Accuracy, and the paired change."""
         answered = load_profile(cells / name).answers
         largest, median = logprob_shift(self.unedited.logprob_NC, answered.logprob_NC)
-        return schema.SweepCell(
+        return {
             **self._model(cells, name, size).model_dump(),
-            **cut.named(),
-            change=compare(self.unedited.is_correct_N, answered.is_correct_N),
-            max_abs_logprob_diff=largest,
-            median_abs_logprob_diff=median,
-        )
+            "change": compare(self.unedited.is_correct_N, answered.is_correct_N),
+            "max_abs_logprob_diff": largest,
+            "median_abs_logprob_diff": median,
+        }
+
+    def cell(self, cells: Path, name: str, size: Size, cut: Cut) -> schema.SweepCell:
+        """A cut, paired with the unedited model."""
+        return schema.SweepCell(**self.figures(cells, name, size), **cut.named())
 
     def best(self, _cells: Path, _finished: schema.Sweep) -> dict[str, Any]:
         """Nothing: sentences say it."""
@@ -187,6 +202,12 @@ class TextJudge:
         """Rows."""
         return self.unedited.n_rows
 
+    @property
+    def engine(self) -> Engine:
+        """What runs the edited forms."""
+        assert self.edited is not None, "the unedited model comes first"
+        return self.edited.engine
+
     def request(self) -> dict[str, Any]:
         """The texts and the scoring settings."""
         scored = (self.top, self.vocabulary, self.scoring.dropped)
@@ -215,16 +236,19 @@ class TextJudge:
         assert info.text is not None, "texts were read"
         return document_sums(BaseRun(cells / name, info), self.corpus, self.rows)
 
+    def figures(self, cells: Path, name: str, size: Size) -> dict[str, Any]:
+        """Losses of all documents and of each source, and their paired changes."""
+        sums, base = self._sums(cells, name), self.base_sums
+        return {
+            **_texts(sums, size),
+            "change": compared(pooled(base), pooled(sums)),
+            "changes": {source: compared(base[source], own) for source, own in sums.items()},
+            "chunks": name,
+        }
+
     def cell(self, cells: Path, name: str, size: Size, cut: Cut) -> schema.TextCell:
         """A cut, paired with the unedited model."""
-        sums, base = self._sums(cells, name), self.base_sums
-        return schema.TextCell(
-            **_texts(sums, size),
-            **cut.named(),
-            change=compared(pooled(base), pooled(sums)),
-            changes={source: compared(base[source], own) for source, own in sums.items()},
-            chunks=name,
-        )
+        return schema.TextCell(**self.figures(cells, name, size), **cut.named())
 
     def best(self, cells: Path, finished: schema.Sweep) -> dict[str, Any]:
         """Of each share the cut that loses least, and what the others lose beyond it."""

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +12,7 @@ from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.sequential import rank_sequentially
-from expertcut.checkpoints.size import size, size_of_cut, size_of_cuts
+from expertcut.checkpoints.size import size_of_cut, size_of_cuts
 from expertcut.data import Quiz
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings
@@ -24,6 +23,7 @@ from expertcut.edits.splits import Questions, questions_for, used_hashes
 from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation import observed
+from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import Cell, Cut, TextScoring, judge_of
 from expertcut.models.load import LoadOptions
@@ -44,15 +44,10 @@ _MIN_WEIGHT = 0.01  # of an answer's gate weights: less may be lost in rounding
 _MIN_ANSWERS = 0.05  # of all answers
 
 
-class Step(NamedTuple):
-    """One form of the model: its name, and the run that scores the missing questions."""
-
-    name: str
-    run: Callable[[OnPass], Iterator[Progress]]
-
-
-class SweepRun:
+class SweepRun(CellSearch[schema.Sweep]):
     """A sweep of one profiled model; `sweep` holds the finished cells."""
+
+    file_name = schema.SWEEP_FILE
 
     def __init__(
         self,
@@ -65,7 +60,7 @@ class SweepRun:
         grid.check(blocks, settings)
         self.profile, self.grid, self.settings = profile, grid, settings
         self.scoring = scoring
-        self.waits = scoring.options.waits  # for all answers; only such a process saves cells
+        self.waits = scoring.options.waits
         source = profiled_source(profile)
         self.size_of = size_of_cuts(source, settings.layout, blocks[0].experts)
         drafts = [empty_draft(settings.updated(by=by), "", "", by) for by in grid.by]
@@ -95,22 +90,16 @@ class SweepRun:
 
     def steps(self, folder: Path) -> Iterator[Step]:
         """The unedited model, then every cell that the folder lacks; each is saved when done."""
-        file = folder / schema.SWEEP_FILE
-        earlier = schema.load_earlier(file, schema.Sweep, self.sweep.asked)
-        self.sweep = earlier or self.sweep
+        is_resumed = self.resume(folder)
         # Criteria that need no model are ranked first: they fail before anything runs.
         run_the_model = {by for by in self.grid.by if CRITERIA[by].needs_model}
         if self.settings.sequential:
             run_the_model = {*self.grid.by}
         at_once = {by: self._cuts(by) for by in self.grid.by if by not in run_the_model}
-        if earlier is None:
-            self.sweep.save(file)  # by every process: it claims the folder
+        if not is_resumed:
+            self.note(folder, {})  # by every process: it claims the folder
         store = folder / "cells"
-        yield Step("the unedited model", partial(self.judge.run, store, "base"))
-        if self.waits:
-            base = self.judge.base(store, size(self.engine.moe))
-            self.sweep = self.sweep.model_copy(update=base)
-            self.sweep.save(file)
+        yield from self.base_step(folder)
         for by in self.grid.by:
             cuts = at_once[by] if by in at_once else self._cuts(by)
             for fraction, draft in cuts.items():
@@ -124,10 +113,8 @@ class SweepRun:
                     finished = {(c.by, c.fraction): c for c in (*self.sweep.cells, cell)}
                     in_order = product(self.grid.by, self.grid.fractions)
                     cells = tuple(finished[key] for key in in_order if key in finished)
-                    self.sweep = self.sweep.model_copy(update={"cells": cells})
-                    best = self.judge.best(store, self.sweep)
-                    self.sweep = self.sweep.model_copy(update=best)
-                    self.sweep.save(file)
+                    best = self.judge.best(store, self.sweep.model_copy(update={"cells": cells}))
+                    self.note(folder, {"cells": cells, **best})
 
     def _cuts(self, by: str) -> dict[float, EditPlan]:
         missing = [f for f in self.grid.fractions if self.sweep.cell(by, f) is None]

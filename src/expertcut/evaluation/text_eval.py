@@ -35,8 +35,9 @@ from expertcut.evaluation.results import (
     TextResult,
     profile_hash,
 )
+from expertcut.models.hooks import registered
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
-from expertcut.profiling.measure import HALVED, MeasureOptions, PassCounter
+from expertcut.profiling.measure import HALVED, MeasureOptions, PassCounter, UsedExperts
 from expertcut.profiling.measure_text import TextMeasurement
 from expertcut.profiling.schema import JudgedInfo, TextProfileInfo
 from expertcut.profiling.storage import Arrays, read_chunk
@@ -104,6 +105,7 @@ class TextJudgement(TextMeasurement):
         options = replace(options, stats="none")
         super().__init__(moe, corpus, options, rows=rows, judged=judged)
         self.top, self.base = judged.top, base
+        self.counts_experts = options.counts_experts
 
     @property
     def n_rows(self) -> int:
@@ -122,11 +124,15 @@ class TextJudgement(TextMeasurement):
         recorder, base_of = RowSums(len(rows)), None
         if self.base is not None:
             base_of = Predictions(self.base.chunk(self.files[id(work)], work.subject))
-        counter = PassCounter(work.subject, on_pass, recorder)
+        used = [UsedExperts(self.moe.blocks, len(rows))] if self.counts_experts else []
+        counter = PassCounter(work.subject, on_pass, recorder, *used)
         observer = PassObserver(counter.begin, counter.undo)
-        for _, found in predict(self.engine, rows, observer, n_top=self.top, base_of=base_of):
-            recorder.add(found)
+        with registered(own.listening() for own in used):
+            for _, found in predict(self.engine, rows, observer, n_top=self.top, base_of=base_of):
+                recorder.add(found)
         arrays = recorder.arrays()
+        for own in used:
+            arrays |= own.arrays()
         arrays["tokens_N"] = np.array([len(ids) for ids in rows.prompts])
         if counter.n_halved:
             arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)

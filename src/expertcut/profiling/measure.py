@@ -12,12 +12,14 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 import transformers
+from torch import Tensor
 
 from expertcut import __version__
 from expertcut.data import Question, Quiz, Truncate, prompt, shuffle_choices
 from expertcut.data.sources import is_held_out, is_one_set
 from expertcut.errors import QuizError
 from expertcut.files import recall, remember
+from expertcut.models import hooks
 from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.devices import trim
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
@@ -29,6 +31,7 @@ from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chu
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
+from expertcut.scoring.rerouting import ExpertCounts
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,7 @@ class MeasureOptions:
     batch_tokens: int | None = None
     threads: int | None = None
     waits: bool = True  # ends when all chunks exist, else when none is left for this process
+    counts_experts: bool = False  # chunks then hold the experts that tokens use: `UsedExperts`
 
 
 class ChunkedRun:
@@ -90,24 +94,54 @@ class PassRecorder(Protocol):
         """Called after a pass that ran out of memory."""
 
 
+class UsedExperts(ExpertCounts):
+    """Experts that the tokens of a chunk use, with their arrays on disk."""
+
+    def begin(self, step: Pass) -> None:
+        """Called before each pass."""
+        self.before = [tensor.clone() for tensor in self._added()], self.prefix_tokens
+        super().begin(step)
+
+    def undo(self, _step: Pass) -> None:
+        """Called after a pass that ran out of memory."""
+        before, self.prefix_tokens = self.before
+        for tensor, was in zip(self._added(), before, strict=True):
+            tensor.copy_(was)
+
+    def _added(self) -> list[Tensor]:
+        return [self.used_NL, self.tokens_N, self.prefix_used_L]
+
+    def arrays(self) -> Arrays:
+        """By question and layer, and of the shared prefix, which runs once."""
+        counts = {
+            "used_NL": self.used_NL,
+            "tokens_N": self.tokens_N,
+            "prefix_used_L": self.prefix_used_L,
+            "prefix_tokens": torch.tensor([self.prefix_tokens]),
+        }
+        return {name: tensor.numpy().astype(np.uint32) for name, tensor in counts.items()}
+
+
 class PassCounter:
     """Counts the tokens of a chunk's passes, and those that ran out of memory."""
 
-    def __init__(self, what: str, on_pass: OnPass, recorder: PassRecorder) -> None:
-        self.what, self.on_pass, self.recorder = what, on_pass, recorder
+    def __init__(self, what: str, on_pass: OnPass, *recorders: PassRecorder) -> None:
+        self.what, self.on_pass, self.recorders = what, on_pass, recorders
         self.n_tokens = self.n_halved = 0
 
     def begin(self, step: Pass) -> None:
         """Called before each pass."""
         self.n_tokens += step.n_tokens
         self.on_pass(step)
-        self.recorder.begin(step)
+        for recorder in self.recorders:
+            recorder.begin(step)
 
     def undo(self, step: Pass) -> None:
         """Called after a pass that ran out of memory."""
         self.n_tokens -= step.n_tokens
         self.n_halved += 1
-        self.recorder.undo(step)
+        for recorder in self.recorders:
+            recorder.undo(step)
         logger.warning(
             "%s: a pass of %d tokens ran out of memory and comes again in halves: the bytes of "
             "this chunk may differ from those of another run",
@@ -126,7 +160,9 @@ class Measurement(ChunkedRun):
         self.engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
         self.engine.check_lengths(quiz)
         self._check_once(options.stats or "all")
-        self.waits = options.waits
+        self.waits, self.counts_experts = options.waits, options.counts_experts
+        if self.counts_experts:  # of all tokens, so the last block must run on all
+            self.engine.last_layer = None
         self.is_one_set = False
         if options.stats in (None, "all"):
             with suppress(QuizError):  # `prune` refuses such a split
@@ -164,11 +200,14 @@ class Measurement(ChunkedRun):
         encoded = self.engine.encode(self.quiz, work.subject, questions)
         of_calibration = [not is_held_out(q) for q in questions] if self.is_one_set else None
         recorder = Recorder(self.moe.blocks, len(questions), stats, of_calibration)
-        counter = PassCounter(work.subject, on_pass, recorder)
+        used = [UsedExperts(self.moe.blocks, len(questions))] if self.counts_experts else []
+        counter = PassCounter(work.subject, on_pass, recorder, *used)
         observer = PassObserver(counter.begin, counter.undo, recorder.on_rows, stats == "all")
-        with recorder.listening():
+        with hooks.registered([recorder.listening(), *(own.listening() for own in used)]):
             logprob_NC = self.engine.score(encoded, watch=observer)
         arrays = recorder.arrays()
+        for own in used:
+            arrays |= own.arrays()
         check_finite(self.moe, work.subject, arrays)
         if counter.n_halved:
             arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)

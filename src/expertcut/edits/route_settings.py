@@ -1,0 +1,232 @@
+"""The settings of `route`: rules of the router, their thresholds, and how they are judged."""
+
+import math
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
+
+from expertcut.documents import Record
+from expertcut.edits.edit_settings import CHECKPOINT, RANK, ROUTER
+from expertcut.errors import SettingsError
+from expertcut.settings import Settings, option, refuse
+
+Rule = Literal[
+    "top-k", "skip", "top-p", "entropy", "null", "odp", "fitted", "grouped", "smooth", "random"
+]
+RULES: tuple[Rule, ...] = get_args(Rule)
+CALIBRATED: tuple[Rule, ...] = ("skip", "top-p", "entropy", "null", "odp")
+"""Rules whose thresholds follow from a mean number of experts."""
+USUAL: dict[Rule, float] = {"skip": 0.5, "top-p": 0.4, "grouped": 2, "smooth": 0.5}
+"""The `at` of a rule where neither it nor a mean is given."""
+_SHARES = (0.75, 0.5, 0.25)  # of K, the means that a sweep tries
+_OPEN = ("skip", "top-p", "odp")  # rules whose threshold lies between 0 and 1
+_ACTIONS = ("sweep", "tune", "oracle")
+
+_router = partial(option, panel=ROUTER)
+_judging = partial(option, panel="Judging", in_recipe=False)
+
+
+def _number_texts(value: Any) -> Any:
+    """Numbers of YAML and Python as the text of the command line."""
+    several = value if isinstance(value, list | tuple) else [value]
+    if all(isinstance(one, int | float) and not isinstance(one, bool) for one in several):
+        return ",".join(f"{one:.17g}" for one in several)
+    return value
+
+
+def _check_numbers(text: str) -> str:
+    for part in text.split(","):
+        try:
+            is_finite = math.isfinite(float(part))
+        except ValueError:
+            is_finite = False
+        if not is_finite:
+            refuse(f"{part.strip()[:60]!a} is not a number: write 0.5, or 0.3,0.5 for several")
+    return text
+
+
+def _check_rules(text: str) -> str:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in RULES:
+            refuse(f"no rule {name[:60]!a}: take {', '.join(RULES)}")
+        if names.count(name) > 1:
+            refuse(f"{text[:100]!a} has {name} twice")
+    return ",".join(names)
+
+
+Numbers = Annotated[str, BeforeValidator(_number_texts), AfterValidator(_check_numbers)]
+Rules = Annotated[str, AfterValidator(_check_rules)]
+
+
+def read_numbers(text: str) -> tuple[float, ...]:
+    """`0.3,0.5` as numbers, each once."""
+    return tuple(dict.fromkeys(map(float, text.split(","))))
+
+
+class RouteSetting(Record):
+    """One setting of a rule: `at`, or thresholds calibrated to `experts` a token in the mean.
+
+    `draw` numbers the random controls.
+    """
+
+    rule: Rule
+    at: FiniteFloat | None = None
+    experts: FiniteFloat | None = None
+    draw: int | None = Field(None, ge=0)
+
+    @property
+    def is_control(self) -> bool:
+        """Whether this is one of the draws of random experts."""
+        return self.draw is not None
+
+    @property
+    def label(self) -> str:
+        """The setting without its rule, as tables write it."""
+        if self.draw is not None:
+            return f"draw {self.draw}"
+        if self.experts is not None:
+            return f"to {self.experts:g}"
+        return "" if self.at is None else f"{self.at:g}"
+
+    @property
+    def slug(self) -> str:
+        """The name of outputs."""
+        return "-".join([self.rule, *self.label.split()])
+
+
+class RouteSettings(Settings):
+    """Which experts a token uses, by which rule."""
+
+    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(RULES)}.")
+    at: Numbers | None = _router(
+        None, "Threshold of the rule (k of top-k, groups of grouped); several separated by "
+        "commas.  [default: the rule's own]", metavar="F",
+    )  # fmt: skip
+    experts: Numbers | None = _router(
+        None, "Calibrate thresholds, layer by layer, to this mean number of experts a token.",
+        metavar="N",
+    )  # fmt: skip
+    most: Annotated[str, BeforeValidator(_number_texts)] | None = _router(
+        None, "Use at most this many experts a token, or all.  [default: the model's K]",
+        metavar="N",
+    )  # fmt: skip
+    level: Literal["token", "prompt"] = _router(
+        "token", "Draw experts anew for each token or each prompt, with --rule random."
+    )
+    weights: Literal["gate", "renormalised"] = _router(
+        "gate", "Gate weights of the experts that stay: as the gate gives them, or renormalised."
+    )
+    layout: Literal["stock", "routed"] = option(
+        "routed", "Form of the checkpoint: routed loads in transformers with --trust-remote-code, "
+        "stock holds top-k alone and loads wherever the base does.", panel=CHECKPOINT,
+    )  # fmt: skip
+    sweep: bool = _judging(False, "Score every setting, and write no checkpoint.")
+    tune: bool = option(
+        False, "Choose the fewest experts that hold within the margin, on the tuning questions.",
+        panel=RANK,
+    )  # fmt: skip
+    prove: bool = _judging(
+        False, "Cross-fit --tune and compare it with random experts left out.",
+        flags=("--cross-fit",), aliases=("--prove",),
+    )  # fmt: skip
+    oracle: bool = _judging(
+        False, "Score the best setting of each question against as many noise variants."
+    )
+    draws: int | None = _judging(
+        None, "Draws of random experts that are compared with.  [default: 20]",
+        flags=("--random-draws",), aliases=("--draws",), ge=0, le=10**4,
+    )  # fmt: skip
+    seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0)
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules by name."""
+        return tuple(rule for name in self.rule.split(",") for rule in RULES if rule == name)
+
+    @property
+    def n_most(self) -> int | None:
+        """`most` as a number; 0 is all, None the model's K."""
+        if self.most is None:
+            return None
+        if self.most != "all" and not (self.most.isdigit() and int(self.most) > 0):
+            raise SettingsError(f"--most {self.most[:60]} must be a number above 0, or all")
+        return 0 if self.most == "all" else int(self.most)
+
+    def check(self) -> None:
+        """Refuses options that do not go together, with a SettingsError."""
+        actions = [f"--{name}" for name in _ACTIONS if getattr(self, name)]
+        if len(actions) > 1:
+            raise SettingsError(f"{' and '.join(actions)} do different things: give one of them")
+        if self.prove and not self.tune:
+            raise SettingsError("--cross-fit judges how --tune chooses: add --tune")
+        if self.at is not None and self.experts is not None:
+            raise SettingsError("--at and --experts both set the threshold: leave one of them out")
+        for rule in self.rules:
+            self._check_rule(rule)
+        n_settings = len(self.rules) * len((self.at or self.experts or "").split(","))
+        if not actions and n_settings > 1:
+            raise SettingsError(
+                "a checkpoint has one rule and one threshold: give one of each, or --sweep to "
+                "score several"
+            )
+        if not actions and self.layout == "stock" and self.rules != ("top-k",):
+            raise SettingsError(
+                "--layout stock has no place for a threshold by token: take --layout routed, or "
+                "--rule top-k"
+            )
+        if self.tune and (self.at is not None or not {*self.rules} <= {*CALIBRATED}):
+            raise SettingsError(
+                "--tune chooses the threshold of one of the rules "
+                f"{', '.join(CALIBRATED)}: take one of these, without --at"
+            )
+
+    def _check_rule(self, rule: Rule) -> None:
+        for at in read_numbers(self.at) if self.at is not None else ():
+            if rule in _OPEN and not 0 < at < 1:
+                raise SettingsError(f"--at {at:g} must lie between 0 and 1 for --rule {rule}")
+            if rule in ("top-k", "grouped") and (at < 1 or at != int(at)):
+                raise SettingsError(f"--at {at:g} must be a whole number for --rule {rule}")
+            if rule == "random":
+                raise SettingsError("--at has no meaning for --rule random: leave it out")
+        if self.experts is None:
+            return
+        if rule not in (*CALIBRATED, "top-k"):
+            raise SettingsError(
+                f"--experts calibrates thresholds, and {rule} has none: give --at, or one of the "
+                f"rules {', '.join(CALIBRATED)}"
+            )
+        for experts in read_numbers(self.experts):
+            if experts < 1:
+                raise SettingsError(f"--experts {experts:g} must be at least 1")
+            if rule == "top-k" and experts != int(experts):
+                raise SettingsError(f"--experts {experts:g} must be a whole number for top-k")
+
+    def choices(self, top_k: int) -> tuple[RouteSetting, ...]:
+        """Every setting, rule by rule, for a model of this K; each once."""
+        most = top_k if self.n_most is None else self.n_most
+        if self.experts is not None and 0 < most < max(read_numbers(self.experts)):
+            raise SettingsError(
+                f"--experts {self.experts} is above {most}, the most that a token may use: add "
+                "--most N"
+            )
+        found = [choice for rule in self.rules for choice in self._of_rule(rule, top_k)]
+        return tuple(dict.fromkeys(found))
+
+    def _of_rule(self, rule: Rule, top_k: int) -> list[RouteSetting]:
+        if rule == "random":
+            return [RouteSetting(rule=rule)]
+        if self.at is not None:
+            return [RouteSetting(rule=rule, at=at) for at in read_numbers(self.at)]
+        if self.experts is not None:
+            means = read_numbers(self.experts)
+        elif (self.sweep or self.oracle) and rule in (*CALIBRATED, "top-k"):
+            means = tuple(max(1.0, share * top_k) for share in _SHARES)
+        elif self.sweep or self.oracle or rule in USUAL:
+            return [RouteSetting(rule=rule, at=USUAL.get(rule))]
+        else:
+            raise SettingsError(f"--rule {rule} needs a threshold: give --at F, or --experts N")
+        if rule == "top-k":
+            return [RouteSetting(rule=rule, at=float(round(mean))) for mean in means]
+        return [RouteSetting(rule=rule, experts=mean) for mean in means]

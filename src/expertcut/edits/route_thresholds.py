@@ -1,0 +1,139 @@
+"""Thresholds of routing rules that keep a mean number of experts, layer by layer.
+
+One pass over at most 512 tuning questions keeps, of at most 65,536 tokens, the score by which each
+further expert stays. A threshold is then a quantile of these scores: no other pass is needed.
+T are tokens, X the places behind those that always stay.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from expertcut.data.corpus import CalibrationSet, round_robin
+from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Reservoir, collect_routing
+from expertcut.edits.route_settings import Rule
+from expertcut.errors import SettingsError
+from expertcut.models.hooks import Routing
+from expertcut.models.moe_block import MoeBlock
+from expertcut.scoring.engine import Engine
+
+MOST_TOKENS = 1 << 16
+Scores = Callable[[Routing, Tensor, int], Tensor]
+
+
+def _skip(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
+    """g_i / g_1 of all but the largest gate weight."""
+    weights_TK = routing.weights_TK.float().sort(dim=1, descending=True).values
+    return weights_TK[:, 1:most] / weights_TK[:, :1]
+
+
+def _top_p(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
+    """What a place's experts before it leave of the probability: it stays while ≥ 1 − p."""
+    alpha_TM = alpha_TE.topk(most, dim=1).values
+    return 1 - alpha_TM.cumsum(dim=1)[:, :-1]
+
+
+def _entropy(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
+    """exp(H) over the number of experts before a place: it stays while above 1 / c."""
+    entropy_T1 = torch.special.entr(alpha_TE).sum(dim=1, keepdim=True)
+    return entropy_T1.exp() / torch.arange(1, most)
+
+
+def _null(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
+    """Logits of the chosen experts, each of which stays while above b."""
+    logits_TK = routing.logits_TE.float().gather(1, routing.experts_TK)
+    return logits_TK.sort(dim=1, descending=True).values[:, :most]
+
+
+@dataclass(frozen=True)
+class _Calibrated:
+    """Scores (T, X): a place stays where its score is at least a level; `at` is that level's form.
+
+    `n_fixed` experts stay whatever the level.
+    """
+
+    scores: Scores
+    at: Callable[[float], float]
+    n_fixed: int = 1
+
+
+_RULES: dict[Rule, _Calibrated] = {
+    "skip": _Calibrated(_skip, lambda level: level),
+    "top-p": _Calibrated(_top_p, lambda level: 1 - level),
+    "entropy": _Calibrated(_entropy, lambda level: 1 / level),
+    "null": _Calibrated(_null, lambda level: level, n_fixed=0),
+    "odp": _Calibrated(_skip, lambda level: level),
+}
+
+
+@dataclass(frozen=True)
+class GateSample:
+    """Scores of one rule on a sample of tokens, by layer, sorted from the largest."""
+
+    rule: Rule
+    scores_by_layer: dict[int, Tensor]  # (T · X,)
+    n_places: int
+
+    def thresholds(self, experts: float) -> dict[int, float]:
+        """By layer the `at` with which these tokens use so many experts in the mean."""
+        own = _RULES[self.rule]
+        share = (experts - own.n_fixed) / max(self.n_places, 1)
+        if not 0 <= share <= 1:
+            most = own.n_fixed + self.n_places
+            raise SettingsError(
+                f"--experts {experts:g} must lie between {max(own.n_fixed, 1)} and {most} for "
+                f"--rule {self.rule}, the most that a token may use: change it or --most"
+            )
+        return {
+            layer: own.at(_level(scores, share)) for layer, scores in self.scores_by_layer.items()
+        }
+
+
+def _level(scores: Tensor, share: float) -> float:
+    """The level that this share of descending scores reaches, midway between two of them."""
+    n = round(share * len(scores))
+    if n == 0:
+        return float(scores[0]) + abs(float(scores[0])) * 1e-6 + 1e-9
+    if n == len(scores):
+        return float(scores[-1]) - abs(float(scores[-1])) * 1e-6 - 1e-9
+    return (float(scores[n - 1]) + float(scores[n])) / 2
+
+
+def sample_gates(
+    engine: Engine, tuning: CalibrationSet, rules: Sequence[Rule], n_most: int | None
+) -> dict[Rule, GateSample]:
+    """The samples of several rules, from one pass."""
+    blocks = engine.moe.blocks
+    few, layers = round_robin(tuning, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
+    reservoir, widths = Reservoir(MOST_TOKENS), dict[Rule, int]()
+
+    def see(routing: Routing, _is_answer_T: Tensor) -> None:
+        block = blocks[routing.layer]
+        alpha_TE, parts = block.alpha(routing.logits_TE), []
+        for rule in rules:
+            parts.append(_RULES[rule].scores(routing, alpha_TE, most_experts(block, rule, n_most)))
+            widths[rule] = parts[-1].shape[1]
+        reservoir.add(routing.layer, torch.cat(parts, dim=1))
+
+    collect_routing(engine, few, layers, see)
+    found, start = dict[Rule, GateSample](), 0
+    for rule in rules:
+        own = slice(start, start := start + widths[rule])
+        by_layer = {
+            layer: rows_TX[:, own].flatten().sort(descending=True).values
+            for layer, rows_TX in reservoir.kept.items()
+        }
+        found[rule] = GateSample(rule, by_layer, widths[rule])
+    return found
+
+
+def most_experts(block: MoeBlock, rule: Rule, n_most: int | None) -> int:
+    """The most experts of a block that a token may use by a rule: K unless `--most` says more.
+
+    Only rules that rank all experts go beyond K.
+    """
+    widens = rule in ("top-p", "entropy")
+    wanted = block.top_k if n_most is None else n_most or block.n_experts
+    return min(wanted, block.n_experts if widens else block.top_k)

@@ -1,0 +1,201 @@
+"""The stage behind `route --sweep`: scores every setting of the rules in one loaded model."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.checkpoints.size import size_with
+from expertcut.data.corpus import hash_lines
+from expertcut.edits.route_settings import CALIBRATED, RouteSetting, RouteSettings
+from expertcut.edits.route_thresholds import GateSample, sample_gates
+from expertcut.edits.splits import questions_for
+from expertcut.errors import ContractError, SettingsError
+from expertcut.evaluation import route_results as schema
+from expertcut.evaluation.cell_search import CellSearch, Step
+from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
+from expertcut.evaluation.sweep_judges import TextScoring, judge_of
+from expertcut.models.routing_rule import RoutingRule
+from expertcut.profiling.measure import MeasureOptions
+from expertcut.profiling.storage import Profile, load_profile, read_chunk
+from expertcut.profiling.workers import Progress
+from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import OnPass
+from expertcut.scoring.rerouting import Rerouting, rerouted
+from expertcut.stats import Array
+
+DRAWS = 20
+
+
+class Rules:
+    """The rules of some settings in a loaded model, with thresholds calibrated once."""
+
+    def __init__(self, profile: Profile, engine: Engine, settings: RouteSettings) -> None:
+        self.profile, self.engine, self.settings = profile, engine, settings
+
+    @cached_property
+    def samples(self) -> dict[str, GateSample]:
+        """Of each rule that may be calibrated, its scores on the tuning questions."""
+        rules = [rule for rule in self.settings.rules if rule in CALIBRATED]
+        tuning = questions_for(self.profile, is_fitting=True).tuning
+        return {**sample_gates(self.engine, tuning, rules, self.settings.n_most)}
+
+    def rerouting(self, setting: RouteSetting) -> Rerouting:
+        """The rule with its thresholds by layer; a SettingsError where the model has no place."""
+        rule, settings = self._rule(setting), self.settings
+        layers = [block.layer for block in self.engine.moe.blocks]
+        if setting.experts is not None and setting.rule in CALIBRATED:
+            at_by_layer = self.samples[setting.rule].thresholds(setting.experts)
+        else:
+            at_by_layer = dict.fromkeys(layers, 0.0 if setting.at is None else setting.at)
+        try:
+            for block in self.engine.moe.blocks:
+                rule.check_threshold(at_by_layer[block.layer])
+                rule.check(block, at_by_layer[block.layer])
+        except ValueError as error:
+            raise SettingsError(f"--rule {setting.rule}: {error}") from None
+        except ContractError as error:
+            raise SettingsError(f"--rule {setting.rule}, --most {settings.most}: {error}") from None
+        return Rerouting(rule, at_by_layer)
+
+    def _rule(self, setting: RouteSetting) -> RoutingRule:
+        settings, n_most = self.settings, self.settings.n_most
+        n_experts = min(block.n_experts for block in self.engine.moe.blocks)
+        return RoutingRule(
+            rule=setting.rule,
+            most=n_experts if n_most == 0 else n_most,
+            weights=settings.weights,
+            level=settings.level,
+            seed=settings.seed + (setting.draw or 0),
+        )
+
+
+def with_controls(settings: Sequence[RouteSetting], draws: int) -> tuple[RouteSetting, ...]:
+    """The settings, and draws of random experts in place of those of rule `random`."""
+    own = [setting for setting in settings if setting.rule != "random"]
+    return (*own, *(RouteSetting(rule="random", draw=i) for i in range(draws)))
+
+
+@contextmanager
+def one_prompt_at_a_time(engine: Engine, *, if_so: bool) -> Iterator[None]:
+    """Scores prompts alone, as rules that look at whole prompts need."""
+    was = engine.is_trusted
+    engine.is_trusted = was and not if_so
+    try:
+        yield
+    finally:
+        engine.is_trusted = was
+
+
+class RouteSweepRun(CellSearch[schema.RouteSweep]):
+    """A sweep over rules of one profiled model; `sweep` holds the finished cells."""
+
+    file_name = schema.ROUTE_FILE
+
+    def __init__(
+        self, profile: Profile, settings: RouteSettings, scoring: Scoring | TextScoring
+    ) -> None:
+        blocks, measured = profile.info.model.blocks, profile.info.settings
+        draws = DRAWS if settings.draws is None else settings.draws
+        choices = with_controls(settings.choices(blocks[0].top_k), draws)
+        self.waits = scoring.options.waits
+        self.engine = engine_as_profiled(profile, profiled_source(profile), scoring.load_as)
+        options = MeasureOptions(
+            *("none", measured.batch_tokens, measured.threads, self.waits), counts_experts=True
+        )
+        self.judge = judge_of(self.engine.moe, scoring, options)
+        self.rules = Rules(profile, self.engine, settings)
+        judged = self.judge.request()
+        judged["scored"] = judged["scored"].called(profile.info.model.id)
+        request = schema.RouteRequest(
+            **judged,
+            profile=profile_hash(profile.info),
+            settings=choices,
+            most=settings.n_most,
+            **settings.model_dump(include={"weights", "level", "seed"}),
+        )
+        questions = questions_for(profile, is_fitting=True)
+        used = frozenset(hash_lines(questions.tuning)) | questions.inherited
+        overlap = self.judge.n_used(used)
+        chosen_on = ChosenOnResult(split=questions.tuning.split, overlap=overlap)
+        self.sweep = schema.RouteSweep(asked=request, chosen_on=chosen_on)
+
+    def steps(self, folder: Path) -> Iterator[Step]:
+        """The model as it is, then every setting that the folder lacks; each is saved when done."""
+        is_resumed = self.resume(folder)
+        settings = self.sweep.asked.settings
+        missing = [setting for setting in settings if self.sweep.cell(setting) is None]
+        # All settings are refused before anything runs but the pass that calibrates.
+        routings = {setting: self.rules.rerouting(setting) for setting in missing}
+        if not is_resumed:
+            self.note(folder, {})  # by every process: it claims the folder
+        yield from self.base_step(folder)
+        store = folder / "cells"
+        if self.waits:
+            experts, _, _ = used_experts(store / "base")
+            self.note(folder, {"base_experts": experts})
+        for setting, routing in routings.items():
+            content = repr((routing.rule, sorted(routing.at_by_layer.items()))).encode()
+            name = f"{setting.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
+            title = " ".join(filter(None, (setting.rule, setting.label)))
+            yield Step(title, partial(self._run, routing, store, name))
+            if self.waits:
+                finished = {cell.setting: cell for cell in self.sweep.cells}
+                finished[setting] = self._cell(setting, routing, store, name)
+                cells = tuple(finished[own] for own in settings if own in finished)
+                self.note(folder, {"cells": cells})
+
+    def _run(self, routing: Rerouting, store: Path, name: str, see: OnPass) -> Iterator[Progress]:
+        blocks, needs_prompt = self.engine.moe.blocks, routing.rule.needs_prompt
+        alone = one_prompt_at_a_time(self.judge.engine, if_so=needs_prompt)
+        with alone, rerouted(blocks, routing) as begin:
+
+            def on_pass(step: Pass) -> None:
+                begin(step)
+                see(step)
+
+            yield from self.judge.run(store, name, on_pass)
+
+    def _cell(
+        self, setting: RouteSetting, routing: Rerouting, store: Path, name: str
+    ) -> schema.RouteCell | schema.RouteTextCell:
+        experts, experts_L, by_subject = used_experts(store / name)
+        moe = self.engine.moe
+        figures = self.judge.figures(store, name, size_with(moe, experts_L.tolist()))
+        has_threshold = bool(routing.rule.kind.at)
+        figures |= {
+            "setting": setting,
+            "thresholds": routing.thresholds if has_threshold else (),
+            "experts_per_token": experts,
+            "experts_by_layer": tuple(experts_L.tolist()),
+            "experts_by_subject": by_subject,
+        }
+        if self.sweep.asked.text is not None:
+            return schema.RouteTextCell(**figures)
+        scored = load_profile(store / name)
+        is_correct_N, subject_N = scored.answers.is_correct_N, np.array(scored.subjects())
+        accuracies = {s: float(is_correct_N[subject_N == s].mean()) for s in by_subject}
+        return schema.RouteCell(**figures, accuracy_by_subject=accuracies)
+
+
+def used_experts(folder: Path) -> tuple[float, Array, dict[str, float]]:
+    """Experts a token and layer: in all, by layer (L,), and by subject over its own tokens."""
+    info = load_profile(folder).info
+    used_L, n_tokens = np.zeros(len(info.model.blocks)), 0
+    by_subject: dict[str, list[float]] = {}
+    for file, subject, n in info.chunks():
+        chunk = read_chunk(folder / "chunks" / file, info.chunk_hash(file, subject))
+        own_L, n_own = chunk["used_NL"].sum(axis=0, dtype=np.float64), int(chunk["tokens_N"].sum())
+        sums = by_subject.setdefault(subject, [0.0, 0])
+        sums[0] += float(own_L.mean())
+        sums[1] += n_own
+        # As if every prompt had been read alone.
+        used_L += own_L + n * chunk["prefix_used_L"].astype(np.float64)
+        n_tokens += n_own + n * int(chunk["prefix_tokens"][0])
+    mean_L = used_L / n_tokens
+    return float(mean_L.mean()), mean_L, {s: used / own for s, (used, own) in by_subject.items()}

@@ -1,0 +1,224 @@
+"""The stages behind `route --tune` and `--oracle`: one loaded model, scored again and again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.data import Quiz
+from expertcut.data.corpus import as_quiz
+from expertcut.edits.reweight_select import QuestionOutcomes, right
+from expertcut.edits.route_settings import RouteSetting, RouteSettings, Rule
+from expertcut.edits.splits import questions_for
+from expertcut.evaluation.cross_fit import deal
+from expertcut.evaluation.holding import (
+    HoldingResult,
+    Tuning,
+    cross_fit_holding,
+    holding_result,
+)
+from expertcut.evaluation.oracle import OracleGain, oracle_gain, reader_gain
+from expertcut.evaluation.results import Scoring
+from expertcut.evaluation.reweight_search import CachedScorer
+from expertcut.evaluation.route_sweep import DRAWS, Rules, one_prompt_at_a_time
+from expertcut.models.load import LoadOptions
+from expertcut.models.routing_rule import RoutingRule
+from expertcut.profiling.storage import Profile
+from expertcut.scoring.random_skipping import skipping_at_random
+from expertcut.scoring.rerouting import Rerouting, rerouted
+from expertcut.stats import Array, Comparison, compare
+
+_STEP = 0.5  # experts a token between two candidates of a search
+_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of random skipping, for its number of flips
+Report = Callable[[int, int], None]
+
+
+class RuleScorer:
+    """Log p of a quiz's choices under rules and their random controls; each result is cached."""
+
+    def __init__(self, scorer: CachedScorer, rules: Rules) -> None:
+        self.scorer, self.rules = scorer, rules
+        self.blocks = scorer.engine.moe.blocks
+
+    @property
+    def records(self) -> QuestionOutcomes:
+        """Answers of the model as it is."""
+        return self.scorer.records
+
+    def ruled(self, setting: RouteSetting) -> Array:
+        """Log p (N, C) with a rule."""
+        routing = self.rules.rerouting(setting)
+        with one_prompt_at_a_time(self.scorer.engine, if_so=routing.rule.needs_prompt):
+            return self.scorer.scored(_name("rule", routing), 0, rerouted(self.blocks, routing))
+
+    def left_out(self, setting: RouteSetting, seed: int) -> Array:
+        """Log p (N, C) with as many experts as a rule keeps, but random ones of the K."""
+        routing = self.rules.rerouting(setting)
+        change = skipping_at_random(self.blocks, routing, seed)
+        return self.scorer.scored((*_name("left out", routing), seed), 0, change)
+
+    def skipped(self, share: float, seed: int) -> Array:
+        """Log p (N, C) with a share of the experts left out at random."""
+        routing = self._identity
+        change = skipping_at_random(self.blocks, routing, seed, share)
+        return self.scorer.scored((*_name("skipped", routing), share, seed), 0, change)
+
+    @cached_property
+    def _identity(self) -> Rerouting:
+        rule = RoutingRule(rule="skip", weights=self.rules.settings.weights)
+        return Rerouting(rule, {block.layer: 0.0 for block in self.blocks})
+
+
+def _name(what: str, routing: Rerouting) -> tuple[object, ...]:
+    return (what, routing.rule.model_dump_json(), *sorted(routing.at_by_layer.items()))
+
+
+@dataclass(frozen=True)
+class RouteTuning:
+    """The setting that was chosen on the tuning questions (None: the model as it is).
+
+    `tried` has the change of every mean that was tried, on the same questions.
+    """
+
+    tuning: Quiz
+    rule: Rule
+    chosen: RouteSetting | None
+    tried: dict[float, Comparison]
+    base_accuracy: float
+    proof: HoldingResult | None
+
+
+def tune(
+    profile: Profile, settings: RouteSettings, margin: float, load_as: LoadOptions,
+    report: Report, folder: Path,
+) -> RouteTuning:  # fmt: skip
+    """Chooses the fewest experts that hold on the tuning questions, and cross-fits if asked."""
+    tuning = as_quiz(questions_for(profile, is_fitting=True).tuning)
+    engine = engine_as_profiled(profile, profiled_source(profile), load_as)
+    rules = Rules(profile, engine, settings)
+    scorer = RuleScorer(CachedScorer(engine, tuning, folder=folder), rules)
+    records, (rule,) = scorer.records, settings.rules
+    steps, tried = count(1), dict[float, Comparison]()
+
+    def right_at(mean: float) -> Array:
+        right_N = right(scorer.ruled(RouteSetting(rule=rule, experts=mean)), records.answer_N)
+        if mean not in tried:
+            report(next(steps), 0)
+        tried[mean] = compare(records.is_correct_N, right_N)
+        return right_N
+
+    def random_right_at(mean: float, draw: int) -> Array:
+        setting = RouteSetting(rule=rule, experts=mean)
+        report(next(steps), 0)
+        return right(scorer.left_out(setting, settings.seed + draw), records.answer_N)
+
+    own = Tuning.of(
+        records.is_correct_N, records.subject_N.tolist(), records.hash_N.tolist(), margin,
+        settings.seed,
+    )  # fmt: skip
+    means = candidates(engine.moe.blocks[0].top_k)
+    base_accuracy, proof = float(records.is_correct_N.mean()), None
+    if settings.prove:
+        draws = DRAWS if settings.draws is None else settings.draws
+        found = cross_fit_holding(own, means, right_at, random_right_at, draws)
+        mean = found.experts
+        procedure = f"route --rule {rule} --tune --margin {100 * margin:g}"
+        named = {"quiz": tuning.id, "split": tuning.split, "seed": settings.seed}
+        proof = holding_result(found, base_accuracy, procedure, **named)
+    else:
+        mean = own.choose(means, right_at, np.ones(len(records), dtype=bool))
+    chosen = None if mean is None else RouteSetting(rule=rule, experts=mean)
+    return RouteTuning(tuning, rule, chosen, tried, base_accuracy, proof)
+
+
+def candidates(top_k: int) -> tuple[float, ...]:
+    """Means of experts a token below K, from the most to 1."""
+    return tuple(float(mean) for mean in np.arange(top_k - _STEP, 1 - 1e-9, -_STEP))
+
+
+@dataclass(frozen=True)
+class RouteOracle:
+    """What the best setting per question gains, and what a reader of the router gains.
+
+    By setting: its change, its flipped answers, and those of its variants in the mean.
+    """
+
+    settings: tuple[RouteSetting, ...]
+    changes: tuple[Comparison, ...]
+    flips: tuple[int, ...]
+    noise_flips: tuple[float, ...]
+    gain: OracleGain
+    reader: Comparison
+    base_accuracy: float
+    n_questions: int
+    n_sets: int
+
+
+def score_oracle(
+    profile: Profile, settings: RouteSettings, scoring: Scoring, report: Report, folder: Path
+) -> RouteOracle:
+    """Scores every setting, and as many noise variants as there are sets, on a quiz."""
+    engine = engine_as_profiled(profile, profiled_source(profile), scoring.load_as)
+    rules = Rules(profile, engine, settings)
+    choices = settings.choices(engine.moe.blocks[0].top_k)
+    scorer = RuleScorer(CachedScorer(engine, scoring.quiz, folder=folder), rules)
+    records, n_sets = scorer.records, DRAWS if settings.draws is None else settings.draws
+    n_steps = len(choices) + len(_SHARES) + n_sets * len(choices)
+    steps = count(1)
+
+    def told(logprob_NC: Array) -> Array:
+        report(next(steps), n_steps)
+        return logprob_NC
+
+    answers_SN = np.array([told(scorer.ruled(one)).argmax(axis=1) for one in choices])
+    base_N = records.logprob_NC.argmax(axis=1)
+    flips_S = (answers_SN != base_N).sum(axis=1)
+    flips_G = np.array(
+        [(told(scorer.skipped(share, settings.seed)).argmax(axis=1) != base_N).sum()
+         for share in _SHARES]
+    )  # fmt: skip
+    share_S = shares_for(flips_S, flips_G)
+    noise_BSN = np.array(
+        [
+            [
+                told(scorer.skipped(share, settings.seed + 1 + b * len(choices) + s)).argmax(axis=1)
+                for s, share in enumerate(share_S)
+            ]
+            for b in range(n_sets)
+        ]
+    )
+    right_SN = answers_SN == records.answer_N
+    fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), settings.seed)
+    is_correct_N = records.is_correct_N
+    return RouteOracle(
+        settings=choices,
+        changes=tuple(compare(is_correct_N, right_N) for right_N in right_SN),
+        flips=tuple(flips_S.tolist()),
+        noise_flips=tuple((noise_BSN != base_N).sum(axis=2).mean(axis=0).tolist()),
+        gain=oracle_gain(is_correct_N, right_SN, noise_BSN == records.answer_N, settings.seed),
+        reader=reader_gain(is_correct_N, right_SN, figures_of(records), fold_N),
+        base_accuracy=float(is_correct_N.mean()),
+        n_questions=len(records),
+        n_sets=n_sets,
+    )
+
+
+def shares_for(flips_S: Array, flips_G: Array) -> tuple[float, ...]:
+    """Shares of random skipping that flip as many answers, by interpolation over `_SHARES`."""
+    flips = np.maximum.accumulate(np.concatenate([[0], flips_G]))
+    rising = np.concatenate([[True], np.diff(flips) > 0])
+    shares = np.concatenate([[0.0], _SHARES])
+    return tuple(np.interp(flips_S, flips[rising], shares[rising]).tolist())
+
+
+def figures_of(records: QuestionOutcomes) -> Array:
+    """What a reader knows beforehand (N, F): gate entropy by layer, and the answer's margin."""
+    alpha_NLE = records.alpha_NLE.astype(np.float64)
+    share_NLE = alpha_NLE / np.maximum(alpha_NLE.sum(axis=2, keepdims=True), 1e-30)
+    entropy_NL = -(share_NLE * np.log(np.maximum(share_NLE, 1e-30))).sum(axis=2)
+    best_NC = np.sort(records.logprob_NC, axis=1)
+    return np.column_stack([entropy_NL, best_NC[:, -1] - best_NC[:, -2]])

@@ -1,0 +1,274 @@
+"""Tables, sentences and figures of sweeps over routing rules."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from expertcut.evaluation.route_results import RouteCell, RouteSweep, RouteTextCell
+from expertcut.evaluation.search_results import SweptModel, SweptTexts
+from expertcut.reporting import edit_tables as edits
+from expertcut.reporting.plots import Series, draw_lines, series_of
+from expertcut.reporting.tables import Cell, Table, columns, signed
+from expertcut.reporting.text_search_tables import texts_note
+from expertcut.reporting.text_tables import judged_note
+from expertcut.reporting.text_tables import span as text_span
+from expertcut.stats import MARGIN, interval_verdict, spearman, verdict
+
+_LEAST_SUBJECTS = 4  # that a rank correlation needs
+
+
+def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
+    """The model as it is, every finished setting, and the random controls in one row."""
+    is_text = sweep.asked.text is not None
+    heads, rows = (_text_rows if is_text else _quiz_rows)(sweep, margin)
+    quiz = sweep.asked.scored.quiz
+    if sweep.asked.text is not None:
+        note = f"{texts_note(sweep.asked.text)}. {judged_note(sweep.asked.text)}"
+    else:
+        note = f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots."
+    note += " Experts a token is the mean over tokens and layers."
+    if not sweep.is_complete:
+        n_all = len(sweep.asked.settings)
+        note += f" {len(sweep.cells)} of {n_all} settings: the same command does the rest."
+    return Table(f"Routing rules in {sweep.asked.scored.model.label}", columns(heads), rows, note)
+
+
+def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]:
+    heads = (
+        f"rule; setting; experts a token::.2f; accuracy::.2%; {edits.CHANGE}; verdict; flipped | "
+        "95 % interval; gained; lost; McNemar p::.3g; log p right::.4f; most experts; "
+        "fewest experts; ρ with accuracy::+.2f; active parameters::,d"
+    )
+    rows: list[list[Cell]] = []
+    if isinstance(b := sweep.base, SweptModel):
+        base: list[Cell] = ["(base)", None, sweep.base_experts, b.accuracy, None, None, None]
+        base += [edits.interval_text(b.ci95), None, None, None, b.right_logprob]
+        rows.append([*base, None, None, None, b.active_parameters])
+    for c in sweep.of_quiz:
+        change, *counts = edits.change_cells(c.change)
+        word = verdict(c.change.gained, c.change.lost, c.questions, margin)
+        most, fewest = _extremes(c.experts_by_subject)
+        row: list[Cell] = [c.setting.rule, c.setting.label, c.experts_per_token, c.accuracy]
+        row += [change, word, c.flipped, edits.interval_text(c.ci95), *counts, c.right_logprob]
+        rows.append([*row, most, fewest, difficulty(c), c.active_parameters])
+    controls = [c for c in sweep.controls if isinstance(c, RouteCell)]
+    if controls:
+        shares = [c.accuracy for c in controls]
+        deltas = [c.change.delta for c in controls]
+        text = f"{edits.points(float(np.mean(deltas)))} ({edits.span(_range(deltas))})"
+        row = ["random", f"{len(controls)} draws", _mean(c.experts_per_token for c in controls)]
+        row += [_mean(shares), text, None, round(_mean(c.flipped for c in controls))]
+        row += [edits.interval_text(_range(shares)), None, None, None]
+        row += [_mean(c.right_logprob for c in controls), None, None, None]
+        rows.append([*row, controls[0].active_parameters])
+    return heads, rows
+
+
+def _text_rows(sweep: RouteSweep, _margin: float) -> tuple[str, list[list[Cell]]]:
+    heads = (
+        "rule; setting; experts a token::.2f; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; "
+        "KL::.3f; same top token::.1%; verdict | acceptance::.1%; tokens::,d; documents::,d; "
+        "active parameters::,d"
+    )
+    rows: list[list[Cell]] = []
+    if isinstance(b := sweep.base, SweptTexts):
+        base: list[Cell] = ["(base)", None, sweep.base_experts, b.total.perplexity, *[None] * 6]
+        rows.append([*base, b.total.tokens, b.total.documents, b.active_parameters])
+    for c in sweep.of_texts:
+        row: list[Cell] = [c.setting.rule, c.setting.label, c.experts_per_token]
+        row += [c.total.perplexity, c.delta_loss, text_span(c.change.ci95, "+.3f"), c.change.kl]
+        row += [c.change.top1_agreement, _text_verdict(c), c.change.acceptance]
+        rows.append([*row, c.total.tokens, c.total.documents, c.active_parameters])
+    controls = [c for c in sweep.controls if isinstance(c, RouteTextCell)]
+    if controls:
+        losses = [c.delta_loss for c in controls]
+        row = ["random", f"{len(controls)} draws", _mean(c.experts_per_token for c in controls)]
+        row += [_mean(c.total.perplexity for c in controls), _mean(losses)]
+        row += [text_span(_range(losses), "+.3f"), _mean(c.change.kl or 0.0 for c in controls)]
+        row += [_mean(c.change.top1_agreement or 0.0 for c in controls), None, None]
+        rows.append([*row, controls[0].total.tokens, controls[0].total.documents, None])
+    return heads, rows
+
+
+def _text_verdict(cell: RouteTextCell) -> str | None:
+    """Whether the loss is shown to change; of fewer than 10 documents nothing is."""
+    if cell.change.ci95 is None:
+        return None
+    low, high = cell.change.ci95
+    return interval_verdict((-high, -low), None)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean([*values]))
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """The range of 95 % of some draws."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def _extremes(by_subject: dict[str, float]) -> tuple[str | None, str | None]:
+    """The subjects whose tokens use most and fewest experts, if these differ."""
+    most = max(by_subject, key=lambda s: by_subject[s])
+    fewest = min(by_subject, key=lambda s: by_subject[s])
+    if by_subject[most] - by_subject[fewest] < 1e-9:
+        return None, None
+    return f"{most} {by_subject[most]:.2f}", f"{fewest} {by_subject[fewest]:.2f}"
+
+
+def difficulty(cell: RouteCell) -> float | None:
+    """Spearman's ρ over subjects between experts a token and accuracy; None where undefined.
+
+    Negative where harder subjects use more experts.
+    """
+    subjects = list(cell.experts_by_subject)
+    if len(subjects) < _LEAST_SUBJECTS:
+        return None
+    experts_S = np.array([cell.experts_by_subject[s] for s in subjects]).round(12)
+    rho = spearman(experts_S, np.array([cell.accuracy_by_subject[s] for s in subjects]))
+    return None if np.isnan(rho) else rho
+
+
+def sweep_csv(sweep: RouteSweep) -> Table:
+    """One row per setting and control, in full precision; the model as it is has no rule."""
+    common = "rule; at; experts; draw; experts_per_token; "
+    sizes = "; parameters; active_parameters; bytes"
+    rows: list[list[Cell]] = []
+    base, is_text = sweep.base, sweep.asked.text is not None
+    figures = (
+        "perplexity; delta_loss; delta_low; delta_high; kl; top1_agreement; acceptance; tokens; "
+        "documents"
+        if is_text
+        else "questions; accuracy; ci95_low; ci95_high; right_logprob; delta; delta_low; "
+        "delta_high; gained; lost; mcnemar_p; smallest_effect"
+    )
+    if base is not None:
+        own: list[Cell] = [None, None, None, None, sweep.base_experts]
+        if isinstance(base, SweptModel):
+            own += [base.questions, base.accuracy, *base.ci95, base.right_logprob, *[None] * 7]
+        else:
+            own += [base.total.perplexity, *[None] * 6, base.total.tokens, base.total.documents]
+        rows.append([*own, base.parameters, base.active_parameters, base.bytes])
+    for cell in sweep.cells:
+        s = cell.setting
+        own = [s.rule, s.at, s.experts, s.draw, cell.experts_per_token]
+        if isinstance(cell, RouteCell):
+            c = cell.change
+            own += [cell.questions, cell.accuracy, *cell.ci95, cell.right_logprob, c.delta]
+            own += [*c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
+        else:
+            t = cell.change
+            own += [cell.total.perplexity, t.delta_loss, *(t.ci95 or (None, None)), t.kl]
+            own += [t.top1_agreement, t.acceptance, cell.total.tokens, cell.total.documents]
+        rows.append([*own, cell.parameters, cell.active_parameters, cell.bytes])
+    return Table("route", columns(common + figures + sizes), rows)
+
+
+def sweep_facts(sweep: RouteSweep, margin: float = MARGIN) -> list[tuple[str, str]]:
+    """What holds with the fewest experts, what the control says, and leakage, with labels."""
+    overlap, n = sweep.chosen_on.overlap, sweep.n_questions
+    things = "documents" if sweep.asked.text is not None else "questions"
+    if sweep.asked.text is not None:
+        n = sum(source.documents for source in sweep.asked.text.sources.values())
+    leak = f"none of the {n:,} {things} scored calibrated a threshold"
+    if overlap:
+        leak = f"{overlap:,} of the {n:,} {things} scored were profiled or calibrated thresholds"
+    facts = [("quiz" if things == "questions" else "text", leak)]
+    if things == "questions":
+        return facts + _quiz_facts(sweep, margin)
+    return facts + _text_facts(sweep)
+
+
+def _quiz_facts(sweep: RouteSweep, margin: float) -> list[tuple[str, str]]:
+    cells, facts = sweep.of_quiz, []
+    held = [
+        c
+        for c in cells
+        if verdict(c.change.gained, c.change.lost, c.questions, margin) in ("holds", "better")
+    ]
+    if held:
+        best = min(held, key=lambda c: c.experts_per_token)
+        text = f"{_name(best)}: {best.experts_per_token:.2f} experts a token, "
+        text += f"{edits.change_text(best.change)}, "
+        text += edits.verdict_text(best.change, best.questions, margin)
+        if len(cells) > 1:
+            text += f"; chance flatters the best of {len(cells)} settings"
+        facts.append(("fewest", text))
+    elif cells:
+        effect = max(c.change.smallest_effect for c in cells)
+        text = f"no setting holds within {edits.margin_text(margin)}; "
+        facts.append(("fewest", f"{text}changes of {100 * effect:.1f} points could be shown"))
+    controls = [c for c in sweep.controls if isinstance(c, RouteCell)]
+    if controls:
+        shares = [c.accuracy for c in controls]
+        text = f"random experts with the router's weights: {edits.percent(_mean(shares))} "
+        text += f"({edits.interval_text(_range(shares))} in {len(shares)} draws)"
+        facts.append(("control", text))
+    ranked = [(c, rho) for c in cells if (rho := difficulty(c)) is not None]
+    if ranked:
+        cell, rho = min(ranked, key=lambda pair: pair[1])
+        n = len(cell.experts_by_subject)
+        way = "fewer" if rho > 0 else "more"
+        text = f"ρ {signed(rho, '+.2f')} between experts a token and accuracy over {n} subjects"
+        facts.append(("subjects", f"{text} ({_name(cell)}): harder ones use {way}"))
+    return facts
+
+
+def _text_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
+    cells, facts = sweep.of_texts, []
+    unharmed = [c for c in cells if _text_verdict(c) in ("better", "undecided")]
+    if unharmed:
+        best = min(unharmed, key=lambda c: c.experts_per_token)
+        text = f"{_name(best)}: {best.experts_per_token:.2f} experts a token, "
+        text += f"{signed(best.delta_loss, '+.4f')} nats a token, not shown to lose"
+        facts.append(("fewest", text))
+    controls = [c for c in sweep.controls if isinstance(c, RouteTextCell)]
+    if controls:
+        losses = [c.delta_loss for c in controls]
+        text = f"random experts with the router's weights lose {_mean(losses):.3f} nats a token "
+        facts.append(("control", f"{text}({text_span(_range(losses), '.3f')})"))
+    return facts
+
+
+def _name(cell: RouteCell | RouteTextCell) -> str:
+    return f"{cell.setting.rule} {cell.setting.label}".strip()
+
+
+def sweep_figure(sweep: RouteSweep) -> dict[str, bytes]:
+    """`route.png` and `route.svg`: accuracy or perplexity against experts a token."""
+    rules = dict.fromkeys(setting.rule for setting in sweep.asked.settings)
+    is_text = sweep.asked.text is not None
+    series = []
+    for rule in rules:
+        own = [c for c in sweep.cells if c.setting.rule == rule]
+        if own:
+            own.sort(key=lambda c: c.experts_per_token)
+            series.append(_control_series(own) if own[0].setting.is_control else _series(rule, own))
+    base = None
+    if sweep.base is not None and sweep.base_experts is not None:
+        value, ends = _value(sweep.base)
+        base = series_of("as it is", [value], [ends], (sweep.base_experts,))
+    quiz = sweep.asked.scored.quiz
+    label = "perplexity" if is_text else f"accuracy on {quiz.split} (%)"
+    return draw_lines("route", series, base, ("experts a token", label))
+
+
+def _series(rule: str, cells: Sequence[RouteCell | RouteTextCell]) -> Series:
+    values = [_value(cell) for cell in cells]
+    x = tuple(cell.experts_per_token for cell in cells)
+    return series_of(rule, [value for value, _ in values], [ends for _, ends in values], x)
+
+
+def _control_series(cells: Sequence[RouteCell | RouteTextCell]) -> Series:
+    """All draws as one point, with the range of 95 % of them."""
+    values = [_value(cell)[0] for cell in cells]
+    x = (_mean(cell.experts_per_token for cell in cells),)
+    return series_of(f"random ({len(cells)})", [_mean(values)], [_range(values)], x)
+
+
+def _value(model: SweptModel | SweptTexts) -> tuple[float, tuple[float, float]]:
+    if isinstance(model, SweptModel):
+        return 100 * model.accuracy, (100 * model.ci95[0], 100 * model.ci95[1])
+    value = model.total.perplexity
+    return value, model.total.ci95 or (value, value)
