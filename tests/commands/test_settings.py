@@ -90,6 +90,7 @@ OLD_AND_NEW = [
     ("sweep", "--layout exact --removed mean", "--layout exact --replace-with mean"),
     ("sweep", "--fold off", "--rescale-gates off"),
     ("reweight", "--prove --draws 100", "--cross-fit --random-draws 100"),
+    ("route", "--tune --prove --draws 30", "--tune --cross-fit --random-draws 30"),
     ("heal", "--likeliest 8", "--top-k-logits 8"),
     ("heal", "--check-every 5", "--eval-every 5"),
     ("heal", "--save-memory", "--gradient-checkpointing"),

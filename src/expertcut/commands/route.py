@@ -59,7 +59,7 @@ def run(settings: RouteSettings, ui: UI = SILENT, extra_files: Files = None) -> 
     settings.check_scored()
     if settings.sweep:
         return sweep(settings, ui)
-    raise SettingsError("this form of the command is not there yet")
+    raise SettingsError("route writes no checkpoint in this version: add --sweep to score rules")
 
 
 def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":

@@ -2,25 +2,21 @@
 
 import math
 from functools import partial
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from expertcut.documents import Record
 from expertcut.edits.edit_settings import CHECKPOINT, RANK, ROUTER
 from expertcut.errors import SettingsError
+from expertcut.models.routing_rule import RULES, Level, RoutingRule, Weights
 from expertcut.settings import Settings, option, refuse
 
-Rule = Literal[
-    "top-k", "skip", "top-p", "entropy", "null", "odp", "fitted", "grouped", "smooth", "random"
-]
-RULES: tuple[Rule, ...] = get_args(Rule)
-CALIBRATED: tuple[Rule, ...] = ("skip", "top-p", "entropy", "null", "odp")
+CALIBRATED = ("skip", "top-p", "entropy", "null", "odp")
 """Rules whose thresholds follow from a mean number of experts."""
-USUAL: dict[Rule, float] = {"skip": 0.5, "top-p": 0.4, "grouped": 2, "smooth": 0.5}
+USUAL = {"skip": 0.5, "top-p": 0.4, "grouped": 2.0, "smooth": 0.5}
 """The `at` of a rule where neither it nor a mean is given."""
 _SHARES = (0.75, 0.5, 0.25)  # of K, the means that a sweep tries
-_OPEN = ("skip", "top-p", "odp")  # rules whose threshold lies between 0 and 1
 _ACTIONS = ("sweep", "tune", "oracle")
 
 _router = partial(option, panel=ROUTER)
@@ -58,6 +54,7 @@ def _check_rules(text: str) -> str:
 
 Numbers = Annotated[str, BeforeValidator(_number_texts), AfterValidator(_check_numbers)]
 Rules = Annotated[str, AfterValidator(_check_rules)]
+RoutedLayout = Literal["stock", "routed"]
 
 
 def read_numbers(text: str) -> tuple[float, ...]:
@@ -71,10 +68,10 @@ class RouteSetting(Record):
     `draw` numbers the random controls.
     """
 
-    rule: Rule
+    rule: str
     at: FiniteFloat | None = None
     experts: FiniteFloat | None = None
-    draw: int | None = Field(None, ge=0)
+    draw: int | None = Field(default=None, ge=0)
 
     @property
     def is_control(self) -> bool:
@@ -112,13 +109,13 @@ class RouteSettings(Settings):
         None, "Use at most this many experts a token, or all.  [default: the model's K]",
         metavar="N",
     )  # fmt: skip
-    level: Literal["token", "prompt"] = _router(
+    level: Level = _router(
         "token", "Draw experts anew for each token or each prompt, with --rule random."
     )
-    weights: Literal["gate", "renormalised"] = _router(
+    weights: Weights = _router(
         "gate", "Gate weights of the experts that stay: as the gate gives them, or renormalised."
     )
-    layout: Literal["stock", "routed"] = option(
+    layout: RoutedLayout = option(
         "routed", "Form of the checkpoint: routed loads in transformers with --trust-remote-code, "
         "stock holds top-k alone and loads wherever the base does.", panel=CHECKPOINT,
     )  # fmt: skip
@@ -141,9 +138,9 @@ class RouteSettings(Settings):
     seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0)
 
     @property
-    def rules(self) -> tuple[Rule, ...]:
+    def rules(self) -> tuple[str, ...]:
         """The rules by name."""
-        return tuple(rule for name in self.rule.split(",") for rule in RULES if rule == name)
+        return tuple(self.rule.split(","))
 
     @property
     def n_most(self) -> int | None:
@@ -182,14 +179,12 @@ class RouteSettings(Settings):
                 f"{', '.join(CALIBRATED)}: take one of these, without --at"
             )
 
-    def _check_rule(self, rule: Rule) -> None:
+    def _check_rule(self, rule: str) -> None:
         for at in read_numbers(self.at) if self.at is not None else ():
-            if rule in _OPEN and not 0 < at < 1:
-                raise SettingsError(f"--at {at:g} must lie between 0 and 1 for --rule {rule}")
-            if rule in ("top-k", "grouped") and (at < 1 or at != int(at)):
-                raise SettingsError(f"--at {at:g} must be a whole number for --rule {rule}")
-            if rule == "random":
-                raise SettingsError("--at has no meaning for --rule random: leave it out")
+            try:
+                RoutingRule(rule=rule).check_threshold(at)
+            except ValueError as error:
+                raise SettingsError(f"--at {error}") from None
         if self.experts is None:
             return
         if rule not in (*CALIBRATED, "top-k"):
@@ -214,7 +209,7 @@ class RouteSettings(Settings):
         found = [choice for rule in self.rules for choice in self._of_rule(rule, top_k)]
         return tuple(dict.fromkeys(found))
 
-    def _of_rule(self, rule: Rule, top_k: int) -> list[RouteSetting]:
+    def _of_rule(self, rule: str, top_k: int) -> list[RouteSetting]:
         if rule == "random":
             return [RouteSetting(rule=rule)]
         if self.at is not None:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from expertcut.data.corpus import CalibrationSet, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Reservoir, collect_routing
-from expertcut.edits.route_settings import Rule
 from expertcut.errors import SettingsError
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import MoeBlock
+from expertcut.models.routing_rule import RULES
 from expertcut.scoring.engine import Engine
 
 MOST_TOKENS = 1 << 16
@@ -30,7 +30,7 @@ def _skip(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
 
 
 def _top_p(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
-    """What a place's experts before it leave of the probability: it stays while ≥ 1 − p."""
+    """What the experts before a place leave of the probability: it stays while ≥ 1 − p."""
     alpha_TM = alpha_TE.topk(most, dim=1).values
     return 1 - alpha_TM.cumsum(dim=1)[:, :-1]
 
@@ -38,7 +38,9 @@ def _top_p(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
 def _entropy(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
     """exp(H) over the number of experts before a place: it stays while above 1 / c."""
     entropy_T1 = torch.special.entr(alpha_TE).sum(dim=1, keepdim=True)
-    return entropy_T1.exp() / torch.arange(1, most)
+    places_X = torch.arange(1, most)
+    score_TX: Tensor = entropy_T1.exp() / places_X
+    return score_TX
 
 
 def _null(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
@@ -59,7 +61,7 @@ class _Calibrated:
     n_fixed: int = 1
 
 
-_RULES: dict[Rule, _Calibrated] = {
+_RULES: dict[str, _Calibrated] = {
     "skip": _Calibrated(_skip, lambda level: level),
     "top-p": _Calibrated(_top_p, lambda level: 1 - level),
     "entropy": _Calibrated(_entropy, lambda level: 1 / level),
@@ -72,7 +74,7 @@ _RULES: dict[Rule, _Calibrated] = {
 class GateSample:
     """Scores of one rule on a sample of tokens, by layer, sorted from the largest."""
 
-    rule: Rule
+    rule: str
     scores_by_layer: dict[int, Tensor]  # (T · X,)
     n_places: int
 
@@ -102,12 +104,12 @@ def _level(scores: Tensor, share: float) -> float:
 
 
 def sample_gates(
-    engine: Engine, tuning: CalibrationSet, rules: Sequence[Rule], n_most: int | None
-) -> dict[Rule, GateSample]:
+    engine: Engine, tuning: CalibrationSet, rules: Sequence[str], n_most: int | None
+) -> dict[str, GateSample]:
     """The samples of several rules, from one pass."""
     blocks = engine.moe.blocks
     few, layers = round_robin(tuning, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
-    reservoir, widths = Reservoir(MOST_TOKENS), dict[Rule, int]()
+    reservoir, widths = Reservoir(MOST_TOKENS), dict[str, int]()
 
     def see(routing: Routing, _is_answer_T: Tensor) -> None:
         block = blocks[routing.layer]
@@ -118,7 +120,7 @@ def sample_gates(
         reservoir.add(routing.layer, torch.cat(parts, dim=1))
 
     collect_routing(engine, few, layers, see)
-    found, start = dict[Rule, GateSample](), 0
+    found, start = dict[str, GateSample](), 0
     for rule in rules:
         own = slice(start, start := start + widths[rule])
         by_layer = {
@@ -129,11 +131,10 @@ def sample_gates(
     return found
 
 
-def most_experts(block: MoeBlock, rule: Rule, n_most: int | None) -> int:
+def most_experts(block: MoeBlock, rule: str, n_most: int | None) -> int:
     """The most experts of a block that a token may use by a rule: K unless `--most` says more.
 
-    Only rules that rank all experts go beyond K.
+    0 is all; rules that only leave out never go beyond K.
     """
-    widens = rule in ("top-p", "entropy")
     wanted = block.top_k if n_most is None else n_most or block.n_experts
-    return min(wanted, block.n_experts if widens else block.top_k)
+    return min(wanted, block.n_experts if RULES[rule].may_widen else block.top_k)

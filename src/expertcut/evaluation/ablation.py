@@ -28,6 +28,7 @@ from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError, ProfileError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation_effects import Ablations, ablations_of, request_of
+from expertcut.evaluation.cell_search import load_earlier
 from expertcut.evaluation.results import profile_hash
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
@@ -191,13 +192,13 @@ class AuditRun:
             fractions=self.fractions,
             **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
-        earlier = schema.load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
+        earlier = load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
         if earlier is not None and earlier.verdicts:
             self.audit = earlier
             return
         with alone(folder, "audit"):
             # Another run may have ended since.
-            earlier = schema.load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
+            earlier = load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
             if earlier is not None and earlier.is_complete:
                 self.audit = earlier  # only the verdicts are missing
             else:

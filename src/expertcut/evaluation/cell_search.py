@@ -6,14 +6,17 @@ from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from expertcut.checkpoints.size import size
+from expertcut.documents import Record
+from expertcut.evaluation.results import check_same, load_unfinished
 from expertcut.evaluation.route_results import RouteSweep
-from expertcut.evaluation.search_results import Sweep, load_earlier
+from expertcut.evaluation.search_results import Audit, Sweep
 from expertcut.evaluation.sweep_judges import Judge
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
 
 Document = TypeVar("Document", Sweep, RouteSweep)
+Search = TypeVar("Search", Sweep, Audit, RouteSweep)
 
 
 class Step(NamedTuple):
@@ -52,3 +55,11 @@ class CellSearch(Generic[Document]):
         """Saves further fields of the document."""
         self.sweep = self.sweep.model_copy(update=figures)
         self.sweep.save(folder / self.file_name)
+
+
+def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | None:
+    """The search of an earlier run of this request, None in a new or empty folder."""
+    earlier = load_unfinished(file, kind)
+    if earlier is not None:
+        check_same(file.parent, earlier.asked, request, kind.__name__.lower())
+    return earlier

@@ -7,8 +7,9 @@ hold within the margin ends the search, so trying many does not make one hold by
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 from pydantic import FiniteFloat
@@ -22,6 +23,13 @@ HOLDING_FILE = "holding.json"
 HoldingVerdict = Literal["holds", "costs", "no evidence"]
 RightAt = Callable[[float], Array]
 """Right answers (N,) with so many experts a token in the mean."""
+
+
+class RandomRightAt(Protocol):
+    """The same with random experts left out, by the number of a draw."""
+
+    def __call__(self, mean: float, draw: int) -> Array:
+        """Right answers (N,)."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +96,10 @@ def cross_fit_holding(
     tuning: Tuning,
     means: Sequence[float],
     right_at: RightAt,
-    random_right_at: Callable[[float, int], Array],
+    random_right_at: RandomRightAt,
     draws: int,
 ) -> Holding:
-    """Chooses in four folds and scores in the fifth; then with random experts left out instead.
-
-    `random_right_at` takes a mean and the number of a draw.
-    """
+    """Chooses in four folds and scores in the fifth; then with random experts left out instead."""
     base_N, chosen_of = tuning.base_N, dict[int, float | None]()
     for fold in range(FOLDS):
         chosen_of[fold] = tuning.choose(means, right_at, tuning.fold_N != fold)
@@ -110,7 +115,7 @@ def cross_fit_holding(
     same_N = base_N if chosen is None else right_at(chosen)
     deltas, seen = [], set[bytes]()
     for draw in range(draws if any(mean is not None for mean in chosen_of.values()) else 0):
-        others_N = _composed(tuning, chosen_of, lambda mean, b=draw: random_right_at(mean, b))
+        others_N = _composed(tuning, chosen_of, partial(random_right_at, draw=draw))
         seen.add(np.packbits(others_N).tobytes())
         deltas.append(float(others_N.mean() - base_N.mean()))
     return Holding(

@@ -1,7 +1,7 @@
 """`route.json`: answers or losses by routing rule, and experts a token. Does not import torch."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -13,7 +13,8 @@ from expertcut.evaluation.results import (
     TextComparison,
     load_outcome,
 )
-from expertcut.evaluation.search_results import SweptModel, SweptTexts
+from expertcut.evaluation.search_results import Correlation, SweptModel, SweptTexts
+from expertcut.models.routing_rule import Level, Weights
 from expertcut.profiling.schema import AnyProfileInfo
 from expertcut.stats import Comparison, Share
 
@@ -30,8 +31,8 @@ class RouteRequest(Record):
     profile: str
     settings: tuple[RouteSetting, ...] = Field(min_length=1)
     most: int | None  # 0 is all
-    weights: Literal["gate", "renormalised"]
-    level: Literal["token", "prompt"]
+    weights: Weights
+    level: Level
     seed: int
     text: JudgedTexts | None = None
 
@@ -51,9 +52,14 @@ class RouteFigures(Record):
 
 
 class RouteCell(RouteFigures, SweptModel):
-    """A rule on a quiz, compared with the model as it is; `accuracy_by_subject` as a share."""
+    """A rule on a quiz, compared with the model as it is.
+
+    `difficulty` correlates experts a token with wrong answers over subjects: positive where harder
+    subjects use more.
+    """
 
     accuracy_by_subject: dict[str, Share]
+    difficulty: Correlation
     change: Comparison
     max_abs_logprob_diff: FiniteFloat
     median_abs_logprob_diff: FiniteFloat

@@ -16,10 +16,11 @@ from expertcut.edits.route_thresholds import GateSample, sample_gates
 from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError, SettingsError
 from expertcut.evaluation import route_results as schema
+from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import RULES, RoutingRule
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
@@ -47,20 +48,18 @@ class Rules:
 
     def rerouting(self, setting: RouteSetting) -> Rerouting:
         """The rule with its thresholds by layer; a SettingsError where the model has no place."""
-        rule, settings = self._rule(setting), self.settings
         layers = [block.layer for block in self.engine.moe.blocks]
         if setting.experts is not None and setting.rule in CALIBRATED:
             at_by_layer = self.samples[setting.rule].thresholds(setting.experts)
         else:
             at_by_layer = dict.fromkeys(layers, 0.0 if setting.at is None else setting.at)
+        rule = self._rule(setting)
         try:
             for block in self.engine.moe.blocks:
                 rule.check_threshold(at_by_layer[block.layer])
                 rule.check(block, at_by_layer[block.layer])
-        except ValueError as error:
+        except (ValueError, ContractError) as error:
             raise SettingsError(f"--rule {setting.rule}: {error}") from None
-        except ContractError as error:
-            raise SettingsError(f"--rule {setting.rule}, --most {settings.most}: {error}") from None
         return Rerouting(rule, at_by_layer)
 
     def _rule(self, setting: RouteSetting) -> RoutingRule:
@@ -78,6 +77,8 @@ class Rules:
 def with_controls(settings: Sequence[RouteSetting], draws: int) -> tuple[RouteSetting, ...]:
     """The settings, and draws of random experts in place of those of rule `random`."""
     own = [setting for setting in settings if setting.rule != "random"]
+    if "random" not in RULES:  # XXX
+        return tuple(own)
     return (*own, *(RouteSetting(rule="random", draw=i) for i in range(draws)))
 
 
@@ -167,7 +168,7 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
         experts, experts_L, by_subject = used_experts(store / name)
         moe = self.engine.moe
         figures = self.judge.figures(store, name, size_with(moe, experts_L.tolist()))
-        has_threshold = bool(routing.rule.kind.at)
+        has_threshold = bool(routing.rule.kind.threshold)
         figures |= {
             "setting": setting,
             "thresholds": routing.thresholds if has_threshold else (),
@@ -180,7 +181,10 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
         scored = load_profile(store / name)
         is_correct_N, subject_N = scored.answers.is_correct_N, np.array(scored.subjects())
         accuracies = {s: float(is_correct_N[subject_N == s].mean()) for s in by_subject}
-        return schema.RouteCell(**figures, accuracy_by_subject=accuracies)
+        experts_S, right_S = (np.array([*own.values()]) for own in (by_subject, accuracies))
+        together_S = np.zeros(len(right_S))  # one group
+        found = correlation(experts_S.round(12), 1 - right_S, together_S, self.rules.settings.seed)
+        return schema.RouteCell(**figures, accuracy_by_subject=accuracies, difficulty=found)
 
 
 def used_experts(folder: Path) -> tuple[float, Array, dict[str, float]]:

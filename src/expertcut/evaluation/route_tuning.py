@@ -12,7 +12,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.data import Quiz
 from expertcut.data.corpus import as_quiz
 from expertcut.edits.reweight_select import QuestionOutcomes, right
-from expertcut.edits.route_settings import RouteSetting, RouteSettings, Rule
+from expertcut.edits.route_settings import RouteSetting, RouteSettings
 from expertcut.edits.splits import questions_for
 from expertcut.evaluation.cross_fit import deal
 from expertcut.evaluation.holding import (
@@ -85,7 +85,7 @@ class RouteTuning:
     """
 
     tuning: Quiz
-    rule: Rule
+    rule: str
     chosen: RouteSetting | None
     tried: dict[float, Comparison]
     base_accuracy: float
@@ -127,8 +127,14 @@ def tune(
         found = cross_fit_holding(own, means, right_at, random_right_at, draws)
         mean = found.experts
         procedure = f"route --rule {rule} --tune --margin {100 * margin:g}"
-        named = {"quiz": tuning.id, "split": tuning.split, "seed": settings.seed}
-        proof = holding_result(found, base_accuracy, procedure, **named)
+        proof = holding_result(
+            found,
+            base_accuracy,
+            procedure,
+            quiz=tuning.id,
+            split=tuning.split,
+            seed=settings.seed,
+        )
     else:
         mean = own.choose(means, right_at, np.ones(len(records), dtype=bool))
     chosen = None if mean is None else RouteSetting(rule=rule, experts=mean)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self, TypeVar
+from typing import Literal, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -19,20 +19,14 @@ from expertcut.evaluation.results import (
     JudgedTexts,
     TextComparison,
     TextResult,
-    check_same,
     load_outcome,
-    load_unfinished,
 )
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, Settings
 from expertcut.stats import LEVEL, Comparison, Count, Share
 
-if TYPE_CHECKING:
-    from expertcut.evaluation.route_results import RouteSweep
-
 SWEEP_FILE = "sweep.json"
 AUDIT_FILE = "audit.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
-Search = TypeVar("Search", "Sweep", "Audit", "RouteSweep")
 
 
 class SweepRequest(Record):
@@ -424,11 +418,3 @@ class Audit(Record):
 def load_audit(path: Path) -> Audit:
     """An audit from its folder or file."""
     return load_outcome(path / AUDIT_FILE if path.is_dir() else path, Audit)
-
-
-def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | None:
-    """The search of an earlier run of this request, None in a new or empty folder."""
-    earlier = load_unfinished(file, kind)
-    if earlier is not None:
-        check_same(file.parent, earlier.asked, request, kind.__name__.lower())
-    return earlier

@@ -59,12 +59,12 @@ class RoutingRule(Record):
     """A rule and its options; thresholds are set for each layer."""
 
     rule: str
-    most: int | None = Field(None, ge=1, le=MOST_EXPERTS)  # per token; None is the router's K
+    most: int | None = Field(default=None, ge=1, le=MOST_EXPERTS)  # a token; None is K
     weights: Weights = "gate"
-    share: FiniteFloat = Field(0.02, ge=0, le=1)  # odp: tokens that keep all of their experts
-    temperature: FiniteFloat = Field(1.0, gt=0)  # smooth
+    share: FiniteFloat = Field(default=0.02, ge=0, le=1)  # odp: tokens that keep all
+    temperature: FiniteFloat = Field(default=1.0, gt=0)  # smooth
     level: Level = "token"  # random
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:

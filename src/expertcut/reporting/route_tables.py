@@ -12,9 +12,7 @@ from expertcut.reporting.tables import Cell, Table, columns, signed
 from expertcut.reporting.text_search_tables import texts_note
 from expertcut.reporting.text_tables import judged_note
 from expertcut.reporting.text_tables import span as text_span
-from expertcut.stats import MARGIN, interval_verdict, spearman, verdict
-
-_LEAST_SUBJECTS = 4  # that a rank correlation needs
+from expertcut.stats import MARGIN, interval_verdict, verdict
 
 
 def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
@@ -37,7 +35,7 @@ def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]
     heads = (
         f"rule; setting; experts a token::.2f; accuracy::.2%; {edits.CHANGE}; verdict; flipped | "
         "95 % interval; gained; lost; McNemar p::.3g; log p right::.4f; most experts; "
-        "fewest experts; ρ with accuracy::+.2f; active parameters::,d"
+        "fewest experts; ρ with errors::+.2f; active parameters::,d"
     )
     rows: list[list[Cell]] = []
     if isinstance(b := sweep.base, SweptModel):
@@ -50,7 +48,7 @@ def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]
         most, fewest = _extremes(c.experts_by_subject)
         row: list[Cell] = [c.setting.rule, c.setting.label, c.experts_per_token, c.accuracy]
         row += [change, word, c.flipped, edits.interval_text(c.ci95), *counts, c.right_logprob]
-        rows.append([*row, most, fewest, difficulty(c), c.active_parameters])
+        rows.append([*row, most, fewest, c.difficulty.rho, c.active_parameters])
     controls = [c for c in sweep.controls if isinstance(c, RouteCell)]
     if controls:
         shares = [c.accuracy for c in controls]
@@ -115,19 +113,6 @@ def _extremes(by_subject: dict[str, float]) -> tuple[str | None, str | None]:
     if by_subject[most] - by_subject[fewest] < 1e-9:
         return None, None
     return f"{most} {by_subject[most]:.2f}", f"{fewest} {by_subject[fewest]:.2f}"
-
-
-def difficulty(cell: RouteCell) -> float | None:
-    """Spearman's ρ over subjects between experts a token and accuracy; None where undefined.
-
-    Negative where harder subjects use more experts.
-    """
-    subjects = list(cell.experts_by_subject)
-    if len(subjects) < _LEAST_SUBJECTS:
-        return None
-    experts_S = np.array([cell.experts_by_subject[s] for s in subjects]).round(12)
-    rho = spearman(experts_S, np.array([cell.accuracy_by_subject[s] for s in subjects]))
-    return None if np.isnan(rho) else rho
 
 
 def sweep_csv(sweep: RouteSweep) -> Table:
@@ -205,14 +190,21 @@ def _quiz_facts(sweep: RouteSweep, margin: float) -> list[tuple[str, str]]:
         text = f"random experts with the router's weights: {edits.percent(_mean(shares))} "
         text += f"({edits.interval_text(_range(shares))} in {len(shares)} draws)"
         facts.append(("control", text))
-    ranked = [(c, rho) for c in cells if (rho := difficulty(c)) is not None]
+    ranked = [c for c in cells if c.difficulty.ci95 is not None and c.difficulty.rho]
     if ranked:
-        cell, rho = min(ranked, key=lambda pair: pair[1])
-        n = len(cell.experts_by_subject)
-        way = "fewer" if rho > 0 else "more"
-        text = f"ρ {signed(rho, '+.2f')} between experts a token and accuracy over {n} subjects"
-        facts.append(("subjects", f"{text} ({_name(cell)}): harder ones use {way}"))
+        facts.append(("subjects", _difficulty(max(ranked, key=lambda c: c.difficulty.rho or 0.0))))
     return facts
+
+
+def _difficulty(cell: RouteCell) -> str:
+    """Whether harder subjects use more experts."""
+    found, n = cell.difficulty, len(cell.experts_by_subject)
+    assert found.rho is not None and found.ci95 is not None, "defined"
+    word = "harder ones use more experts" if found.is_clear else "no clear relation"
+    return (
+        f"{word}: ρ {signed(found.rho, '+.2f')} ({text_span(found.ci95, '+.2f')}) between experts "
+        f"a token and wrong answers over {n} subjects, {_name(cell)}"
+    )
 
 
 def _text_facts(sweep: RouteSweep) -> list[tuple[str, str]]:

@@ -20,11 +20,18 @@ from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import Results, load_results
+from expertcut.evaluation.route_results import ROUTE_FILE, load_route_sweep
 from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, Sweep
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
 from expertcut.profiling.storage import TextProfile, load_profile
-from expertcut.reporting import edit_tables, eval_tables, profile_tables, text_profile_tables
+from expertcut.reporting import (
+    edit_tables,
+    eval_tables,
+    profile_tables,
+    route_tables,
+    text_profile_tables,
+)
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
 
@@ -188,7 +195,7 @@ def find_shown(
 
 
 def _document(path: Path, margin: float) -> Shown:
-    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE, MANIFEST_FILE):
+    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, ROUTE_FILE, AUDIT_FILE, MANIFEST_FILE):
         if (path / name).is_file():
             return _VIEWS[name](path, margin)
     if path.name in (PROOF_FILE, MANIFEST_FILE):
@@ -201,7 +208,8 @@ def _document(path: Path, margin: float) -> Shown:
         except ValueError as error:
             raise OutputError(f"{path} cannot be read as JSON: {error}") from None
         keys = content if isinstance(content, dict) else {}
-        by_key = {"models": RESULTS, "cells": SWEEP_FILE, "harms": AUDIT_FILE}
+        by_key = {"models": RESULTS, "base_experts": ROUTE_FILE, "cells": SWEEP_FILE}
+        by_key |= {"harms": AUDIT_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
         return _VIEWS[kind](path, margin)
     raise OutputError(
@@ -340,6 +348,12 @@ def _sweep(path: Path, margin: float) -> Shown:
     return _shown(sweep, [table], eval_tables.sweep_csv, *said)
 
 
+def _route(path: Path, margin: float) -> Shown:
+    sweep = load_route_sweep(path)
+    said = [labelled(*fact) for fact in route_tables.sweep_facts(sweep, margin)]
+    return _shown(sweep, [route_tables.sweep_table(sweep, margin)], route_tables.sweep_csv, *said)
+
+
 def _audit(path: Path, margin: float) -> Shown:
     audit = searches.load_audit(path)
     said = [labelled(*fact) for fact in eval_tables.audit_facts(audit, margin)]
@@ -353,6 +367,7 @@ _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
         proof := load_cross_fit(path), [edit_tables.cross_fit_table(proof)], edit_tables.proof_csv
     ),
     SWEEP_FILE: _sweep,
+    ROUTE_FILE: _route,
     AUDIT_FILE: _audit,
     RESULTS: _results,
     MANIFEST_FILE: _run,

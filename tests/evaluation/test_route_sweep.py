@@ -1,0 +1,158 @@
+"""`route --sweep`: a cell is the model under its rule; thresholds give the mean they are asked."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.route_settings import RouteSettings
+from expertcut.edits.route_thresholds import sample_gates
+from expertcut.errors import SettingsError
+from expertcut.evaluation.results import Scoring
+from expertcut.evaluation.route_results import RouteSweep, load_route_sweep
+from expertcut.evaluation.route_sweep import RouteSweepRun
+from expertcut.models import hooks
+from expertcut.models.hooks import Routing
+from expertcut.models.load import LoadOptions
+from expertcut.models.modeling_routed import RULES, Options, Tokens
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.storage import Profile, load_profile
+from expertcut.reporting.views import find_shown
+from expertcut.scoring.engine import ask
+from expertcut.scoring.rerouting import gate_of, rerouted
+from tests.conftest import open_model
+
+
+@pytest.fixture(scope="module")
+def profile(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Profile:
+    folder = tmp_path_factory.mktemp("route") / "olmoe-val"
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    measurement = Measurement(open_model(checkpoint("olmoe")), quiz, None, MeasureOptions())
+    list(measurement.run(folder))
+    return load_profile(folder)
+
+
+@pytest.fixture(scope="module")
+def quiz(quiz_folder: Path) -> Quiz:
+    return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
+
+
+def settings(**given: object) -> RouteSettings:
+    return RouteSettings.read(**{"sweep": True, "draws": 0, **given})
+
+
+def swept(profile: Profile, quiz: Quiz, folder: Path, **given: object) -> RouteSweepRun:
+    scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions())
+    run = RouteSweepRun(profile, settings(**given), scoring)
+    for step in run.steps(folder):
+        list(step.run(lambda _step: None))
+    return run
+
+
+def answers(folder: Path, slug: str) -> np.ndarray:
+    (found,) = (folder / "cells").glob(f"{slug}*")
+    return load_profile(found).answers.logprob_NC
+
+
+def test_rules_that_keep_every_expert_change_no_bit(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    top_k = profile.info.model.blocks[0].top_k
+    skipping = swept(profile, quiz, tmp_path / "skip", rule="skip", at="0,0.9").sweep
+    swept(profile, quiz, tmp_path / "best", rule="top-k", at=str(top_k))
+    base = answers(tmp_path / "skip", "base")
+    assert np.array_equal(base, answers(tmp_path / "skip", "skip-0-"))
+    assert np.array_equal(base, answers(tmp_path / "best", f"top-k-{top_k}-"))
+    assert not np.array_equal(base, answers(tmp_path / "skip", "skip-0.9-")), "a guard"
+    assert skipping.base_experts == top_k == skipping.cells[0].experts_per_token
+    assert 1 <= skipping.cells[1].experts_per_token < top_k
+
+
+def test_a_cell_is_the_model_under_its_rule_and_counts_the_experts_that_run(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    run = swept(profile, quiz, tmp_path, rule="skip", at="0.8")
+    (cell,) = run.sweep.of_quiz
+    routing = run.rules.rerouting(cell.setting)
+    blocks, engine = run.engine.moe.blocks, run.judge.engine
+    used, seen = [], []
+
+    def see(found: Routing) -> None:
+        used.append(int((found.experts_TK < blocks[found.layer].n_experts).sum()))
+        seen.append(len(found.experts_TK))
+
+    engine.is_trusted = False  # each prompt alone: nothing is shared, no token is a pad
+    with rerouted(blocks, routing) as begin, hooks.observe_routers(blocks, see):
+        logprob_NC = ask(engine, quiz, begin).numpy()
+    assert np.allclose(answers(tmp_path, "skip"), logprob_NC, atol=1e-4)
+    assert cell.experts_per_token == pytest.approx(sum(used) / sum(seen), abs=1e-3)
+    assert cell.experts_per_token == pytest.approx(np.mean(cell.experts_by_layer))
+    least, most = (f([*cell.experts_by_subject.values()]) for f in (min, max))
+    assert 1 <= least <= most <= blocks[0].top_k
+    assert cell.active_parameters < run.sweep.base.active_parameters
+    assert cell.difficulty.rho is not None and load_route_sweep(tmp_path) == run.sweep
+
+
+@pytest.mark.parametrize("rule", [r for r in ("skip", "top-p", "entropy", "null") if r in RULES])
+def test_calibrated_thresholds_keep_the_mean_they_are_asked(
+    profile: Profile, quiz: Quiz, tmp_path: Path, rule: str
+) -> None:
+    scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions())
+    run = RouteSweepRun(profile, settings(rule=rule, experts="1.25,1.75"), scoring)
+    blocks, outputs = run.engine.moe.blocks, dict[int, list[Routing]]()
+    with hooks.observe_routers(blocks, lambda r: outputs.setdefault(r.layer, []).append(r)):
+        sample = sample_gates(run.engine, quiz, [rule], None)[rule]
+    for mean in (1.25, 1.75):
+        for block in blocks:
+            at, used, n = sample.thresholds(mean)[block.layer], 0, 0
+            for found in outputs[block.layer]:
+                scores_TE = block.selection_scores(found.logits_TE)
+                rest = (found.logits_TE, scores_TE, found.weights_TK, found.experts_TK)
+                _, experts_TM = RULES[rule](Tokens(gate_of(block), *rest), at, Options())
+                used += int((experts_TM < block.n_experts).sum())
+                n += len(experts_TM)
+            assert used / n == pytest.approx(mean, abs=1.5 / n), block.name
+
+
+def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    whole = swept(profile, quiz, tmp_path, rule="skip", experts="1.5,1").sweep
+    few = RouteSweep.model_validate(whole.model_dump() | {"cells": whole.cells[:1]})
+    few.save(tmp_path / "route.json")
+    assert swept(profile, quiz, tmp_path, rule="skip", experts="1.5,1").sweep == whole
+    for path in (tmp_path, tmp_path / "route.json"):
+        (table,) = find_shown(path).tables()
+        assert [row[:2] for row in table.texts()[1:]] == [["skip", "to 1.5"], ["skip", "to 1"]]
+    with pytest.raises(Exception, match="another routesweep: its settings"):
+        swept(profile, quiz, tmp_path, rule="skip", experts="1.5")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"rule": "skip", "at": "2"}, "--at 2 is not a threshold"),
+        ({"rule": "skip", "at": "0.5", "experts": "2"}, "leave one of them out"),
+        ({"rule": "top-k", "experts": "1.5"}, "must be a whole number"),
+        ({"rule": "skip", "tune": True}, "different things"),
+        ({"sweep": False, "rule": "skip", "at": "0.1,0.2"}, "one threshold"),
+        ({"sweep": False, "rule": "skip", "layout": "stock"}, "no place for a threshold"),
+        ({"sweep": False, "prove": True}, "add --tune"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(given: dict[str, object], told: str) -> None:
+    with pytest.raises(SettingsError, match=told):
+        settings(**given).check()
+
+
+def test_more_experts_than_the_rule_may_use_are_refused(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match="add --most"):
+        swept(profile, quiz, tmp_path, rule="skip", experts="3")
+    assert not torch.is_grad_enabled() or not (tmp_path / "cells").exists()
