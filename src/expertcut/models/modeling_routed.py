@@ -10,6 +10,7 @@ T tokens, E experts of a layer, K experts per token of the router, M places per 
 D width, G groups.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,6 @@ from torch import Tensor
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 Weights = Literal["gate", "renormalised"]
-Level = Literal["token", "prompt"]
 Chosen = tuple[Tensor, Tensor]  # weights_TM, experts_TM
 SCORES: dict[Scoring, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(dim=-1),
@@ -49,7 +49,8 @@ class Options:
     weights: Weights = "gate"
     share: float = 0.02  # odp: of the tokens that keep all of their experts
     temperature: float = 1.0  # smooth: of the similarity of tokens
-    level: Level = "token"  # random: what gets its own experts
+    # A control: as many experts are left out, but random ones of the router's K.
+    shuffle: bool = False
     seed: int = 0
 
 
@@ -62,8 +63,8 @@ class Tokens:
     score_TE: Tensor  # float32, that experts are chosen by: α, or with a selection bias
     weights_TK: Tensor
     experts_TK: Tensor
-    # Only for rules that need them: the router's input; attention to each token (queries, keys),
-    # the mean over heads; a key of each token that random numbers come from; coefficients of a fit.
+    # Only for rules that need them: the router's input; the attention of each token (rows) to each,
+    # mean over heads; a key (int64) of each token for random numbers; coefficients of `fitted`.
     input_TD: Tensor | None = None
     attention_TT: Tensor | None = None
     key_T: Tensor | None = None
@@ -116,6 +117,122 @@ def skip(tokens: Tokens, at: float, options: Options) -> Chosen:
     return kept(tokens, _is_large(tokens, at), options)
 
 
+def top_p(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The shortest prefix of the experts, best first, whose probability exceeds `at`.
+
+    Dynamic_MoE (arXiv:2403.07652, modeling/modeling_moe.py): the expert that crosses stays. It has
+    no cap, which is `most` here, and weights of α, which is a gate without renormalisation.
+    """
+    most = options.most or tokens.top_k
+    if at >= 1:  # a sum of probabilities may exceed 1 by rounding
+        return best(tokens, torch.full_like(tokens.experts_TK[:, 0], most), most, options)
+    probability_TM = tokens.probability_TE.gather(1, _best_first(tokens, most)).cumsum(dim=1)
+    return best(tokens, 1 + (probability_TM[:, :-1] <= at).sum(dim=1), most, options)
+
+
+def entropy(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The best ⌈`at` · exp(H)⌉, at least 1; H is the entropy of the router's probabilities."""
+    n_T = at * torch.special.entr(tokens.probability_TE.double()).sum(dim=1).exp()
+    most = options.most or tokens.top_k
+    return best(tokens, n_T.clamp(1, most).ceil().long(), most, options)
+
+
+def null(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The chosen experts with a logit above `at`, maybe none.
+
+    As a router with K or more null experts of that logit (AdaMoE, arXiv:2406.13233).
+    """
+    return kept(tokens, tokens.logits_TE.gather(1, tokens.experts_TK) > at, options)
+
+
+def odp(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """As `skip`, but all experts for the `share` of tokens that matter most to later ones.
+
+    The importance of token j is ‖x_j‖₁ times the mean attention to it of tokens i ≥ j (MC-MoE,
+    arXiv:2410.06270; its code sums over the other axis, so that only the position counts).
+    """
+    assert tokens.input_TD is not None and tokens.attention_TT is not None
+    size_T = tokens.input_TD.double().abs().sum(dim=1)
+    n_later_T = torch.arange(len(size_T), 0, -1, device=size_T.device)
+    attention_T = tokens.attention_TT.to(size_T).tril().sum(dim=0) / n_later_T
+    importance_T = size_T * attention_T
+    first_N = importance_T.topk(math.ceil(options.share * len(importance_T))).indices
+    is_first_T = torch.zeros_like(importance_T, dtype=torch.bool).index_fill(0, first_N, True)
+    return kept(tokens, _is_large(tokens, at) | is_first_T[:, None], options)
+
+
+def fitted(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The fewest experts whose relative error, as fitted, is at most `at`.
+
+    The error of the best k < K is linear in `log_shares`; `fit_KK` (K - 1, K) has a row for each k.
+    """
+    assert tokens.fit_KK is not None
+    error_TK = log_shares(tokens.weights_TK) @ tokens.fit_KK.to(tokens.weights_TK.device).double().T
+    is_enough_TK = F.pad(error_TK <= at, (0, 1), value=True)
+    return best(tokens, 1 + is_enough_TK.int().argmax(dim=1), tokens.top_k, options)
+
+
+def log_shares(weights_TK: Tensor) -> Tensor:
+    """1, and log g_i/g_1 of the gate weights g_1 ≥ g_2 ≥ …, (T, K) float64."""
+    ranked_TK = weights_TK.double().sort(dim=1, descending=True).values
+    shares_TK = (ranked_TK / ranked_TK[:, :1]).nan_to_num(0.0).clamp(min=1e-9).log()
+    return torch.cat([torch.ones_like(shares_TK[:, :1]), shares_TK[:, 1:]], dim=1)
+
+
+def grouped(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The best K/G experts of each of G = `at` groups of neighbours (MoGE, arXiv:2505.21411)."""
+    n_groups = int(at)
+    score_TGE = tokens.score_TE.unflatten(1, (n_groups, -1))
+    best_TGK = score_TGE.topk(tokens.top_k // n_groups, dim=2).indices
+    first_G1 = torch.arange(n_groups, device=best_TGK.device)[:, None] * score_TGE.shape[2]
+    return chosen(tokens, (best_TGK + first_G1).flatten(1), options)
+
+
+def smooth(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The top K of (1 - λ)·α + λ·S·α with λ = `at`: similar earlier tokens share experts.
+
+    S_ij is the softmax over j ≤ i of cos(x_i, x_j)/temperature (arXiv:2505.00792, with an
+    untrained similarity).
+    """
+    if at == 0:
+        return tokens.weights_TK, tokens.experts_TK
+    assert tokens.input_TD is not None
+    x_TD = F.normalize(tokens.input_TD.float(), dim=1)
+    later_TT = torch.ones(len(x_TD), len(x_TD), device=x_TD.device, dtype=torch.bool).triu(1)
+    cosine_TT = (x_TD @ x_TD.T / options.temperature).masked_fill(later_TT, -torch.inf)
+    alpha_TE = torch.lerp(tokens.alpha_TE, cosine_TT.softmax(dim=1) @ tokens.alpha_TE, at)
+    score_TE = tokens.score_TE + (alpha_TE - tokens.alpha_TE)
+    score_TE = score_TE.masked_fill(tokens.logits_TE.isneginf(), -torch.inf)
+    return chosen(tokens, score_TE.topk(tokens.top_k, dim=1).indices, options, alpha_TE)
+
+
+def random(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """K distinct experts at random, with the router's own weights: a control (THOR)."""
+    chance_TE = uniform(tokens, options.seed).masked_fill(tokens.logits_TE.isneginf(), -1.0)
+    return tokens.weights_TK, chance_TE.topk(tokens.top_k, dim=1).indices
+
+
+def dropout(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """All but those left out by chance, each with probability `at`; the best stays: a control."""
+    chance_TK = uniform(tokens, options.seed).gather(1, tokens.experts_TK)
+    return kept(tokens, (chance_TK >= at) | (tokens.rank_TK == 0), options)
+
+
+def uniform(tokens: Tokens, seed: int) -> Tensor:
+    """A number in [0, 1) for each token and expert (T, E) float64; a function of keys and seed."""
+    assert tokens.key_T is not None, "random rules need a key of each token"
+    expert_E = torch.arange(tokens.n_experts, device=tokens.key_T.device)
+    return (mixed(mixed(tokens.key_T + seed)[:, None] + expert_E) >> 11 & (1 << 53) - 1) / 2**53
+
+
+def mixed(key: Tensor) -> Tensor:
+    """A hash of int64 numbers (splitmix64)."""
+    key = key + (0x9E3779B97F4A7C15 - (1 << 64))
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        key = (key ^ (key >> shift & (1 << 64 - shift) - 1)) * (factor - (1 << 64))
+    return key ^ (key >> 31 & (1 << 33) - 1)
+
+
 def _is_large(tokens: Tokens, at: float) -> Tensor:
     weights_TK = tokens.weights_TK.double()
     largest_T1 = weights_TK.amax(dim=1, keepdim=True)
@@ -130,15 +247,25 @@ def best(tokens: Tokens, n_T: Tensor, most: int, options: Options) -> Chosen:
     n_T1 = n_T.clamp(max=most)[:, None]
     if most <= tokens.top_k:
         return kept(tokens, tokens.rank_TK < n_T1, options)
+    experts_TM = _best_first(tokens, most)
+    is_cut_TM = tokens.logits_TE.gather(1, experts_TM).isneginf()  # by a mask
+    is_left_out_TM = is_cut_TM | (torch.arange(most, device=n_T.device) >= n_T1)
+    return chosen(tokens, experts_TM.masked_fill(is_left_out_TM, tokens.n_experts), options)
+
+
+def _best_first(tokens: Tokens, most: int) -> Tensor:
+    """Ids of the `most` best experts: of the router's own choices, or of all if that is more."""
+    if most <= tokens.top_k:
+        return tokens.experts_TK.gather(1, tokens.rank_TK.argsort(dim=1))[:, :most]
     score_TE = tokens.score_TE.masked_fill(tokens.logits_TE.isneginf(), -torch.inf)
-    score_TM, experts_TM = score_TE.topk(most, dim=1)
-    place_M = torch.arange(most, device=n_T.device)
-    is_kept_TM = (place_M < n_T1) & ~score_TM.isneginf()
-    return chosen(tokens, experts_TM.masked_fill(~is_kept_TM, tokens.n_experts), options)
+    return score_TE.topk(most, dim=1).indices
 
 
 def kept(tokens: Tokens, is_kept_TK: Tensor, options: Options) -> Chosen:
-    """Some of the router's own choices, each in its place."""
+    """Some of the router's own choices, each in its place; with `shuffle` others, but as many."""
+    if options.shuffle:
+        chance_TK = uniform(tokens, options.seed).gather(1, tokens.experts_TK)
+        is_kept_TK = chance_TK.argsort(dim=1).argsort(dim=1) < is_kept_TK.sum(dim=1, keepdim=True)
     weights_TK = tokens.weights_TK.masked_fill(~is_kept_TK, 0)
     if tokens.gate.is_renormalised or options.weights == "renormalised":
         weights_TK = _scaled(tokens, weights_TK)
@@ -186,4 +313,16 @@ def with_idle(weights_TM: Tensor, experts_TM: Tensor, n_experts: int) -> Chosen:
     return weights_TM.masked_fill(is_nobody_TM, 0), torch.where(is_nobody_TM, idle_T1, experts_TM)
 
 
-RULES: dict[str, Rule] = {"top-k": top_k, "skip": skip}
+RULES: dict[str, Rule] = {
+    "top-k": top_k,
+    "skip": skip,
+    "top-p": top_p,
+    "entropy": entropy,
+    "null": null,
+    "odp": odp,
+    "fitted": fitted,
+    "grouped": grouped,
+    "smooth": smooth,
+    "random": random,
+    "dropout": dropout,
+}

@@ -30,27 +30,103 @@ class RuleKind:
     low: float = 0.0  # the least threshold
     high: float = 0.0
     is_whole: bool = False  # the threshold is a whole number
-    may_widen: bool = False  # takes more than the router's K experts if `most` allows it
-    is_rescored: bool = False  # makes gate weights anew for experts that the router did not choose
+    # drops: leaves out some of the router's choices; widens: or takes more of the best, if `most`
+    # allows it; chooses: takes others.
+    way: Literal["drops", "widens", "chooses"] = "drops"
+    keeps_weights: bool = True  # of the router, as long as it takes K experts
     needs_prompt: bool = False  # whole prompts, one at a time
+    needs_attention: bool = False
     is_exportable: bool = True  # needs nothing but what a router has
     paper: str = ""
 
+    @property
+    def may_widen(self) -> bool:
+        """Whether it takes more than the router's K experts if `most` allows it."""
+        return self.way == "widens"
 
+
+_INF = float("inf")
 RULES: Mapping[str, RuleKind] = {
     "top-k": RuleKind(
-        help="The K best experts.",
+        help="The k best experts.",
         threshold="experts per token",
         low=1,
         high=MOST_EXPERTS,
         is_whole=True,
-        may_widen=True,
+        way="widens",
     ),
     "skip": RuleKind(
-        help="Skip experts whose gate weight is small beside the largest.",
+        help="Experts with a gate weight of at least a share of the largest.",
         threshold="share of the largest gate weight",
         high=1,
         paper="2402.14800",
+    ),
+    "top-p": RuleKind(
+        help="The fewest best experts whose probability exceeds a sum.",
+        threshold="sum of probabilities",
+        high=1,
+        way="widens",
+        paper="2403.07652",
+    ),
+    "entropy": RuleKind(
+        help="As many of the best experts as the entropy of the router says.",
+        threshold="factor of exp(entropy)",
+        high=_INF,
+        way="widens",
+    ),
+    "null": RuleKind(
+        help="Experts with a logit above that of null experts.",
+        threshold="logit of null experts",
+        low=-_INF,
+        high=_INF,
+        paper="2406.13233",
+    ),
+    "odp": RuleKind(
+        help="As skip, but all experts for the most important tokens.",
+        threshold="share of the largest gate weight",
+        high=1,
+        needs_prompt=True,
+        needs_attention=True,
+        is_exportable=False,
+        paper="2410.06270",
+    ),
+    "fitted": RuleKind(
+        help="The fewest best experts with a small fitted error of the output.",
+        threshold="relative error of the output",
+        high=_INF,
+    ),
+    "grouped": RuleKind(
+        help="Equally many best experts of each group.",
+        threshold="number of groups",
+        low=1,
+        high=MOST_EXPERTS,
+        is_whole=True,
+        way="chooses",
+        keeps_weights=False,
+        paper="2505.21411",
+    ),
+    "smooth": RuleKind(
+        help="The best experts by scores shared with similar earlier tokens.",
+        threshold="share of the similar tokens' scores",
+        high=1,
+        way="chooses",
+        keeps_weights=False,
+        needs_prompt=True,
+        is_exportable=False,
+        paper="2505.00792",
+    ),
+    "random": RuleKind(
+        help="Random experts with the router's own weights: a control.",
+        threshold="",
+        way="chooses",
+        is_exportable=False,
+        paper="2110.04260",
+    ),
+    "dropout": RuleKind(
+        help="All experts but random ones, the best excepted: a control.",
+        threshold="probability that an expert is left out",
+        high=1,
+        is_exportable=False,
     ),
 }
 
@@ -61,15 +137,18 @@ class RoutingRule(Record):
     rule: str
     most: int | None = Field(default=None, ge=1, le=MOST_EXPERTS)  # a token; None is K
     weights: Weights = "gate"
-    share: FiniteFloat = Field(default=0.02, ge=0, le=1)  # odp: tokens that keep all
+    share: FiniteFloat = Field(default=0.02, ge=0, le=1)  # odp: tokens that keep all experts
     temperature: FiniteFloat = Field(default=1.0, gt=0)  # smooth
-    level: Level = "token"  # random
-    seed: int = Field(default=0, ge=0)
+    level: Level = "token"  # random: what gets experts of its own
+    shuffle: bool = False  # a control: leaves out as many experts, but random ones of the K
+    seed: int = Field(default=0, ge=0, lt=1 << 32)
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
         if self.rule not in RULES:
             raise ValueError(f"{self.rule[:40]!a} is not a rule: take {', '.join(RULES)}")
+        if self.shuffle and self.kind.way == "chooses":
+            raise ValueError(f"rule {self.rule} leaves out no experts, so none can be shuffled")
         return self
 
     @property
@@ -88,6 +167,11 @@ class RoutingRule(Record):
     def needs_prompt(self) -> bool:
         """Whether prompts must be scored whole, one at a time."""
         return self.kind.needs_prompt or (self.rule == "random" and self.level == "prompt")
+
+    @property
+    def is_random(self) -> bool:
+        """Whether tokens need keys for random numbers."""
+        return self.shuffle or self.rule in ("random", "dropout")
 
     def n_columns(self, top_k: int, thresholds: Iterable[float] = ()) -> int:
         """Places per token (M) that routers with this rule give: K, or more if it widens."""
@@ -112,7 +196,17 @@ class RoutingRule(Record):
                 f"{block.name} has {block.n_experts} experts, rule {self.rule} asks for {most}: "
                 "take fewer"
             )
-        if most == block.top_k and not self.kind.is_rescored:
+        if self.rule == "grouped" and (block.n_experts % at or block.top_k % at):
+            raise ContractError(
+                f"{block.name} takes {block.top_k} of {block.n_experts} experts: {at:g} groups do "
+                "not divide both, take a common divisor"
+            )
+        if self.shuffle and most > block.top_k:
+            raise ContractError(
+                f"rule {self.rule} above the {block.top_k} experts of {block.name} leaves out none "
+                f"to shuffle: take at most {block.top_k}"
+            )
+        if most == block.top_k and self.kind.keeps_weights:
             return
         if block.is_hashed:
             fault = "chooses its experts by a table of token ids"

@@ -64,7 +64,7 @@ class Recorder:
             self.in_calibration_N = torch.tensor(in_calibration, device=device)
         self.alpha_NLE = torch.zeros(n_questions, n_layers, n_experts, device=device)
         self.weight_NLK = torch.zeros(n_questions, n_layers, n_places, device=device)
-        self.chosen_NLK = torch.full_like(self.weight_NLK, -1, dtype=torch.int16)
+        self.chosen_NLK = torch.zeros_like(self.weight_NLK, dtype=torch.int16)
         self.gap_N = torch.full((n_questions,), torch.inf, device=device)
         self.prefix_gap = torch.full((1,), torch.inf, device=device)
         # Separate for the last block's other tokens, which no answer depends on.
@@ -144,9 +144,10 @@ class Recorder:
             self.alpha_NLE[(*at, slice(block.n_experts))] = alpha_TE[self.answers_N]
             chosen_NK = routing.experts_TK[self.answers_N]
             chosen_NK = chosen_NK.masked_fill(chosen_NK >= block.n_experts, -1)  # nobody
-            places = slice(chosen_NK.shape[1])
-            self.chosen_NLK[(*at, places)] = chosen_NK.to(torch.int16)
-            self.weight_NLK[(*at, places)] = routing.weights_TK[self.answers_N].float()
+            n_more = self.chosen_NLK.shape[-1] - chosen_NK.shape[1]
+            self.chosen_NLK[at] = F.pad(chosen_NK, (0, n_more), value=-1).to(torch.int16)
+            weight_NK = routing.weights_TK[self.answers_N].float()
+            self.weight_NLK[at] = F.pad(weight_NK, (0, n_more))
         if self.stats == "all":
             self.tokens.route(routing, self.valid_T)
 

@@ -1,27 +1,37 @@
 """Routing rules in a running model, and the experts that its tokens use."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from expertcut.errors import ContractError
+from expertcut.models.devices import runs_on
 from expertcut.models.hooks import (
+    Forward,
     Routed,
     Routing,
     Scope,
     observe_routers,
     own_forward,
+    registered,
     replaced_forward,
     route,
 )
-from expertcut.models.modeling_routed import RULES, Gate, Tokens, with_idle
+from expertcut.models.modeling_routed import RULES, Gate, Tokens, mixed, with_idle
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.routing_rule import RoutingRule
+from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
+
+logger = logging.getLogger(__name__)
+
+Fit = tuple[tuple[float, ...], ...]  # coefficients (K - 1, K) of rule fitted
 
 
 @dataclass(frozen=True)
@@ -30,6 +40,7 @@ class Rerouting:
 
     rule: RoutingRule
     at_by_layer: Mapping[int, float]
+    fit_by_layer: Mapping[int, Fit] = field(default_factory=dict)
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -41,53 +52,156 @@ class Rerouting:
         return self.rule.n_columns(top_k, self.thresholds)
 
 
+class Passes:
+    """What rules must know of the current pass; call it before each, as the engine's `OnPass`."""
+
+    def __init__(self, rule: RoutingRule) -> None:
+        self.rule = rule
+        self.rows_M: Tensor | None = None
+        self.key_T: Tensor | None = None
+        self.attention: dict[int, Tensor] = {}  # by layer: mean over heads (T, T)
+
+    def __call__(self, step: Pass) -> None:
+        """Begins a pass."""
+        if self.rule.needs_prompt and len(step.questions) != 1:
+            raise ContractError(
+                f"rule {self.rule.rule} needs whole prompts: score them one at a time"
+            )
+        self.rows_M = None
+        self.attention.clear()
+        if self.rule.is_random:
+            self.key_T = _token_keys(step, self.rule)
+
+    def on_rows(self, rows_M: Tensor, _is_read: bool) -> None:
+        """Continues the pass in the last block with these of its tokens only."""
+        self.rows_M = rows_M
+
+    def keys(self, layer: int, n_tokens: int) -> Tensor | None:
+        """The keys of the tokens in a layer."""
+        if not self.rule.is_random:
+            return None
+        key_T = self.key_T
+        if key_T is not None and self.rows_M is not None:
+            key_T = key_T[self.rows_M.to(key_T.device)]
+        if key_T is None or len(key_T) != n_tokens:
+            raise ContractError(f"rule {self.rule.rule} was not told of a pass, so it has no keys")
+        return mixed(key_T + layer)
+
+    def attention_in(self, block: MoeBlock, n_tokens: int) -> Tensor | None:
+        """The attention in a block's layer."""
+        if not self.rule.kind.needs_attention:
+            return None
+        attention_TT = self.attention.get(block.layer)
+        if attention_TT is None or len(attention_TT) != n_tokens:
+            raise ContractError(
+                f"{block.name}: its layer gives no attention weights of one whole prompt, which "
+                f"rule {self.rule.rule} ranks tokens by: take another rule there"
+            )
+        return attention_TT
+
+
+def _token_keys(step: Pass, rule: RoutingRule) -> Tensor:
+    """A key by token id and position, so that packs do not matter; or by the whole prompt."""
+    ids_BT = step.input_ids
+    position_T = torch.arange(ids_BT.shape[1])
+    positions_BT = position_T if step.positions is None else step.positions
+    key_T = mixed(mixed(ids_BT) + positions_BT).reshape(-1)
+    return key_T.sum().expand(len(key_T)) if rule.level == "prompt" else key_T
+
+
 @contextmanager
-def rerouted(blocks: Sequence[MoeBlock], routing: Rerouting) -> Iterator[Callable[[Pass], None]]:
-    """Applies the rule behind the routers, verified on the probe; yields the engine's `OnPass`."""
+def rerouted(blocks: Sequence[MoeBlock], routing: Rerouting, model: Any = None) -> Iterator[Passes]:
+    """Applies the rule behind the routers, verified on the probe first.
+
+    `model` is needed by rules that read attention. Biases on logits act before the rule; a factor
+    on gate weights that `tilted` sets first does too.
+    """
+    passes = Passes(routing.rule)
+    by_layer = {block.layer: block for block in blocks if block.layer in routing.at_by_layer}
     with ExitStack() as stack:
-        for block in blocks:
-            if (at := routing.at_by_layer.get(block.layer)) is not None:
-                routing.rule.check_threshold(at)
-                routing.rule.check(block, at)
-                _apply(stack, block, routing, at)
-        yield lambda step: None
+        for layer, block in by_layer.items():
+            routing.rule.check_threshold(routing.at_by_layer[layer])
+            routing.rule.check(block, routing.at_by_layer[layer])
+            _apply(stack, block, routing, passes)
+        if routing.rule.kind.needs_attention:
+            assert model is not None, "rules that read attention need the model"
+            stack.enter_context(_eager(model))
+            stack.enter_context(registered(_attention_hooks(model, by_layer, passes)))
+            _check_attention(model, passes)
+        yield passes
+
+
+@contextmanager
+def rerouted_engine(engine: Engine, routing: Rerouting) -> Iterator[Passes]:
+    """`rerouted` for an engine, which scores one prompt at a time if the rule needs it."""
+    before = engine.is_trusted
+    if routing.rule.needs_prompt:
+        name = routing.rule.rule
+        logger.info("rule %s scores one prompt at a time, which is several times slower", name)
+        engine.is_trusted = False
+    try:
+        with rerouted(engine.moe.blocks, routing, engine.moe.model) as passes:
+            yield passes
+    finally:
+        engine.is_trusted = before
 
 
 def gate_of(block: MoeBlock) -> Gate:
     """How a block makes gate weights, as rules need it."""
-    if block.weights is None:  # the rule only drops, so the weights stay as they are
+    if block.weights is None:  # such a rule only drops, so the weights stay as they are
         return Gate(block.scoring)
-    return Gate(block.scoring, block.weights.is_renormalised, block.weights.factor)
+    factor = float(f"{block.weights.factor:.6g}")  # as measured
+    return Gate(block.scoring, block.weights.is_renormalised, factor)
 
 
-def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, at: float) -> None:
-    forward = own_forward(block.router)
-    most = routing.n_columns(block.top_k)
-    function, options = RULES[routing.rule.rule], routing.rule.options
-    gate = gate_of(block)
-
-    def run(*args: Any, **kwargs: Any) -> Routed:
-        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
-        score_TE = block.selection_scores(logits_TE)
-        given = Tokens(gate, logits_TE, score_TE, weights_TK, experts_TK)
-        return (logits_TE, *function(given, at, options))
-
+def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, passes: Passes) -> None:
     before = route(block.router, block.call)
-    stack.enter_context(replaced_forward(block.router, run))
+    stack.enter_context(replaced_forward(block.router, _forward(block, routing, passes)))
     if hasattr(block.experts, "places"):  # layout exact has no place for nobody
         stack.enter_context(replaced_forward(block.experts, _idle(block)))
+    n_tokens = len(before[0])
+    passes.attention[block.layer] = torch.eye(n_tokens)
+    passes.key_T = torch.arange(n_tokens) if routing.rule.is_random else None
     after = route(block.router, block.call)
-    if fault := next(_faults(block, before, after, most), None):
+    passes.key_T = None
+    passes.attention.clear()
+    if fault := next(_faults(block, before, after, routing.n_columns(block.top_k)), None):
         raise ContractError(f"{block.name}: {fault}, so no result with this rule would be true")
 
 
-def _idle(block: MoeBlock) -> Callable[..., Tensor]:
+def _forward(block: MoeBlock, routing: Rerouting, passes: Passes) -> Forward:
+    forward, layer = own_forward(block.router), block.layer
+    function, options = RULES[routing.rule.rule], routing.rule.options
+    gate, at = gate_of(block), routing.at_by_layer[layer]
+    fit = routing.fit_by_layer.get(layer)
+    fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
+
+    def run(*args: Any, **kwargs: Any) -> Routed:
+        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        key_T = passes.keys(layer, len(logits_TE))
+        given = Tokens(
+            gate,
+            logits_TE,
+            block.selection_scores(logits_TE),
+            weights_TK,
+            experts_TK,
+            input_TD=x.reshape(-1, x.shape[-1]),
+            attention_TT=passes.attention_in(block, len(logits_TE)),
+            key_T=None if key_T is None else key_T.to(logits_TE.device),
+            fit_KK=fit_KK,
+        )
+        return (logits_TE, *function(given, at, options))
+
+    return run
+
+
+def _idle(block: MoeBlock) -> Forward:
     forward = own_forward(block.experts)
 
-    def run(x_TD: Tensor, experts_TM: Tensor, weights_TM: Tensor) -> Tensor:
+    def run(x_TD: Tensor, experts_TM: Tensor, weights_TM: Tensor) -> Any:
         weights_TM, experts_TM = with_idle(weights_TM, experts_TM, block.n_experts)
-        result: Tensor = forward(x_TD, experts_TM, weights_TM)
-        return result
+        return forward(x_TD, experts_TM, weights_TM)
 
     return run
 
@@ -96,18 +210,52 @@ def _faults(block: MoeBlock, before: Routed, after: Routed, most: int) -> Iterat
     logits_TE, weights_TM, experts_TM = after
     if not torch.equal(logits_TE, before[0]):
         yield "its logits change"
-    if weights_TM.shape != experts_TM.shape or not (
-        len(experts_TM) == len(before[2]) and block.top_k <= experts_TM.shape[1] <= most
-    ):
+    is_wide = block.top_k <= experts_TM.shape[1] <= most
+    if not is_wide or weights_TM.shape != experts_TM.shape or len(experts_TM) != len(before[2]):
         yield f"its router gives {tuple(experts_TM.shape)} choices, at most {most} a token wanted"
     is_nobody_TM = experts_TM == block.n_experts
     if bool(((experts_TM < 0) | (experts_TM > block.n_experts)).any()):
         yield f"its router chooses experts outside 0 to {block.n_experts - 1}"
     if bool((weights_TM[is_nobody_TM] != 0).any()) or not bool(weights_TM.isfinite().all()):
-        yield "its router gives weights to nobody, or none that is a number"
-    used_TM = experts_TM.sort(dim=1).values
-    if bool(((used_TM[:, 1:] == used_TM[:, :-1]) & (used_TM[:, 1:] < block.n_experts)).any()):
+        yield "its router gives a weight to nobody, or one that is not finite"
+    sorted_TM = experts_TM.sort(dim=1).values
+    is_twice_TM = sorted_TM[:, 1:] == sorted_TM[:, :-1]
+    if bool((is_twice_TM & (sorted_TM[:, 1:] < block.n_experts)).any()):
         yield "its router chooses an expert twice"
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Attention that gives its weights."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention_hooks(model: Any, by_layer: Mapping[int, MoeBlock], passes: Passes) -> Iterator[Any]:
+    """Hooks on what runs beside the block in its decoder layer."""
+
+    def see(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
+        parts = output[1:] if isinstance(output, tuple) else ()
+        for part in parts:
+            if isinstance(part, Tensor) and part.ndim == 4 and part.shape[-1] == part.shape[-2]:
+                passes.attention[layer] = part[0].float().mean(dim=0)
+
+    for layer, block in by_layer.items():
+        for module in model.get_submodule(block.name.rpartition(".")[0]).children():
+            if module is not block.module:
+                yield module.register_forward_hook(partial(see, layer))
+
+
+@torch.inference_mode()
+def _check_attention(model: Any, passes: Passes) -> None:
+    """Runs some tokens: a layer without attention weights is refused by its router."""
+    device = runs_on(model.get_input_embeddings())
+    model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
+    passes.attention.clear()
 
 
 class ExpertCounts:
