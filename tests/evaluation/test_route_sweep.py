@@ -116,7 +116,7 @@ def test_calibrated_thresholds_keep_the_mean_they_are_asked(
                 _, experts_TM = RULES[rule](Tokens(gate_of(block), *rest), at, Options())
                 used += int((experts_TM < block.n_experts).sum())
                 n += len(experts_TM)
-            assert used / n == pytest.approx(mean, abs=1.5 / n), block.name
+            assert used / n == pytest.approx(mean, abs=2.5 / n), block.name  # equal tokens
 
 
 def test_a_sweep_goes_on_where_it_ended_and_refuses_another(

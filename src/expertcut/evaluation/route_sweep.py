@@ -20,7 +20,7 @@ from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import RULES, RoutingRule
+from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
@@ -77,8 +77,6 @@ class Rules:
 def with_controls(settings: Sequence[RouteSetting], draws: int) -> tuple[RouteSetting, ...]:
     """The settings, and draws of random experts in place of those of rule `random`."""
     own = [setting for setting in settings if setting.rule != "random"]
-    if "random" not in RULES:  # XXX
-        return tuple(own)
     return (*own, *(RouteSetting(rule="random", draw=i) for i in range(draws)))
 
 
@@ -152,9 +150,9 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
                 self.note(folder, {"cells": cells})
 
     def _run(self, routing: Rerouting, store: Path, name: str, see: OnPass) -> Iterator[Progress]:
-        blocks, needs_prompt = self.engine.moe.blocks, routing.rule.needs_prompt
+        moe, needs_prompt = self.engine.moe, routing.rule.needs_prompt
         alone = one_prompt_at_a_time(self.judge.engine, if_so=needs_prompt)
-        with alone, rerouted(blocks, routing) as begin:
+        with alone, rerouted(moe.blocks, routing, moe.model) as begin:
 
             def on_pass(step: Pass) -> None:
                 begin(step)

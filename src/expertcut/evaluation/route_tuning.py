@@ -53,7 +53,8 @@ class RuleScorer:
         """Log p (N, C) with a rule."""
         routing = self.rules.rerouting(setting)
         with one_prompt_at_a_time(self.scorer.engine, if_so=routing.rule.needs_prompt):
-            return self.scorer.scored(_name("rule", routing), 0, rerouted(self.blocks, routing))
+            ruled = rerouted(self.blocks, routing, self.scorer.engine.moe.model)
+            return self.scorer.scored(_name("rule", routing), 0, ruled)
 
     def left_out(self, setting: RouteSetting, seed: int) -> Array:
         """Log p (N, C) with as many experts as a rule keeps, but random ones of the K."""
