@@ -1,5 +1,6 @@
 """Routing rules in running models, on every family of the tests."""
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.data import Selection, load_quiz
+from expertcut.data.corpus import TextSelection, load_corpus
 from expertcut.errors import ContractError
 from expertcut.models import kernels
 from expertcut.models.find_blocks import find_blocks
@@ -22,7 +24,11 @@ from expertcut.models.gate_laws import check_gate
 from expertcut.models.hooks import Routing, observe_routers, route
 from expertcut.models.load import MoeModel
 from expertcut.models.routing_rule import RoutingRule
+from expertcut.profiling.findings import find
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.measure_text import TextMeasurement
 from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.storage import load_profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Encoded, Pass, encode
 from expertcut.scoring.passes import PassObserver
@@ -449,3 +455,36 @@ def test_a_router_with_a_rule_is_known_by_its_familys_gate(
     with recorder.listening():
         engine.score(asked, watch=PassObserver(recorder.begin, recorder.undo, recorder.on_rows))
     assert (recorder.chosen_NLK[..., 2] == -1).all() and (recorder.chosen_NLK[..., 0] >= 0).any()
+
+
+@pytest.mark.parametrize("kind", ["quiz", "texts"])
+def test_a_profile_of_a_model_with_a_rule_holds_empty_places(
+    olmoe: MoeModel, quiz_folder: Path, tmp_path: Path, kind: str
+) -> None:
+    for block in olmoe.blocks:
+        block.router.__class__ = routed_class(type(block.router))
+    moe = replace(olmoe, blocks=find_blocks(olmoe.model, torch.arange(16)[None]))
+    quiz = load_quiz(Selection(str(quiz_folder), split="test", shots=1))
+    if kind == "texts":
+        lines = [json.dumps({"text": question.text * 3}) for question in quiz]
+        (tmp_path / "own.jsonl").write_text("\n".join(lines))
+        chosen = TextSelection((str(tmp_path / "own.jsonl"),), max_tokens=2_000)
+        measured: Any = TextMeasurement(moe, load_corpus(chosen, moe.tokenizer), MeasureOptions())
+    else:
+        measured = Measurement(moe, quiz, None, MeasureOptions())
+    list(measured.run(tmp_path / "profile"))
+    profile = load_profile(tmp_path / "profile")
+    assert [block.n_places for block in profile.info.model.blocks] == [3, 3]
+    assert profile.info.model.blocks[0].top_k == 2
+    for layer in profile.layers:
+        assert layer.top_k == 3 and layer.alpha_mean_E.sum() == pytest.approx(1.0)
+        assert layer.tokens_E is not None and layer.tokens_E.sum() > 0
+    if kind == "quiz":
+        chosen_NLK = profile.array("chosen_NLK")
+        assert (chosen_NLK[..., 2] == -1).all() and (chosen_NLK[..., :2] == -1).any()
+        for i, layer in enumerate(profile.layers):
+            own = [set(row) - {-1} for row in chosen_NLK[:, i].tolist()]
+            assert [set(np.flatnonzero(row)) for row in layer.is_activated_NE] == own
+            assert np.allclose(layer.weight_E.sum(), profile.array("weight_NLK")[:, i].sum())
+            assert np.isfinite(layer.rank_probability_NK).all()
+        assert find(profile).margins[0].undefined.startswith("a routing rule")

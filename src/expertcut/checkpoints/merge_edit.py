@@ -263,8 +263,9 @@ def unedited_routers(
     """Copies of the routers of an unedited model, which choose merged experts; by block name."""
     routers: dict[str, Callable[..., Any]] = {}
     for block in blocks:
-        place_E = torch.zeros(block.n_experts, dtype=torch.long)
-        for place, members in enumerate(merging.members_of(edits[block.name]).values()):
+        groups = merging.members_of(edits[block.name])
+        place_E = torch.full((block.n_experts + 1,), len(groups))  # the last of nobody
+        for place, members in enumerate(groups.values()):
             place_E[list(members)] = place
         selection_E = block.selection_bias()
         kept = None if selection_E is None else selection_E.clone()

@@ -190,8 +190,9 @@ def rescaling_over_tokens(
 
     def add(routing: Routing, _is_answer_T: Tensor) -> None:
         alpha_TE = blocks[routing.layer].alpha(routing.logits_TE).double()
-        chosen_TE = torch.zeros_like(alpha_TE, dtype=torch.bool)
-        sums[routing.layer].add(alpha_TE, chosen_TE.scatter(1, routing.experts_TK, True))
+        nothing_TX = alpha_TE.new_zeros(len(alpha_TE), alpha_TE.shape[1] + 1, dtype=torch.bool)
+        chosen_TX = nothing_TX.scatter(1, routing.experts_TK, True)  # the id E is nobody
+        sums[routing.layer].add(alpha_TE, chosen_TX[:, :-1])
 
     if sums:
         collect_routing(engine, round_robin(tuning, CALIBRATION_QUESTIONS), sums, add)
@@ -298,8 +299,8 @@ class RemovalTrial:
         bias_E[list(removed)] = -torch.inf
         with tilted([self.block], Tilts({self.block.layer: bias_E} if removed else {})):
             _, weights_TK, experts_TK = self.route()
-        nothing_TE = torch.zeros(len(self.x_TD), len(bias_E), dtype=torch.float64)
-        return nothing_TE.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())
+        nothing_TX = torch.zeros(len(self.x_TD), len(bias_E) + 1, dtype=torch.float64)
+        return nothing_TX.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())[:, :-1]
 
 
 def sample_inputs(engine: Engine, quiz: CalibrationSet) -> dict[int, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from expertcut.data.corpus import CalibrationSet, round_robin
@@ -315,7 +316,8 @@ def targets(block: MoeBlock, routing: Routing, merged: Mapping[int, Mapping[int,
     sigmoid, √softplus  the one that would be chosen first: there is no mass to add up
     """
     logits_TE = routing.logits_TE.double()
-    last_T1 = logits_TE.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
+    known_TX = F.pad(logits_TE, (0, 1), value=torch.inf)  # the id E is nobody
+    last_T1 = known_TX.gather(1, routing.experts_TK).amin(dim=1, keepdim=True)
     selection_E, logits = block.selection_bias(), []
     for ids in map(list, merged.values()):
         own_TM = logits_TE[:, ids]
@@ -368,7 +370,8 @@ class _RowSums:
         else:
             mass_TG = (target_TG - logits_TE.logsumexp(dim=1, keepdim=True)).exp()
         score_TE = alpha_TE + self.selection_E
-        chosen_TE = torch.zeros_like(alpha_TE).scatter(1, routing.experts_TK, 1.0)
+        chosen_TX = F.pad(torch.zeros_like(alpha_TE), (0, 1)).scatter(1, routing.experts_TK, 1.0)
+        chosen_TE = chosen_TX[:, :-1]
         members = [list(shares) for shares in self.merged.values()]
         chosen_TG = torch.stack([chosen_TE[:, ids].amax(dim=1) for ids in members], dim=1)
         best_TG = torch.stack([score_TE[:, ids].amax(dim=1) for ids in members], dim=1)

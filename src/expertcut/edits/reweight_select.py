@@ -45,6 +45,9 @@ def admission_gap(
     """
     if block.is_hashed:
         return math.nan
+    is_used_N = (chosen_NK >= 0).any(axis=1)  # a routing rule may leave places empty (−1)
+    alpha_NE, chosen_NK = alpha_NE[is_used_N], chosen_NK[is_used_N]
+    chosen_NK = np.where(chosen_NK < 0, chosen_NK.max(axis=1, keepdims=True), chosen_NK)
     alpha_NE, chosen_NK = alpha_NE.astype(np.float64), chosen_NK.astype(np.int64)
     ranked_NE = alpha_NE
     if block.selection == "logits":

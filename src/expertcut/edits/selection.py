@@ -397,8 +397,10 @@ def _keeps(pruning: Pruning) -> list[tuple[int, ...]]:
 
 
 def _n_tokens(profile: Profile) -> int | None:
-    tokens_LE, top_k = profile.token_sum("tokens"), profile.info.model.blocks[0].top_k
-    return None if tokens_LE is None else round(float(tokens_LE[0].sum()) / top_k)
+    tokens_LE, block = profile.token_sum("tokens"), profile.info.model.blocks[0]
+    if tokens_LE is None or block.places is not None:  # tokens use more or fewer experts
+        return None
+    return round(float(tokens_LE[0].sum()) / block.top_k)
 
 
 def _named(pruning: Pruning, blend: Blend, kept: Mapping[BlendRule, Array]) -> Pruning:

@@ -29,7 +29,7 @@ from expertcut.evaluation.sweep_judges import Cell, Cut, TextScoring, judge_of
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.blend import Blend
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.statistics import Answers
+from expertcut.profiling.statistics import Answers, share
 from expertcut.profiling.storage import (
     Profile,
     ProfilePart,
@@ -204,7 +204,7 @@ def removes_used_experts(profile: Profile, plan: EditPlan) -> bool:
         return False
     chosen_NLK = profile.array("chosen_NLK")
     share_NLK = np.abs(profile.array("weight_NLK"))
-    share_NLK = share_NLK / share_NLK.sum(axis=2, keepdims=True)
+    share_NLK = share(share_NLK, share_NLK.sum(axis=2, keepdims=True), 0.0)
     is_hit_N = np.zeros(len(chosen_NLK), dtype=bool)
     for layer, block in enumerate(profile.info.model.blocks):
         is_removed_NK = ~np.isin(chosen_NLK[:, layer], plan.edits[block.name].keep)

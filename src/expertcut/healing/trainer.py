@@ -65,7 +65,7 @@ class Balance:
         real_T = mask_BS.reshape(-1).bool()
         for block in self.blocks:
             chosen = self.seen[block.layer].experts_TK[real_T].flatten()
-            own_E = torch.bincount(chosen, minlength=block.n_experts).float()
+            own_E = torch.bincount(chosen, minlength=block.n_experts)[: block.n_experts].float()
             self.own[block.layer] = self.own.get(block.layer, 0) + own_E
 
     def share(self) -> None:
@@ -84,7 +84,8 @@ class Balance:
             alpha_TE = block.alpha(routing.logits_TE[real_T])
             sum_E = (alpha_TE / alpha_TE.sum(dim=-1, keepdim=True)).sum(dim=0)
             n_choices = total_E.sum()
-            mean_E = sum_E * routing.experts_TK.shape[1] / n_choices
+            n_used = (routing.experts_TK[real_T] < block.n_experts).sum() / real_T.sum()
+            mean_E = sum_E * n_used / n_choices  # K, or fewer where a rule leaves out experts
             losses.append(block.n_experts * (total_E / n_choices * mean_E).sum())
         self.seen = {}
         return torch.stack(losses).mean()

@@ -289,6 +289,7 @@ def model_info(moe: MoeModel) -> schema.ModelInfo:
             top_groups=b.top_groups,
             selection_bias=b.selection_bias() is not None,
             selection=None if b.selection == "score" else b.selection,
+            places=b.most,
         )
         for b in moe.blocks
     )

@@ -216,12 +216,15 @@ def layers_of(
     for layer, block in enumerate(blocks):
         alpha_NE = alpha_NLE[:, layer, : block.experts].astype(np.float64)
         chosen_NK = chosen_NLK[:, layer].astype(np.int64)
-        is_activated_NE = np.zeros(alpha_NE.shape, dtype=bool)
-        np.put_along_axis(is_activated_NE, chosen_NK, True, axis=1)
-        chosen_alpha_NK = np.take_along_axis(alpha_NE, chosen_NK, axis=1)
-        p_NK = chosen_alpha_NK / chosen_alpha_NK.sum(axis=1, keepdims=True)
-        p_NE = np.zeros_like(alpha_NE)
-        np.put_along_axis(p_NE, chosen_NK, p_NK, axis=1)
+        # An empty place (−1) is a further last column, which is dropped.
+        alpha_NX = np.pad(alpha_NE, ((0, 0), (0, 1)))
+        is_activated_NX, p_NX = np.zeros(alpha_NX.shape, dtype=bool), np.zeros_like(alpha_NX)
+        np.put_along_axis(is_activated_NX, chosen_NK, True, axis=1)
+        is_activated_NE = is_activated_NX[:, :-1]
+        chosen_alpha_NK = np.take_along_axis(alpha_NX, chosen_NK, axis=1)
+        p_NK = share(chosen_alpha_NK, chosen_alpha_NK.sum(axis=1, keepdims=True), 0.0)
+        np.put_along_axis(p_NX, chosen_NK, p_NK, axis=1)
+        p_NE = p_NX[:, :-1]
         mass_NE = alpha_NE * is_activated_NE
         mass_E, activated_E = mass_NE.sum(0), is_activated_NE.sum(0)
         layers.append(

@@ -181,8 +181,10 @@ class Profile:
         over_tokens_L, layers = self.over_tokens(), []
         for i, layer in enumerate(layers_of(blocks, alpha_NLE, chosen_NLK, is_correct_N)):
             n = layer.n_experts
-            weight_E = np.bincount(chosen_NLK[:, i].ravel(), weight_NLK[:, i].ravel(), minlength=n)
-            layers.append(replace(layer, weight_E=weight_E, over_tokens=over_tokens_L[i]))
+            # −1, an empty place, goes into a column behind the last.
+            column_A = chosen_NLK[:, i].ravel().astype(np.int64) % (n + 1)
+            weight_X = np.bincount(column_A, weight_NLK[:, i].ravel(), minlength=n + 1)
+            layers.append(replace(layer, weight_E=weight_X[:n], over_tokens=over_tokens_L[i]))
         return layers
 
     def over_tokens(self) -> list[OverTokens | None]:
@@ -249,19 +251,19 @@ class TextProfile(Profile):
         if alpha_LE is None:
             raise ProfileError(f"{self.path} keeps losses alone, as `expertcut eval` writes them")
         moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
+        n_tokens = max(float(sum(int(chunk["tokens_N"].sum()) for chunk in self.chunks)), 1.0)
         layers = []
         for i, (block, over_tokens) in enumerate(
             zip(self.info.model.blocks, self.over_tokens(), strict=True)
         ):
             assert over_tokens is not None, "kept with alpha"
-            n_tokens = max(float(over_tokens.tokens_E.sum()) / block.top_k, 1.0)
             after = _of_layer(following, i, block.experts)
             layers.append(
                 TextLayer(
                     layer=i,
                     block=block.name,
                     n_experts=block.experts,
-                    top_k=block.top_k,
+                    top_k=block.n_places,
                     alpha_mean_E=alpha_LE[i, : block.experts] / n_tokens,
                     over_tokens=over_tokens,
                     moments_2X=moments_2LX[:, i],

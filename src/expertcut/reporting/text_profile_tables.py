@@ -135,8 +135,7 @@ def text_tables(profile: TextProfile) -> list[Table]:
 
 
 def _expert_table(layer: TextLayer) -> Table:
-    tokens_E = layer.over_tokens.tokens_E
-    n_tokens = max(float(tokens_E.sum()) / layer.top_k, 1.0)
+    n_tokens = max(round(float(layer.moments_2X[0, 2:].sum())), 1)  # whose ranks sum to 1
     rows = [
         [*list(row.values())[:2], row["tokens"] / n_tokens, *list(row.values())[2:]]
         for row in text_experts(layer)
