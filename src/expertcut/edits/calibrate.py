@@ -285,21 +285,26 @@ class RemovalTrial:
         n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
         parts = zip(self.x_TD.split(n_rows), own_TD.split(n_rows), strict=True)
         self.gram_TEE = torch.cat([_gram(block, *rows) for rows in parts])
-        self.gate_TE = self._gates(())
+        self.gate_TE = self.gates()
 
     @torch.inference_mode()
     def change(self, removed: tuple[int, ...]) -> float:
         """Mean ‖Δy‖² over the tokens, rerouted without these experts."""
-        delta_TE = self._gates(removed) - self.gate_TE
-        return float(torch.einsum("te,tef,tf->t", delta_TE, self.gram_TEE, delta_TE).mean())
-
-    def _gates(self, removed: tuple[int, ...]) -> Tensor:
-        """Gate weights (T, E) of the model's own router, float64, 0 for the other experts."""
         bias_E = torch.zeros(self.block.n_experts)
         bias_E[list(removed)] = -torch.inf
         with tilted([self.block], Tilts({self.block.layer: bias_E} if removed else {})):
-            _, weights_TK, experts_TK = self.route()
-        nothing_TX = torch.zeros(len(self.x_TD), len(bias_E) + 1, dtype=torch.float64)
+            return float(self.squares(self.gates() - self.gate_TE).mean())
+
+    def squares(self, weight_TE: Tensor) -> Tensor:
+        """‖Σ weight · output of the experts‖² of each token (T,)."""
+        return torch.einsum("te,tef,tf->t", weight_TE, self.gram_TEE, weight_TE)
+
+    @torch.inference_mode()
+    def gates(self) -> Tensor:
+        """Gate weights (T, E) as the router gives them now, float64, 0 for the other experts."""
+        _, weights_TK, experts_TK = self.route()
+        width = self.block.n_experts + 1  # the id E is nobody
+        nothing_TX = torch.zeros(len(self.x_TD), width, dtype=torch.float64)
         return nothing_TX.scatter(1, experts_TK.cpu(), weights_TK.double().cpu())[:, :-1]
 
 
