@@ -11,21 +11,22 @@ from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import RemovalTrial, sample_inputs
 from expertcut.models.modeling_routed import log_shares
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import RoutingRule, Weights
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.rerouting import Fit, Rerouting, rerouted
 
 
-def fit_errors(engine: Engine, tuning: CalibrationSet) -> dict[int, Fit]:
-    """The coefficients of every layer."""
+def fit_errors(engine: Engine, tuning: CalibrationSet, weights: Weights = "gate") -> dict[int, Fit]:
+    """The coefficients of every layer, for a rule with these gate weights."""
     sample = sample_inputs(engine, tuning)
-    return {block.layer: fit_block(block, sample[block.layer]) for block in engine.moe.blocks}
+    blocks = engine.moe.blocks
+    return {block.layer: fit_block(block, sample[block.layer], weights) for block in blocks}
 
 
 @torch.inference_mode()
-def fit_block(block: MoeBlock, x_TD: Tensor) -> Fit:
+def fit_block(block: MoeBlock, x_TD: Tensor, weights: Weights = "gate") -> Fit:
     """The coefficients (K - 1, K) of one block on its inputs, by least squares."""
-    errors_TK, shares_TK = measured_errors(block, x_TD)
+    errors_TK, shares_TK = measured_errors(block, x_TD, weights)
     if not errors_TK.shape[1]:
         return ()
     found = torch.linalg.lstsq(shares_TK, errors_TK, driver="gelsd").solution.T
@@ -33,13 +34,15 @@ def fit_block(block: MoeBlock, x_TD: Tensor) -> Fit:
 
 
 @torch.inference_mode()
-def measured_errors(block: MoeBlock, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+def measured_errors(
+    block: MoeBlock, x_TD: Tensor, weights: Weights = "gate"
+) -> tuple[Tensor, Tensor]:
     """‖y_K − y_k‖/‖y_K‖ (T, K - 1) for k = 1 … K - 1, and `log_shares` (T, K), of tokens with y."""
     trial, errors = RemovalTrial(block, x_TD), []
     size_T = trial.squares(trial.gate_TE)
+    rule = RoutingRule(rule="top-k", weights=weights)
     for k in range(1, block.top_k):
-        routing = Rerouting(RoutingRule(rule="top-k"), {block.layer: float(k)})
-        with rerouted([block], routing):
+        with rerouted([block], Rerouting(rule, {block.layer: float(k)})):
             moved_T = trial.squares(trial.gates() - trial.gate_TE)
         errors.append((moved_T.clamp(min=0) / size_T).sqrt())
     shares_TK = log_shares(trial.route()[1]).cpu()
