@@ -167,13 +167,15 @@ def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
     profile = profiled(checkpoint("olmoe", **deeper("olmoe")), quiz, tmp_path / "p")
     settings = CutSettings(by="reap", keep=KEEP, sequential=True)
     once, chunks = rank(profile, settings), list(calibration_chunks(profile, engine_of(profile)))
-    one_chunk = max(sum(map(len, chunk.prompts)) for chunk in chunks) * WIDTH * 4
+    # What its attention gives is stored beside the inputs of the layer.
+    one_chunk = 2 * max(sum(map(len, chunk.prompts)) for chunk in chunks) * WIDTH * 4
     calls: list[int] = []
 
     def counted(work: Callable[[Engine], Any]) -> Any:
         engine = engine_of(profile)
-        first: Any = engine.moe.model.model.layers[0].self_attn
-        with first.register_forward_pre_hook(lambda *_: calls.append(1)):
+        # The second layer is measured first, and comes again behind it, cut.
+        attention: Any = engine.moe.model.model.layers[1].self_attn.q_proj
+        with attention.register_forward_pre_hook(lambda *_: calls.append(1)):
             return work(engine)
 
     counted(lambda engine: relay(engine, chunks, 1 << 30))

@@ -8,7 +8,7 @@ the checkpoint will be. What does not fit in memory runs from the start: slower,
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -114,7 +114,7 @@ class Relay:
         self.engine, self.chunks, self.kept_bytes = engine, chunks, kept_bytes
         self.decoders = Decoders(engine.moe.model, engine.moe.blocks)
         self.number = 0  # of the decoder layer whose inputs are stored
-        self.stored: list[list[Any]] = [[] for _ in chunks]  # by pass; empty if they do not fit
+        self.stored = [_Stored([], []) for _ in chunks]
 
     def sums(self, layer: int) -> dict[str, Array]:
         """All-token sums (E,) of a MoE block by name, as if every prompt had run alone.
@@ -124,19 +124,42 @@ class Relay:
         block, number = self.engine.moe.blocks[layer], self.decoders.number_of.get(layer, 0)
         room, total_AE = self.kept_bytes, np.zeros(())
         for place, chunk in enumerate(self.chunks):
-            outputs: list[Any] = []
+            stored = _Stored([], [])
             with ExitStack() as stack:
                 if number and self.kept_bytes:
-                    if stored := self.stored[place]:
-                        stack.enter_context(self.decoders.starting_at(self.number, stored))
-                    stack.enter_context(self.decoders.storing(number, outputs))
+                    self._resume(stack, self.stored[place])
+                    stack.enter_context(self.decoders.storing(number, stored.inputs))
+                    stack.enter_context(self.decoders.storing_attention(block, stored.attention))
                     stack.enter_context(self.decoders.ending_at(number))
                 total_AE = total_AE + _sums(self.engine, chunk, [block])[:, layer]
-            size_bytes = sum(map(_size_bytes, outputs))
-            self.stored[place] = outputs if size_bytes <= room else []
-            room -= size_bytes if self.stored[place] else 0
+            self.stored[place] = stored.within(room)
+            room -= self.stored[place].size_bytes
         self.number = number
         return dict(zip(NAMES, total_AE, strict=True))
+
+    def _resume(self, stack: ExitStack, stored: "_Stored") -> None:
+        """Starts from what is stored: all before the MoE block of the layer measured last."""
+        if stored.inputs:
+            stack.enter_context(self.decoders.starting_at(self.number, stored.inputs))
+            if len(stored.attention) == len(stored.inputs):
+                stack.enter_context(self.decoders.given_attention(self.number, stored.attention))
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Of a decoder layer its inputs and the outputs of its attention, pass by pass."""
+
+    inputs: list[Any]
+    attention: list[Any]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(_size_bytes, [*self.inputs, *self.attention]))
+
+    def within(self, room: int) -> "_Stored":
+        """What fits: all, the inputs alone, or nothing."""
+        tries = (self, _Stored(self.inputs, []), _Stored([], []))
+        return next(own for own in tries if own.size_bytes <= max(room, 0))
 
 
 def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None) -> Relay:

@@ -257,6 +257,7 @@ class Decoders:
     """The decoder layers of a model, which run from stored outputs and end early in a context."""
 
     def __init__(self, model: Any, blocks: Sequence[MoeBlock]) -> None:
+        self.blocks = blocks
         self.number_of: dict[int, int] = {}  # by MoE block; empty if the names do not tell
         self.modules: list[nn.Module] = []
         pattern = re.compile(r"(?P<list>.+)\.(?P<number>\d+)\..+")
@@ -272,6 +273,37 @@ class Decoders:
             lambda _module, _args, output: outputs.append(output)
         )
         return registered([hook])
+
+    def _mixer(self, number: int) -> nn.Module:
+        """The attention of a decoder layer: its largest child beside the MoE block."""
+        inside = {id(part) for block in self.blocks for part in block.router.modules()}
+        others = [
+            child
+            for child in self.modules[number].children()
+            if not inside & set(map(id, child.modules()))
+        ]
+        return max(others, key=lambda child: sum(own.numel() for own in child.parameters()))
+
+    def storing_attention(self, block: MoeBlock, outputs: list[Any]) -> Scope:
+        """Appends the outputs of the attention before a MoE block, one in each pass."""
+        last = deque[Any](maxlen=1)
+        mixer = self._mixer(self.number_of[block.layer])
+
+        def keep(_module: nn.Module, _args: Any) -> None:
+            if last:
+                outputs.append(last.pop())
+
+        return registered(
+            [
+                mixer.register_forward_hook(lambda _module, _args, output: last.append(output)),
+                block.router.register_forward_pre_hook(keep),
+            ]
+        )
+
+    def given_attention(self, number: int, outputs: Sequence[Any]) -> Scope:
+        """The stored outputs of a decoder layer's attention in its place, pass by pass."""
+        left = iter(outputs)
+        return replaced_forward(self._mixer(number), lambda *_, **__: next(left))
 
     def starting_at(self, number: int, outputs: Sequence[Any]) -> Scope:
         """Runs from decoder layer `number` on, from its stored inputs, pass by pass."""
