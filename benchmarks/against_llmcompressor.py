@@ -13,9 +13,10 @@ through its own experts only (`moe_calibrate_all_experts=False`), at the best of
 Rows have the same length, so that it pads and truncates none.
 
 Every run is a process of its own; the tools take turns. Seconds are of calibration: theirs from the
-first hook to the last layer cut, without tracing the model; ours of a profile's chunks and of
-ranking layer after layer; both without starting Python and loading the model. No ratio is printed
-where a saliency differs by more than 1e-4 of its value, or an expert that is kept.
+first hook to the last layer cut, without tracing the model; ours of a profile's chunks, and of
+ranking layer after layer, alone and with the profile that it starts from; both without starting
+Python and loading the model. No ratio is printed where a saliency differs by more than 1e-4 of its
+value, or an expert that is kept.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -119,34 +120,31 @@ def profile(task: Task, folder: Path) -> Run:
     return Run("expertcut profile --text", took, elapsed_s, saliency_LE, kept_LK)
 
 
-def sequential(task: Task, found: dict[str, list[Run]], folder: Path) -> Run:
-    """`expertcut prune --sequential` from the profile that came before; its seconds count too."""
-    profiled = found["our profile"][-1]
+def sequential(task: Task, folder: Path) -> Run:
+    """`expertcut prune --sequential` from the profile that came before."""
     command = [sys.executable, "-c", TIMED_PRUNE, "prune", "--sequential"]
     command += ["--profile", folder / "profile", "--keep", task.keep, "--by", "reap"]
-    command += [
-        "--protect",
-        "none",
-        "--rescale-gates",
-        "off",
-        "--held-out",
-        0,
-        "--threads",
-        task.threads,
-    ]
-    command += ["--plan-only", "--out", folder / "cut"]
+    command += ["--protect", "none", "--rescale-gates", "off", "--held-out", 0]
+    command += ["--threads", task.threads, "--plan-only", "--out", folder / "cut"]
     took = timed(command, task.threads, folder / "prune.log", folder)
     ranked = json.loads((folder / "found.json").read_text())
     plan = json.loads((folder / "cut/plan.json").read_text())
     kept_LK = np.array([block["keep"] for block in plan["blocks"].values()])
-    whole = Took(
-        profiled.took.elapsed_s + took.elapsed_s,
-        profiled.took.cpu_s + took.cpu_s,
-        max(profiled.took.peak_mb, took.peak_mb),
-    )
-    elapsed_s = profiled.calibration_s + ranked["calibration_s"]
     saliency_LE = np.array(ranked["saliency_LE"])
-    return Run("expertcut profile, prune --sequential", whole, elapsed_s, saliency_LE, kept_LK)
+    tool = "expertcut prune --sequential"
+    return Run(tool, took, ranked["calibration_s"], saliency_LE, kept_LK)
+
+
+def both(profiled: Run, ranked: Run) -> Run:
+    """A profile and the sequential ranking from it as one run, which starts from nothing."""
+    took = Took(
+        profiled.took.elapsed_s + ranked.took.elapsed_s,
+        profiled.took.cpu_s + ranked.took.cpu_s,
+        max(profiled.took.peak_mb, ranked.took.peak_mb),
+    )
+    calibration_s = profiled.calibration_s + ranked.calibration_s
+    tool = "expertcut profile, prune --sequential"
+    return replace(ranked, tool=tool, took=took, calibration_s=calibration_s)
 
 
 def difference(theirs: Run, ours: Run) -> "np.ndarray":
@@ -179,7 +177,10 @@ def in_turns(
             ),
             "their sequential": lambda f=folder: llm_compressor(task, python, f / "theirs", batch),
             "our profile": lambda f=folder: profile(task, f / "ours"),
-            "our sequential": lambda f=folder: sequential(task, found, f / "ours"),
+            "our sequential": lambda f=folder: sequential(task, f / "ours"),
+            "ours from nothing": lambda: both(
+                found["our profile"][-1], found["our sequential"][-1]
+            ),
             "their uncut": lambda f=folder: llm_compressor(
                 task, python, f / "uncut", batch, "--uncut"
             ),
@@ -196,7 +197,8 @@ def table(task: Task, found: dict[str, list[Run]]) -> list[list[object]]:
     rows: list[list[object]] = []
     # Behind cut layers a profile's saliencies are others: only the first layer is the same.
     ways = [("uncut", "our profile", None), ("default", "our profile", 1)]
-    ways += [(way, "our sequential", None) for way in ("sequential", "default")]
+    ours_cut = ("our sequential", "ours from nothing")
+    ways += [(way, ours, None) for way in ("sequential", "default") for ours in ours_cut]
     for way, ours, n_layers in ways:
         pairs = list(zip(found[f"their {way}"], found[ours], strict=True))
         wrong = [text for theirs, own in pairs if (text := fault(theirs, own, n_layers))]
