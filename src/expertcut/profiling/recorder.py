@@ -116,7 +116,7 @@ class Recorder:
 
     def _mark_calibration(self) -> None:
         if self.in_calibration_N is not None and not self.is_prefix:
-            self.tokens.in_calibration_T = self.in_calibration_N[self.question_T]
+            self.tokens.mark(self.in_calibration_N[self.question_T])
 
     def _added(self) -> list[Tensor]:
         gaps = [self.gap_N, self.unread_gap_N]
@@ -227,11 +227,17 @@ class TokenSums:
         """Starts a pass of the shared prefix (0) or of the questions (1)."""
         self.part = part
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
+        self.are_both_equal = False  # every token counts in both
         # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
         self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
         self.routing: hooks.Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
         self.rows_M: Tensor | None = None
+
+    def mark(self, in_calibration_T: Tensor) -> None:
+        """Tells which tokens count in both sums."""
+        self.in_calibration_T = in_calibration_T
+        self.are_both_equal = bool(in_calibration_T.all())
 
     def read(self, layer: int, x_TD: Tensor) -> None:
         """Keeps the residual stream before a block until the next block."""
@@ -268,10 +274,12 @@ class TokenSums:
         extremes = torch.stack(output_MD.aminmax())
         self.pending.append((call.expert, tokens_M, weights_M, norm_M, extremes))
         if self.in_calibration_T is not None:
-            output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
+            if not self.are_both_equal:
+                output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
             if len(output_MD):
                 largest_E = self.largest[2, call.layer]
-                largest = output_MD.abs().amax().to(largest_E)
+                largest = extremes if self.are_both_equal else torch.stack(output_MD.aminmax())
+                largest = largest.abs().amax().to(largest_E)
                 largest_E[call.expert] = largest_E[call.expert].maximum(largest)
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
@@ -314,8 +322,10 @@ class TokenSums:
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
-        self.sums[NAMES.index(name), self.part, layer] += amount_TE.sum(dim=0)
+        amount_E = amount_TE.sum(dim=0)
+        self.sums[NAMES.index(name), self.part, layer] += amount_E
         if self.in_calibration_T is not None:
             counts_T = self.in_calibration_T if valid_T is None else self.in_calibration_T[valid_T]
-            amount_E = amount_TE[counts_T.to(amount_TE.device)].sum(dim=0)
+            if not self.are_both_equal:
+                amount_E = amount_TE[counts_T.to(amount_TE.device)].sum(dim=0)
             self.sums[NAMES.index(name), 2, layer] += amount_E

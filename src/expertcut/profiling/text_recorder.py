@@ -54,17 +54,16 @@ class TextRecorder:
         if self.stats == "none":
             return hooks.registered([])
         routers = hooks.observe_routers(self.blocks, self._route)
-        return hooks.registered(
-            [routers, self.tokens.listening(self.blocks, lambda: self.counts_T)]
-        )
+        return hooks.registered([routers, self.tokens.listening(self.blocks, lambda: self.valid_T)])
 
     def begin(self, step: Pass) -> None:
         """Called before each forward pass."""
         _, counts_T = self.rows.of_pass(step)
         self.counts_T = counts_T.to(self.device)
+        self.valid_T = None if bool(counts_T.all()) else self.counts_T
         self.tokens.begin(PARTS[""])
         chooses_T = self.chooses_N[step.question_T].to(self.device)
-        self.tokens.in_calibration_T = chooses_T
+        self.tokens.mark(chooses_T)
         # Of each layer's tokens: experts and α of those chosen, until the losses are there.
         self.chosen: dict[int, tuple[Tensor, Tensor]] = {}
         self.before = [tensor.clone() for tensor in self._added()]
@@ -87,7 +86,7 @@ class TextRecorder:
             1, place_TK
         )
         self.chosen[layer] = place_TK, alpha_TK
-        self.tokens.route(routing, self.counts_T)
+        self.tokens.route(routing, self.valid_T)
         own = slice(block.n_experts)
         for part, counts_T in self._parts():
             self.alpha_sums[part, layer, own] += alpha_TE[counts_T].double().sum(dim=0)
