@@ -98,6 +98,18 @@ def test_what_is_dropped_has_no_weight_and_the_rest_the_gates_own(name: str, gat
         torch.testing.assert_close(weights_TM, own_TM)
 
 
+@pytest.mark.parametrize("name", [name for name in RULES if name != "grouped"])
+def test_no_rule_exceeds_the_most_experts(name: str) -> None:
+    found, at = tokens(), 2 if name == "top-k" else IDENTITIES.get(name, 0.0)
+    weights_TM, experts_TM = RULES[name](found, at, Options(most=2))
+    assert ((experts_TM < N_EXPERTS).sum(dim=1) == 2).all()
+    assert torch.equal(weights_TM != 0, experts_TM < N_EXPERTS)
+    if name in ("random", "smooth"):
+        return
+    best_Tk = found.score_TE.topk(2, dim=1).indices
+    assert used_sets(experts_TM) == used_sets(best_Tk)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     name=st.sampled_from(sorted(THRESHOLDS)),

@@ -371,6 +371,7 @@ def test_an_untold_pass_is_refused(olmoe: MoeModel) -> None:
     [
         ("top-k", 9, {}, "has 8 experts, rule top-k asks for 9"),
         ("top-p", 0.5, {"most": 9}, "has 8 experts, rule top-p asks for 9"),
+        ("grouped", 2, {"most": 1}, "leave out the limit of 1"),
         ("grouped", 4, {}, "takes 2 of 8 experts: 4 groups do not divide both"),
         ("top-p", 0.5, {"most": 4, "shuffle": True}, "leaves out none to shuffle"),
     ],

@@ -195,7 +195,7 @@ def smooth(tokens: Tokens, at: float, options: Options) -> Chosen:
     untrained similarity).
     """
     if at == 0:
-        return tokens.weights_TK, tokens.experts_TK
+        return kept(tokens, torch.ones_like(tokens.experts_TK, dtype=torch.bool), options)
     assert tokens.input_TD is not None
     x_TD = F.normalize(tokens.input_TD.float(), dim=1)
     later_TT = torch.ones(len(x_TD), len(x_TD), device=x_TD.device, dtype=torch.bool).triu(1)
@@ -203,13 +203,17 @@ def smooth(tokens: Tokens, at: float, options: Options) -> Chosen:
     alpha_TE = torch.lerp(tokens.alpha_TE, cosine_TT.softmax(dim=1) @ tokens.alpha_TE, at)
     score_TE = tokens.score_TE + (alpha_TE - tokens.alpha_TE)
     score_TE = score_TE.masked_fill(tokens.logits_TE.isneginf(), -torch.inf)
-    return chosen(tokens, score_TE.topk(tokens.top_k, dim=1).indices, options, alpha_TE)
+    experts_TK = score_TE.topk(tokens.top_k, dim=1).indices
+    experts_TK[:, options.most or tokens.top_k :] = tokens.n_experts
+    return chosen(tokens, experts_TK, options, alpha_TE)
 
 
 def random(tokens: Tokens, at: float, options: Options) -> Chosen:
     """K distinct experts at random, with the router's own weights: a control (THOR)."""
     chance_TE = uniform(tokens, options.seed).masked_fill(tokens.logits_TE.isneginf(), -1.0)
-    return tokens.weights_TK, chance_TE.topk(tokens.top_k, dim=1).indices
+    experts_TK = chance_TE.topk(tokens.top_k, dim=1).indices
+    weights_TK, own_TK = kept(tokens, torch.ones_like(tokens.experts_TK, dtype=torch.bool), options)
+    return weights_TK, experts_TK.masked_fill(own_TK == tokens.n_experts, tokens.n_experts)
 
 
 def dropout(tokens: Tokens, at: float, options: Options) -> Chosen:
@@ -263,6 +267,8 @@ def _best_first(tokens: Tokens, most: int) -> Tensor:
 
 def kept(tokens: Tokens, is_kept_TK: Tensor, options: Options) -> Chosen:
     """Some of the router's own choices, each in its place; with `shuffle` others, but as many."""
+    if options.most is not None:
+        is_kept_TK = is_kept_TK & (tokens.rank_TK < options.most)
     if options.shuffle:
         chance_TK = uniform(tokens, options.seed).gather(1, tokens.experts_TK)
         is_kept_TK = chance_TK.argsort(dim=1).argsort(dim=1) < is_kept_TK.sum(dim=1, keepdim=True)

@@ -201,6 +201,11 @@ class RoutingRule(Record):
                 f"{block.name} takes {block.top_k} of {block.n_experts} experts: {at:g} groups do "
                 "not divide both, take a common divisor"
             )
+        if self.rule == "grouped" and self.most is not None and self.most < block.top_k:
+            raise ContractError(
+                f"rule grouped takes all {block.top_k} experts of {block.name}, equally many of "
+                f"each group: leave out the limit of {self.most}"
+            )
         if self.shuffle and most > block.top_k:
             raise ContractError(
                 f"rule {self.rule} above the {block.top_k} experts of {block.name} leaves out none "
