@@ -61,8 +61,9 @@ class JudgedRows:
 
     def read_chunk(self, chunk: EncodedRows, begin: OnPass, base: Arrays | None) -> Arrays:
         """The same of one chunk."""
-        sums, observer = RowSums(len(chunk)), PassObserver(begin=begin)
-        n_top, base_of = (KEPT_TOKENS, None) if base is None else (0, Predictions(base))
+        n_top = min(KEPT_TOKENS, self.engine.projection.n_logits) if base is None else 0
+        base_of = None if base is None else Predictions(base)
+        sums, observer = RowSums(chunk, n_top), PassObserver(begin=begin)
         for _, found in predict(self.engine, chunk, observer, n_top=n_top, base_of=base_of):
             sums.add(found)
         return sums.arrays()

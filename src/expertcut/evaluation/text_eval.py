@@ -121,7 +121,7 @@ class TextJudgement(TextMeasurement):
     def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """Sums by row, and the base's predictions or what differs from them."""
         rows = encode_rows([row for row in work.questions if isinstance(row, Row)])
-        recorder, base_of = RowSums(len(rows)), None
+        recorder, base_of = RowSums(rows, self.top), None
         if self.base is not None:
             base_of = Predictions(self.base.chunk(self.files[id(work)], work.subject))
         used = [UsedExperts(self.moe.blocks, len(rows))] if self.counts_experts else []

@@ -121,11 +121,16 @@ def _predictions(
 
 
 class RowSums:
-    """Sums over the scored positions of each row, added in float64."""
+    """Sums over the scored positions of each row, added in float64, and their likeliest tokens."""
 
-    def __init__(self, n_rows: int) -> None:
-        self.sums = {name: torch.zeros(n_rows, dtype=torch.float64) for name in _SUMS + _CHANGES}
-        self.tops: list[TopLogprobs] = []
+    def __init__(self, rows: EncodedRows, n_top: int = 0) -> None:
+        names, n_rows = _SUMS + _CHANGES, len(rows)
+        self.sums = {name: torch.zeros(n_rows, dtype=torch.float64) for name in names}
+        # In one piece for all passes: smaller ones would lie between what passes free, and the C
+        # library could not use that memory again.
+        size = sum(int((next_T >= 0).sum()) for next_T in rows.next_ids), n_top
+        self.top = TopLogprobs(torch.zeros(size, dtype=torch.int32), torch.zeros(size))
+        self.n_kept = 0
         self.is_compared = False
 
     def begin(self, _step: Pass) -> None:
@@ -145,16 +150,16 @@ class RowSums:
         for name, value_M in values.items():
             self.sums[name].index_add_(0, found.row_M, value_M.double())
         if found.top is not None:
-            self.tops.append(found.top)
+            at = slice(self.n_kept, self.n_kept + len(found.loss_M))
+            self.top.ids_MR[at], self.top.logprob_MR[at] = found.top.ids_MR, found.top.logprob_MR
+            self.n_kept = at.stop
 
     def arrays(self) -> dict[str, Array]:
         """The sums (N,), with those of a comparison, or the predictions of a base."""
         names = _SUMS + (_CHANGES if self.is_compared else ())
         arrays = {name: self.sums[name].numpy() for name in names}
-        if self.tops:
-            arrays[_IDS] = torch.cat([top.ids_MR for top in self.tops]).int().numpy()
-            logprobs = torch.cat([top.logprob_MR for top in self.tops])
-            arrays[_LOGPROBS] = logprobs.float().numpy()
+        if self.top.ids_MR.shape[1]:
+            arrays[_IDS], arrays[_LOGPROBS] = self.top.ids_MR.numpy(), self.top.logprob_MR.numpy()
         return arrays
 
 
