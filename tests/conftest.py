@@ -14,16 +14,19 @@ os.environ["EXPERTCUT_CACHE"] = os.devnull  # every run checks anew
 
 import csv
 import gc
+from typing import Any
 
 import pytest
 import torch
 import typer.main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch.utils import collect_env
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main, progress
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
+from expertcut.reporting import plots
 from tests.support.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
 Commands = Callable[..., str]
@@ -126,9 +129,25 @@ STORAGE_FORMS = ("olmoe", "mixtral", "gpt_oss", "granitemoe")
 DIFFERENT = (*STORAGE_FORMS, *PADDED_FAMILIES, "deepseek_v3", "qwen2_moe")
 
 
+SAVED_AS_SHIPPED = plots._saved
+
+
+def _saved_small(name: str, canvas: Any) -> dict[str, bytes]:
+    """A figure in few dots and as its parts were put: to lay it out takes most of its time."""
+    canvas.set_layout_engine("none")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "_DPI", 20)
+        return SAVED_AS_SHIPPED(name, canvas)
+
+
+# Here, for processes that tests start too; tests/reporting sees figures as they are shipped.
+plots._saved = _saved_small
+
+
 def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
+    collect_env.get_pretty_env_info = lambda: "a machine"  # lm_eval asks ten programs, each time
     progress.FIRST_LINE_S = 60.0  # stderr of a refusal is one line, however busy the machine
     build = typer.main.get_command
     built: dict[object, object] = {}
