@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.process import BaseProcess
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -24,19 +25,13 @@ from tests.conftest import open_model, write_quiz
 # A server that has imported all this forks each process, in milliseconds. It is one for all tests,
 # so whoever needs something there says so here.
 PROCESSES = multiprocessing.get_context("forkserver")
-_EXPERTCUT = (
-    *("checkpoints.build", "evaluation.sweep_run", "healing.recovery", "commands.run_recipe"),
-    *(
-        "commands.edit_stages",
-        "commands.measure_stages",
-        "reporting.eval_tables",
-        "reporting.views",
-    ),
-)
+_PARTS = ("checkpoints.build", "evaluation.sweep_run", "evaluation.text_eval", "healing.recovery")
+_PARTS += ("recipes.stage_runs", "reporting.eval_tables", "reporting.views")
+_EXPERTCUT = [f"expertcut.{name}" for name in _PARTS]
+assert all(map(find_spec, _EXPERTCUT)), "the server passes over what is not there in silence"
 PROCESSES.set_forkserver_preload(
     [
-        *(__name__, "tests.support.prune_runs", "tests.soak.commands"),
-        *(f"expertcut.{name}" for name in _EXPERTCUT),
+        *(__name__, "tests.support.prune_runs", "tests.soak.commands", *_EXPERTCUT),
         *("matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg"),
         "transformers.models.olmoe.modeling_olmoe",
     ]
