@@ -259,6 +259,9 @@ def assert_sums(profile: TextProfile, sums: Sums) -> None:
         np.testing.assert_allclose(found, expected, err_msg=name, **close)
 
 
+# A plain one, fused with biases, with a factor of the block's output, which norms it, with latent
+# attention and a sigmoid, with recurrent layers. All families: `test_profile`, on a quiz.
+FEW = ("olmoe", "gpt_oss", *RESIDUAL_FACTORS, NORMED, "deepseek_v3", "qwen3_next")
 MODELS = {
     **{family: (family, {}) for family in FAMILIES},
     "padded": ("mixtral", {"sliding_window": 16}),
@@ -272,7 +275,13 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in {*FAMILIES} - {*FEW} else [])
+        for name in MODELS
+    ],
+)
 def test_every_sum_of_both_parts_agrees_with_brute_force(
     checkpoint: Checkpoints, tmp_path: Path, name: str
 ) -> None:
