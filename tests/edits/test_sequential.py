@@ -1,6 +1,7 @@
 """`--sequential`: a layer is scored as it is once the layers before it are cut."""
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from expertcut.evaluation.search_results import load_sweep
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recorder import NAMES
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.recipes.recipe_schema import Recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.scoring.engine import Engine
@@ -31,6 +32,7 @@ from tests.profiling.test_profile import profiled
 from tests.support import loaded_stock
 
 Checkpoints = Callable[..., Path]
+Profiles = Callable[..., Profile]
 KEEP, LAYERS, WIDTH = 4, 3, 32  # the third layer is the first that starts from stored outputs
 # Packed, in groups with a shared expert, with pads, fused with biases.
 FEW = ("olmoe", "gpt_oss")
@@ -46,6 +48,23 @@ def deeper(family: str) -> dict[str, object]:
 def quiz(tmp_path_factory: pytest.TempPathFactory) -> Quiz:
     folder = write_quiz(tmp_path_factory.mktemp("quiz"), {"dev": 1, "test": 4, "val": 4}, seed=5)
     return load_quiz(Selection(str(folder), shots=1))
+
+
+@pytest.fixture(scope="module")
+def profile_of(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Profile]:
+    """`profile_of("olmoe", **changes)`: the profile of a model, measured once."""
+    root, made = tmp_path_factory.mktemp("profiles"), dict[str, Path]()
+
+    def find(family: str, **changes: object) -> Profile:
+        key = repr((family, sorted(changes.items())))
+        if key not in made:
+            folder = root / str(len(made))
+            made[key] = profiled(checkpoint(family, **changes), quiz, folder).path
+        return load_profile(made[key])
+
+    return find
 
 
 def engine_of(profile: Profile) -> Engine:
@@ -109,22 +128,23 @@ def really_cut(block: MoeBlock, keep: Sequence[int], settings: CutSettings, fold
     ids=str,
 )
 def test_every_layer_is_scored_as_behind_layers_that_are_really_cut(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str, options: dict[str, Any]
+    checkpoint: Checkpoints, profile_of: Profiles, quiz: Quiz, family: str, options: dict[str, Any]
 ):
-    scores_as_by_hand(checkpoint(family, **deeper(family)), quiz, tmp_path, options)
+    path, profile = checkpoint(family, **deeper(family)), profile_of(family, **deeper(family))
+    scores_as_by_hand(path, profile, quiz, options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", sorted({*FAMILIES} - {*FEW}))
 def test_every_family_is_scored_as_behind_layers_that_are_really_cut(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
+    checkpoint: Checkpoints, profile_of: Profiles, quiz: Quiz, family: str
 ):
-    scores_as_by_hand(checkpoint(family, **deeper(family)), quiz, tmp_path, {})
+    path, profile = checkpoint(family, **deeper(family)), profile_of(family, **deeper(family))
+    scores_as_by_hand(path, profile, quiz, {})
 
 
-def scores_as_by_hand(path: Path, quiz: Quiz, folder: Path, options: dict[str, Any]) -> None:
+def scores_as_by_hand(path: Path, profile: Profile, quiz: Quiz, options: dict[str, Any]) -> None:
     settings = CutSettings(by="reap", keep=KEEP, sequential=True, **options)
-    profile = profiled(path, quiz, folder / "p")
     once, found = sequential(profile, settings)
     edits = cut(found, KEEP).draft.edits
     folds: dict[int, Any] = {}
@@ -143,10 +163,8 @@ def scores_as_by_hand(path: Path, quiz: Quiz, folder: Path, options: dict[str, A
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "jamba"])
-def test_layers_that_run_alone_give_the_sums_of_the_profile(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
-):
-    profile = profiled(checkpoint(family, **deeper(family)), quiz, tmp_path / "p")
+def test_layers_that_run_alone_give_the_sums_of_the_profile(profile_of: Profiles, family: str):
+    profile = profile_of(family, **deeper(family))
     engine = engine_of(profile)
     running = relay(engine, list(calibration_chunks(profile, engine)))
     assert running.kept_bytes
@@ -162,9 +180,9 @@ def test_layers_that_run_alone_give_the_sums_of_the_profile(
 
 
 def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+    profile_of: Profiles,
 ):
-    profile = profiled(checkpoint("olmoe", **deeper("olmoe")), quiz, tmp_path / "p")
+    profile = profile_of("olmoe", **deeper("olmoe"))
     settings = CutSettings(by="reap", keep=KEEP, sequential=True)
     once, chunks = rank(profile, settings), list(calibration_chunks(profile, engine_of(profile)))
     # What its attention gives is stored beside the inputs of the layer.
@@ -191,9 +209,9 @@ def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
 
 
 def test_reconstruction_is_tried_on_inputs_behind_the_cut_layers(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+    profile_of: Profiles,
 ):
-    profile = profiled(checkpoint("olmoe", **deeper("olmoe")), quiz, tmp_path / "p")
+    profile = profile_of("olmoe", **deeper("olmoe"))
     settings = CutSettings(by="reconstruction", keep=KEEP, sequential=True, fold="off")
     engine = engine_of(profile)
     once = rank(profile, settings, engine)
@@ -251,9 +269,9 @@ def test_an_expert_that_only_a_removed_one_feeds_goes_with_it(
 
 
 def test_the_plan_says_so_and_comes_again_with_the_same_bytes(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
+    profile_of: Profiles, tmp_path: Path, expertcut: Commands
 ):
-    profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    shutil.copytree(profile_of("olmoe").path, "p")
     line = "prune --keep 4 --by reap --profile p --no-verify"
     expertcut(f"{line} --plan-only --out usual")
     expertcut(f"{line} --plan-only --out plan --sequential")
@@ -272,10 +290,10 @@ def test_the_plan_says_so_and_comes_again_with_the_same_bytes(
 
 
 def test_a_size_bounds_a_sequential_cut_too(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
+    checkpoint: Checkpoints, profile_of: Profiles, tmp_path: Path, expertcut: Commands
 ):
     path = checkpoint("olmoe")
-    profiled(path, quiz, tmp_path / "p")
+    shutil.copytree(profile_of("olmoe").path, "p")
     most = (path / "model.safetensors").stat().st_size * 4 // 5
     for layout in ("stock", "exact"):
         given = f"--max-bytes {most} --by reap --layout {layout} --sequential"
@@ -303,9 +321,10 @@ def test_what_cannot_be_measured_layer_after_layer_is_refused_in_a_line(
 
 
 def test_a_sweep_cuts_as_prune_does_and_never_mixes_with_another(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, expertcut: Commands
+    profile_of: Profiles, tmp_path: Path, expertcut: Commands
 ):
-    profile = profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    profile = profile_of("olmoe")
+    shutil.copytree(profile.path, "p")
     line = "sweep 0.5 --by reap --protect none --limit 2 --profile p"
     assert "--sequential" in expertcut(f"{line} --sequential --out s")
     _, found = sequential(profile, CutSettings(by="reap", sequential=True))
