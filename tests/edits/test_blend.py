@@ -1,7 +1,9 @@
 """Several profiles of one model as one: the blend, its cut by the worst domain, the overlap."""
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from itertools import combinations, product
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 import expertcut as api
+from expertcut.cli import app
 from expertcut.data import Selection, load_quiz
 from expertcut.data.sources import hash_lines
 from expertcut.edits import selection
@@ -165,7 +168,7 @@ def test_what_is_protected_stays_in_a_cut_by_the_worst_domain(drawn: Drawn):
 def planted(
     checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """The model, and a quiz of each domain: only tokens of its mark are routed to its expert."""
+    """The model, a quiz of each domain, its profile: its expert is routed only its mark."""
     root = tmp_path_factory.mktemp("planted")
     quizzes = {name: root / f"{name}.jsonl" for name in MARKS}
     for name, mark in MARKS.items():
@@ -179,14 +182,17 @@ def planted(
         ]
         quizzes[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
     model = plant_domains(checkpoint("olmoe"), root / "model")
-    return {"model": model, **quizzes}
+    with chdir(root):
+        for name, quiz in quizzes.items():
+            options = f"--quiz {quiz} --shots 0 --threads 1 --out {name}"
+            app(["profile", str(model), *options.split()], standalone_mode=False)
+    return {"model": model, "root": root, **quizzes}
 
 
 @pytest.fixture
 def profiled(planted: dict[str, Path], expertcut: Commands) -> Commands:
     for name in MARKS:
-        options = ("--quiz", planted[name], "--shots", 0, "--threads", 1, "--out", name)
-        expertcut("profile", planted["model"], *options)
+        shutil.copytree(planted["root"] / name, name)
     return expertcut
 
 

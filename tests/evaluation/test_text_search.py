@@ -1,7 +1,9 @@
 """`sweep` and `audit` on texts: figures of pruned checkpoints and of plain forward passes."""
 
 import json
+import shutil
 from collections.abc import Callable
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from expertcut.cli import app
 from expertcut.data.corpus import Corpus
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.splits import choosing_profile, questions_for
@@ -38,14 +41,22 @@ def write(name: str, n: int, seed: int, mark: str = "") -> Path:
     return file
 
 
-@pytest.fixture
-def profiled(checkpoint: Checkpoints, expertcut: Commands) -> Commands:
+@pytest.fixture(scope="module")
+def world(checkpoint: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`p`: a profile of two sources, `a` and `b`; `held.jsonl` and `more.jsonl` are others."""
-    files = [write(name, 40, seed) for seed, name in enumerate(("a", "b"))]
-    write("held", 14, 7)
-    write("more", 12, 8)
-    named = [word for file in files for word in ("--text", file)]
-    expertcut("profile", checkpoint("olmoe"), *named, *LENGTHS, "--threads", 1, "--out", "p")
+    with chdir(root := tmp_path_factory.mktemp("world")):
+        files = [write(name, 40, seed) for seed, name in enumerate(("a", "b"))]
+        write("held", 14, 7)
+        write("more", 12, 8)
+        named = [word for file in files for word in ("--text", file)]
+        words = ["profile", checkpoint("olmoe"), *named, *LENGTHS, "--threads", 1, "--out", "p"]
+        app([str(word) for word in words], standalone_mode=False)
+    return root
+
+
+@pytest.fixture
+def profiled(world: Path, expertcut: Commands) -> Commands:
+    shutil.copytree(world, Path.cwd(), dirs_exist_ok=True)
     return expertcut
 
 
@@ -224,7 +235,8 @@ def test_the_heaviest_profile_of_a_blend_judges_and_a_layer_may_see_the_cuts_bef
     model = checkpoint("olmoe")
     write("c", 40, 3)
     profiled("profile", model, "--text", "c.jsonl", *LENGTHS, "--threads", 1, "--out", "q")
-    profiled(f"profile {model} --quiz {quiz_folder} --split val --threads 1 --out quiz")
+    asking = f"--quiz {quiz_folder} --split val --shots 0 --threads 1"
+    profiled(f"profile {model} {asking} --out quiz")
     profiled("sweep 0.5 --by reap --profile q=3 --profile p --out texts")
     asked = load_sweep(Path("texts")).asked
     assert asked.text is not None and [*asked.text.sources] == ["c"]
@@ -232,7 +244,9 @@ def test_the_heaviest_profile_of_a_blend_judges_and_a_layer_may_see_the_cuts_bef
     assert load_sweep(Path("both")).of_texts and load_sweep(Path("both")).chosen_on.overlap == 0
     profiled("sweep 0.5 --by reap --profile p --profile quiz=3 --out answers")
     assert load_sweep(Path("answers")).of_quiz and not load_sweep(Path("answers")).of_texts
-    profiled(f"sweep 0.5 --by reap --profile p --quiz {quiz_folder} --shots 1 --out asked")
+    profiled(
+        f"sweep 0.5 --by reap --profile p --quiz {quiz_folder} --shots 0 --limit 2 --out asked"
+    )
     assert load_sweep(Path("asked")).of_quiz
     found = {}
     for name, words in {"plain": "", "in-turn": "--sequential"}.items():
