@@ -35,6 +35,7 @@ from tests.conftest import PADDED_FAMILIES, Commands, make_checkpoint, open_mode
 
 CPU = LoadOptions()
 PROMPTS = "prompts.jsonl"
+NEW_TOKENS = 16
 # A plain one, sinks and sliding windows, and every kind of recurrent layer.
 BATCHED = ("olmoe", "gpt_oss", *PADDED_FAMILIES)
 TEXTS = ["amber", "birch cloud delta", "a far longer prompt about ember and fjord", "grove", "h"]
@@ -46,14 +47,14 @@ def write_prompts(folder: Path, texts: list[str] = TEXTS) -> Path:
     return file
 
 
-def prompts_for(model: Path, file: Path, max_new_tokens: int = 30) -> ModelPrompts:
+def prompts_for(model: Path, file: Path, max_new_tokens: int = NEW_TOKENS) -> ModelPrompts:
     return encode_prompts(find_source(str(model)), read_prompts(file), CPU, max_new_tokens)
 
 
 def outputs_of(
     model: Path, file: Path, folder: Path, url: str | None = None, **options: Any
 ) -> Generated:
-    options = {"max_new_tokens": 30, "threads": 1, **options}
+    options = {"max_new_tokens": NEW_TOKENS, "threads": 1, **options}
     prompts = prompts_for(model, file, options["max_new_tokens"])
     *_, found = generate(
         prompts, GenerateOptions(CPU, **options), folder, Server(url) if url else None
@@ -243,7 +244,7 @@ def test_a_finished_run_writes_nothing_and_another_setting_is_another_file(
     with monkeypatch.context() as patch:
         patch.setattr(generation_run.LocalModel, "complete", None)
         assert outputs_of(model, file, tmp_path / "chunks").outputs == whole.outputs
-    outputs_of(model, file, tmp_path / "chunks", max_new_tokens=20)
+    outputs_of(model, file, tmp_path / "chunks", max_new_tokens=10)
     outputs_of(model, file, tmp_path / "chunks", temperature=1.0)
     outputs_of(model, file, tmp_path / "chunks", temperature=1.0, seed=1)
     files = list((tmp_path / "chunks").glob("*.generations.jsonl"))
@@ -261,13 +262,13 @@ def test_end_tokens_are_those_of_the_checkpoint(tmp_path: Path) -> None:
     config.write_text(json.dumps({"eos_token_id": free.ids[0]}))
     (empty,) = outputs_of(model, file, tmp_path).outputs
     assert empty.is_empty and empty.ids == ()
-    assert summarize([empty], 30).empty.share == 1
+    assert summarize([empty], NEW_TOKENS).empty.share == 1
 
 
 @contextmanager
 def completions_server(model: Path, file: Path, break_it: str = "") -> Iterator[str]:
     """A server of /v1/completions, backed by the model; gives its address."""
-    options = GenerateOptions(CPU, max_new_tokens=30, threads=1)
+    options = GenerateOptions(CPU, max_new_tokens=NEW_TOKENS, threads=1)
     local = generation_run.LocalModel(prompts_for(model, file), options)
 
     class Handler(BaseHTTPRequestHandler):
@@ -277,7 +278,7 @@ def completions_server(model: Path, file: Path, break_it: str = "") -> Iterator[
         def do_POST(self) -> None:
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             assert (asked["model"], asked["temperature"]) == ("some/name", 0)
-            assert (self.path, asked["max_tokens"]) == ("/v1/completions", 30)
+            assert (self.path, asked["max_tokens"]) == ("/v1/completions", NEW_TOKENS)
             found = local.complete([tuple(ids) for ids in asked["prompt"]], 0)
             choices = [
                 {"index": i, "text": o.text, "finish_reason": "stop" if o.is_ended else "length"}
@@ -315,8 +316,8 @@ def test_a_server_of_the_model_writes_what_the_model_writes(tmp_path: Path) -> N
             assert [o.is_ended for o in there.outputs] == [o.is_ended for o in here.outputs]
             # Bytes that are no text come back as other tokens, so texts are compared.
             assert [o.ids for o in there.outputs] != [o.ids for o in here.outputs]
-            assert compare_generated(here, there, 30).differs.outputs == 0
-            assert compare_generated(there, here, 30).differs.outputs == 0
+            assert compare_generated(here, there, NEW_TOKENS).differs.outputs == 0
+            assert compare_generated(there, here, NEW_TOKENS).differs.outputs == 0
 
 
 @pytest.mark.parametrize("break_it", ["500", "html", "few"])
@@ -352,7 +353,7 @@ def test_an_address_without_a_server_is_told(
         ('{"prompt": "\\ud800"}', "lone surrogate"),
         ("{", r"jsonl:1: not JSON"),
         ('{"messages": [{"role": "user", "content": "a"}]}', "has no chat template"),
-        (json.dumps({"prompt": "a" * 4090}), r"jsonl:1: a prompt of .* tokens and 30 new ones"),
+        (json.dumps({"prompt": "a" * 4090}), r"jsonl:1: a prompt of .* tokens and 16 new ones"),
     ],
 )
 def test_prompts_that_cannot_be_asked_are_refused_in_one_line(
@@ -371,7 +372,7 @@ def test_a_chat_is_written_in_the_template_up_to_the_answer(
     prompts = tmp_path / "prompts.jsonl"
     turns = [{"role": r, "content": c} for r, c in (("user", "amber?"), ("assistant", "birch"))]
     prompts.write_text(json.dumps({"messages": turns}))
-    found = encode_prompts(find_source(str(checkpoint("olmoe"))), [], CPU, 30)
+    found = encode_prompts(find_source(str(checkpoint("olmoe"))), [], CPU, NEW_TOKENS)
     tokenizer = found.tokenizer
     tokenizer.chat_template = (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -465,7 +466,9 @@ def test_one_server_for_two_models_must_know_them_by_name(
 ) -> None:
     file, model = write_prompts(tmp_path), checkpoint("olmoe")
     with completions_server(model, file) as url:
-        command = f"eval {model} {model} --generate {file} --max-new-tokens 30 --base-url {url}"
+        command = (
+            f"eval {model} {model} --generate {file} --max-new-tokens {NEW_TOKENS} --base-url {url}"
+        )
         assert "serves some/name, not" in expertcut(command, status=2)
         expertcut(f"{command} --base-url {url}")
     (change,) = (c.generation for c in load_results(tmp_path / "results.json").comparisons)
