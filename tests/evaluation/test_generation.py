@@ -36,6 +36,7 @@ from tests.conftest import PADDED_FAMILIES, Commands, make_checkpoint, open_mode
 CPU = LoadOptions()
 PROMPTS = "prompts.jsonl"
 NEW_TOKENS = 16
+ONE_LAYER = {"num_hidden_layers": 1}  # half of the time of a token
 # A plain one, sinks and sliding windows, and every kind of recurrent layer.
 BATCHED = ("olmoe", "gpt_oss", *PADDED_FAMILIES)
 TEXTS = ["amber", "birch cloud delta", "a far longer prompt about ember and fjord", "grove", "h"]
@@ -65,7 +66,7 @@ def outputs_of(
 
 def cyclic_checkpoint(folder: Path, length: int) -> Path:
     """A model that writes the next token of a cycle: blocks add nothing, the head looks it up."""
-    moe = open_model(make_checkpoint(folder, "olmoe"))
+    moe = open_model(make_checkpoint(folder, "olmoe", **ONE_LAYER))
     model = moe.model
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -157,15 +158,15 @@ def test_identical_models_show_no_differences_and_p_of_one(
     checkpoint: Callable[..., Path], tmp_path: Path, temperature: float
 ) -> None:
     file, options = write_prompts(tmp_path), {"temperature": temperature, "max_new_tokens": 60}
-    one = outputs_of(checkpoint("olmoe"), file, tmp_path / "one", **options)
-    two = outputs_of(checkpoint("olmoe"), file, tmp_path / "two", **options)
+    one = outputs_of(checkpoint("olmoe", **ONE_LAYER), file, tmp_path / "one", **options)
+    two = outputs_of(checkpoint("olmoe", **ONE_LAYER), file, tmp_path / "two", **options)
     change = compare_generated(one, two, 60)
     assert change.differs.outputs == 0
     assert change.first_divergence_median is None
     for flag in (change.length_cap, change.loops, change.empty):
         assert flag is not None
         assert (flag.gained, flag.lost, flag.delta, flag.mcnemar_p) == (0, 0, 0, 1)
-    other = outputs_of(checkpoint("olmoe", seed=1), file, tmp_path / "two", **options)
+    other = outputs_of(checkpoint("olmoe", seed=1, **ONE_LAYER), file, tmp_path / "two", **options)
     assert compare_generated(one, other, 60).differs.share == 1
 
 
@@ -221,7 +222,7 @@ def chunk(folder: Path) -> Path:
 def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
     checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    file, model = write_prompts(tmp_path), checkpoint("olmoe")
+    file, model = write_prompts(tmp_path), checkpoint("olmoe", **ONE_LAYER)
     options = {"temperature": 0.8, "batch_tokens": 100}  # sampled, in batches of one and two
     whole = outputs_of(model, file, tmp_path / "chunks", **options)
     place = chunk(tmp_path / "chunks")
@@ -239,7 +240,7 @@ def test_a_run_cut_short_anywhere_goes_on_to_the_same_bytes(
 def test_a_finished_run_writes_nothing_and_another_setting_is_another_file(
     checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file, model = write_prompts(tmp_path), checkpoint("olmoe")
+    file, model = write_prompts(tmp_path), checkpoint("olmoe", **ONE_LAYER)
     whole = outputs_of(model, file, tmp_path / "chunks")
     with monkeypatch.context() as patch:
         patch.setattr(generation_run.LocalModel, "complete", None)
