@@ -185,6 +185,23 @@ def test_nobody_gives_the_bits_of_weight_0() -> None:
     assert not kernels.by_expert(x_TD, nobody_TK, weights_TK, 6, own).any()
 
 
+def test_every_implementation_of_experts_leaves_nobody_out(moe: MoeModel) -> None:
+    """Those of transformers compute on a GPU; here they run on the CPU."""
+    routing, found = set_to(moe, "skip", 0.7), {}
+    try:
+        for kind in ("eager", "grouped_mm", "batched_mm", kernels.BY_EXPERT):
+            moe.model.set_experts_implementation(kind)
+            with rerouted(moe.blocks, routing):
+                found[kind] = logits(moe)
+    finally:
+        moe.model.set_experts_implementation(kernels.BY_EXPERT)
+    expected = found.pop(kernels.BY_EXPERT)
+    assert (expected - logits(moe)).abs().max() > 1e-3
+    for own in found.values():
+        assert (own - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not any(block.experts._is_expert_parallel for block in moe.blocks)
+
+
 def naee(block: Any, beta: float, x_BTD: Tensor) -> Tensor:
     """NAEE's block for dynamic skipping (arXiv:2402.14800), written out: K is 2."""
     x_TD = x_BTD.flatten(0, 1)

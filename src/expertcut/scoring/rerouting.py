@@ -23,6 +23,7 @@ from expertcut.models.hooks import (
     replaced_forward,
     route,
 )
+from expertcut.models.kernels import BY_EXPERT
 from expertcut.models.modeling_routed import RULES, Gate, Tokens, mixed, with_idle
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.routing_rule import RoutingRule
@@ -157,8 +158,7 @@ def gate_of(block: MoeBlock) -> Gate:
 def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, passes: Passes) -> None:
     before = route(block.router, block.call)
     stack.enter_context(replaced_forward(block.router, _forward(block, routing, passes)))
-    if hasattr(block.experts, "places"):  # layout exact has no place for nobody
-        stack.enter_context(replaced_forward(block.experts, _idle(block)))
+    stack.enter_context(_allowing_nobody(block))
     n_tokens = len(before[0])
     passes.attention[block.layer] = torch.eye(n_tokens)
     passes.key_T = torch.arange(n_tokens) if routing.rule.is_random else None
@@ -194,6 +194,28 @@ def _forward(block: MoeBlock, routing: Rerouting, passes: Passes) -> Forward:
         return (logits_TE, *function(given, at, options))
 
     return run
+
+
+@contextmanager
+def _allowing_nobody(block: MoeBlock) -> Iterator[None]:
+    """Lets the experts take the id of nobody, as our own loop does.
+
+    Kernels of transformers know it from expert parallelism. For its loops, some of which allow no
+    further id, and layout exact it is an expert that the token does not use, with weight 0.
+    """
+    experts: Any = block.experts
+    kind = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    if kind == BY_EXPERT and not hasattr(experts, "places"):
+        yield
+    elif kind in (BY_EXPERT, "eager", None) or not hasattr(experts, "_is_expert_parallel"):
+        with replaced_forward(experts, _idle(block)):
+            yield
+    else:
+        before, experts._is_expert_parallel = experts._is_expert_parallel, True
+        try:
+            yield
+        finally:
+            experts._is_expert_parallel = before
 
 
 def _idle(block: MoeBlock) -> Forward:
