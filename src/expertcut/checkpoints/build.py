@@ -104,6 +104,9 @@ def build(
             proof = _judge(engine, questions.held_out, plan, before)
             proof = proof.model_copy(update=figures)
         file = file.model_copy(update={"proof": proof or unscored})
+        if file.routing and before:
+            counted = {"experts_per_token": before.experts_per_token}
+            file = file.model_copy(update={"routing": file.routing.model_copy(update=counted)})
         _save_records(temporary, profile, file, used)
         add_files(temporary, options.extra_files)
     fits = [quality for quality in qualities if isinstance(quality, Fit)]

@@ -21,12 +21,14 @@ from expertcut.edits.merging import Quality
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
+from expertcut.models.expert_routing import ExpertRouting
 from expertcut.models.hooks import registered
 from expertcut.models.load import MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
+from expertcut.scoring.rerouting import Rerouting, rerouted
 from expertcut.scoring.router_bias import Tilts, tilted
 
 Apply = Callable[[Tensor], Tensor]
@@ -42,6 +44,7 @@ class TensorChanges(Rewrite):
     edits: Mapping[str, BlockEdit]
     blocks: Mapping[str, DiskBlock]
     unused: frozenset[str] = frozenset()
+    routing: ExpertRouting | None = None  # the rule of the routers
 
     def change(self, name: str) -> Change:
         """What becomes of a tensor so far."""
@@ -104,6 +107,7 @@ class Simulation:
     biases: Mapping[int, Tensor]  # (E,) by layer, on router logits; −inf forbids an expert
     scales: Mapping[int, Tensor]  # (E,) by layer, factors on gate weights
     apply_at: Positions = "all"  # where finite biases act
+    routing: Rerouting | None = None  # acts on biased logits, and before the factors
     contexts: list[AbstractContextManager[Any]] = field(default_factory=list)
 
 
@@ -128,11 +132,14 @@ class LayoutWriter(Protocol):
     ) -> None:
         """Adds the plan's biases to the routers; `directions` v (D,) are by layer."""
 
+    def check_routing(self, source: Source, routing: Rerouting) -> None:
+        """Raises ContractError unless the layout can hold this rule for the model."""
+
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         """`config.json` of the new checkpoint."""
 
-    def files(self) -> Mapping[str, bytes]:
-        """Further files, by name."""
+    def files(self, _source: Source) -> Mapping[str, bytes]:
+        """Further files, by name, in place of those that are copied."""
         return {}
 
 
@@ -206,6 +213,15 @@ def simulated(moe: MoeModel, edits: Iterable[Edit], *, is_as_written: bool) -> I
         edit.simulate(simulation)
     biases = {layer: bias_E for layer, bias_E in biases.items() if bias_E.any()}
     scales = {layer: scale_E for layer, scale_E in scales.items() if (scale_E != 1).any()}
-    tilts = Tilts(biases, scales, simulation.apply_at)
-    with registered(simulation.contexts), tilted(moe.blocks, tilts) as begin:
+    tilts, contexts = Tilts(biases, scales, simulation.apply_at), registered(simulation.contexts)
+    if simulation.routing is None:
+        with contexts, tilted(moe.blocks, tilts) as begin:
+            yield begin
+        return
+    with (
+        contexts,
+        tilted(moe.blocks, Tilts(biases)),
+        rerouted(moe.blocks, simulation.routing) as begin,
+        tilted(moe.blocks, Tilts(scale_by_layer=scales)),
+    ):
         yield begin

@@ -24,6 +24,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import MODELLING_FILE, Source, modelling_code
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.models.validate import expert_count
+from expertcut.scoring.rerouting import Rerouting
 
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
 FAMILIES = dict(flex_olmo="FlexOlmo", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
@@ -35,6 +36,12 @@ class ExactWriter(LayoutWriter):
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
         _check_exact(read_config(source.path), is_cutting=is_cutting)
+
+    def check_routing(self, source: Source, routing: Rerouting) -> None:
+        raise ContractError(
+            "layout exact has no place for a routing rule: take --layout routed, or stock with "
+            "--rule top-k"
+        )
 
     def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
@@ -74,7 +81,7 @@ class ExactWriter(LayoutWriter):
         earlier = constants_on_disk(tensors.headers) if is_exact(config) else None
         return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
 
-    def files(self) -> Mapping[str, bytes]:
+    def files(self, _source: Source) -> Mapping[str, bytes]:
         return {MODELLING_FILE: modelling_code()}
 
 

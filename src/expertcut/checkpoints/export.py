@@ -11,12 +11,15 @@ from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.checkpoints.reroute_edit import RerouteEdit
+from expertcut.checkpoints.routed import RoutedWriter
 from expertcut.checkpoints.shards import check_space, lay_out, total_bytes, write_checkpoint
 from expertcut.checkpoints.stock import StockWriter
 from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import RECORDS, BlockEdit, EditPlan, PlanFile, removed_experts
+from expertcut.errors import ContractError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
@@ -27,9 +30,13 @@ logger = logging.getLogger(__name__)
 _NOT_COPIED = {*RECORDS, "config.json", "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
-WRITERS: Mapping[Layout, LayoutWriter] = {"stock": StockWriter(), "exact": ExactWriter()}
+WRITERS: Mapping[Layout, LayoutWriter] = {
+    "stock": StockWriter(),
+    "exact": ExactWriter(),
+    "routed": RoutedWriter(),
+}
 # A factor acts before the rescaling of a cut, which rounds anew; merged experts replace kept ones.
-EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit]
+EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit, RerouteEdit]
 
 
 def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
@@ -39,6 +46,13 @@ def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:
     """That the layout can hold the plan for this model, and that there is room for the result."""
+    routings = [edit.rerouting for edit in edits_of(plan) if isinstance(edit, RerouteEdit)]
+    for routing in routings:
+        WRITERS[plan.layout].check_routing(source, routing)
+        if plan.is_biased and plan.apply_at == "answer":
+            raise ContractError(
+                "a routing rule goes with biases at every token only: leave --apply-at answer out"
+            )
     WRITERS[plan.layout].check(source, is_cutting=plan.is_cut)
     rewrite = cut_rewrite(source, plan, n_experts)
     shards = lay_out(source.stored, rewrite)
@@ -87,7 +101,7 @@ def export(
         )
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
-    for name, content in writer.files().items():
+    for name, content in writer.files(source).items():
         write_atomically(folder / name, content)
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

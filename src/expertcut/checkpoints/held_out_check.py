@@ -10,6 +10,7 @@ from torch import Tensor
 from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import replace_questions
 from expertcut.edits.layouts import LAYOUTS
@@ -20,10 +21,15 @@ from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, ignore
+from expertcut.scoring.rerouting import ExpertCounts
 
 NOT_REACHED = (
     "{}: all answers equal those of the unedited model to the last digit, though these questions "
     "are routed to removed experts: the edit did not reach the model, so no result is given"
+)
+NOT_REROUTED = (
+    "{}: all answers equal those of the unedited model to the last digit, though their tokens use "
+    "other numbers of experts: the edit did not reach the model, so no result is given"
 )
 _MIN_GATE_SHARE = 0.01  # of a token's gate weight; less may be lost in rounding
 
@@ -56,11 +62,12 @@ class HeldOutScores:
             b.layer: [] for b in blocks if edits[b.name].bias
         }
         self.depends_on_removed = False  # a removed expert has a gate weight that counts
+        self._counts = ExpertCounts(blocks, len(quiz))
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self._last_layer = blocks[-1].layer
         self._step: Pass
         scores, untouched = [], []
-        with observe_routers(blocks, self._see):
+        with observe_routers(blocks, self._see), self._counts.listening():
             for encoded in engine.encode_all(quiz):
                 # Without a token that is routed to a removed expert; meaningless if renumbered.
                 self.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
@@ -68,8 +75,14 @@ class HeldOutScores:
                 untouched.append(self.is_untouched_N)
         self.logprob_NC, self.is_untouched_N = stack_scores(scores), torch.cat(untouched)
 
+    @property
+    def experts_per_token(self) -> float:
+        """The mean over layers and tokens; those of a shared prefix count once a chunk."""
+        return self._counts.per_token
+
     def _begin(self, step: Pass) -> None:
         self._step = step
+        self._counts.begin(step)
         self._on_pass(step)
 
     def _see(self, routing: Routing) -> None:
@@ -147,11 +160,16 @@ class BaseScores:
     is_cut_exactly: bool = False  # layout exact, which only removes experts
     alone: HeldOutScores | None = None  # then: of the `untouched` questions
 
+    @property
+    def experts_per_token(self) -> float | None:
+        """The mean with the edits at run time."""
+        return self.reference.experts_per_token if self.reference else None
+
 
 def reference_name(edits: Sequence[Edit]) -> str:
     """What the edited model is compared with, beside the unedited one."""
     names = [edit.reference for edit in edits if edit.reference]
-    is_mixed = len(names) > 1 and any(isinstance(edit, PruneEdit) for edit in edits)
+    is_mixed = len(names) > 1 and any(isinstance(e, PruneEdit | RerouteEdit) for e in edits)
     return "the same plan at run time" if is_mixed else names[-1]
 
 
@@ -164,8 +182,9 @@ def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]
             return BaseScores(base, name, run_edited=run_edited)
     reference = _score_at_runtime(engine, quiz, plan, edits)
     must_change = not LAYOUTS[plan.layout].keeps_rows and base.depends_on_removed
-    if must_change and torch.equal(base.logprob_NC, reference.logprob_NC):
-        raise ContractError(NOT_REACHED.format(name))
+    is_rerouted = reference.experts_per_token != base.experts_per_token
+    if (must_change or is_rerouted) and torch.equal(base.logprob_NC, reference.logprob_NC):
+        raise ContractError((NOT_REROUTED if is_rerouted else NOT_REACHED).format(name))
     forms: dict[str, HeldOutScores] = {}
     for edit in edits:
         others = [other for other in edits if other is not edit]

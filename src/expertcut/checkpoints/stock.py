@@ -1,5 +1,6 @@
 """Layout `stock`: tensors that every loader knows, with fewer rows."""
 
+import logging
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -15,10 +16,14 @@ from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.expert_routing import ExpertRouting, routing_in
 from expertcut.models.load import Source
+from expertcut.models.meta_model import router_widths
 from expertcut.models.moe_block import SELECTION_BIAS
-from expertcut.models.validate import with_expert_count
+from expertcut.models.validate import with_expert_count, with_top_k
+from expertcut.scoring.rerouting import Rerouting
 
+logger = logging.getLogger(__name__)
 # num_nextn_predict_layers, num_mtp_layers, mtp_num_hidden_layers, num_mtp_modules, mtp_num_layers
 _COUNT = re.compile(r"(num_|n_)(\w+_)?(mtp|nextn)(_\w+)?|(mtp|nextn)_num_\w+")
 _NOT_BY_LAYER = re.compile(r".*(token_id|token_ids|architectures)")
@@ -28,10 +33,41 @@ class StockWriter(LayoutWriter):
     """Removed experts leave no row in any tensor, and no token is routed to them."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
-        if is_exact(read_config(source.path)):
+        config = read_config(source.path)
+        if is_exact(config):
             raise ContractError(
                 f"{source.id} has layout exact, which layout stock cannot carry on: take --layout "
                 "exact"
+            )
+        routing = routing_in(config)
+        if routing is not None and is_cutting and routing.rule == "null":
+            raise ContractError(
+                f"{source.id} routes by rule null, whose thresholds refer to the logits of all "
+                "experts: cut the model that it was made from, then route"
+            )
+        if routing is not None:
+            logger.warning("%s keeps its routing rule: %s", source.id, routing.rule)
+
+    def check_routing(self, source: Source, routing: Rerouting) -> None:
+        refuse_routing_exact(source)
+        config = read_config(source.path)
+        if routing.rule.rule != "top-k":
+            raise ContractError(
+                "layout stock has no place for a threshold by token: take --layout routed, or "
+                "--rule top-k"
+            )
+        asked, top_k = sorted(set(routing.thresholds)), int(max(routing.thresholds))
+        widths = router_widths(with_top_k(config, top_k))
+        if len(asked) > 1 or len(widths) != len(routing.at_by_layer):
+            raise ContractError(
+                f"layout stock has one number of experts per token for all {len(widths)} layers, "
+                f"asked are {', '.join(f'{k:g}' for k in asked)} in {len(routing.at_by_layer)}: "
+                "take --layout routed"
+            )
+        if set(widths) != {top_k}:
+            raise ContractError(
+                f"{source.id}: no known field of config.json sets the experts per token of its "
+                "routers: take --layout routed"
             )
 
     def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
@@ -88,7 +124,22 @@ class StockWriter(LayoutWriter):
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         n_kept = len(next(iter(tensors.edits.values())).keep)
         counted = with_expert_count(read_config(source.path), n_experts, n_kept)
-        return without_further_tokens(counted) if n_kept < n_experts and tensors.unused else counted
+        if n_kept < n_experts and tensors.unused:
+            counted = without_further_tokens(counted)
+        return self._with_rule(counted, tensors.routing) if tensors.routing else counted
+
+    def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
+        """The config with the rule in it."""
+        return with_top_k(config, int(routing.layers[0]))
+
+
+def refuse_routing_exact(source: Source) -> None:
+    """Raises ContractError for a model of layout exact, which no routing rule goes with."""
+    if is_exact(read_config(source.path)):
+        raise ContractError(
+            f"{source.id} has layout exact, which has no place for a routing rule: route the model "
+            "that it was made from"
+        )
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:

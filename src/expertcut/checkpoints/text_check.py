@@ -19,6 +19,7 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.next_tokens import Predictions, RowSums, predict
 from expertcut.scoring.packing import EncodedRows, Pass, encode_rows
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
+from expertcut.scoring.rerouting import ExpertCounts
 from expertcut.stats import Array
 
 KEPT_TOKENS = 64  # of the unedited model, likeliest first, at each position
@@ -110,6 +111,7 @@ class BaseTexts:
     reference_name: str
     reference: ChunkSums | None = None  # with the edits applied at run time
     run_edited: RunEdited | None = None  # in its place: how the edited model runs as the reference
+    experts_per_token: float | None = None  # the mean with the edits at run time
 
 
 def score_base_texts(
@@ -121,14 +123,21 @@ def score_base_texts(
     for edit in edits:
         if run_edited := edit.reference_of_edited(engine.moe):
             return BaseTexts(base, name, run_edited=run_edited)
-    with simulated(engine.moe, edits, is_as_written=False) as begin:
+    most = max(len(chunk) for chunks in texts.chunks.values() for chunk in chunks)
+    counts = ExpertCounts(engine.moe.blocks, most)
+    with simulated(engine.moe, edits, is_as_written=False) as begin_edited, counts.listening():
+
+        def begin(step: Pass) -> None:
+            begin_edited(step)
+            counts.begin(step)
+
         reference = texts.read(begin)
     removed = removed_experts(plan.edits, n_used_LE.shape[1])
     n_hit = sum(n_used_LE[b.layer, list(removed.get(b.name, ()))].sum() for b in engine.moe.blocks)
     must_change = not LAYOUTS[plan.layout].keeps_rows and n_hit >= MIN_TOKENS
     if must_change and _are_equal(base, reference):
         raise ContractError(NOT_REACHED.format(name))
-    return BaseTexts(base, name, reference)
+    return BaseTexts(base, name, reference, experts_per_token=counts.per_token)
 
 
 def _are_equal(a: ChunkSums, b: ChunkSums) -> bool:

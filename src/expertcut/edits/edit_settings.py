@@ -8,7 +8,7 @@ from typing import Annotated, Literal, Self
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from expertcut.data.sources import HELD_OUT_SHARE
-from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
+from expertcut.edits.layouts import LAYOUTS, CutLayout, Fold, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
 
@@ -110,7 +110,7 @@ class RankSettings(Settings):
         "[default: super, none with --keep-active]", metavar="WHAT",
     )  # fmt: skip
     seed: int = _rank(0, "Seed of --by random.", ge=0)
-    layout: Layout = layout_option()
+    layout: CutLayout = layout_option()
     removed: Removed | None = _checkpoint(
         None, "Output of removed experts in layout exact.  [default: zero]",
         flags=("--replace-with",), aliases=("--removed",),
@@ -324,7 +324,7 @@ class ReweightSettings(RouterSettings):
     strength: float | None = _router(None, "Bias in logits.  [default: the admission gap]")
     tune: bool = _router(False, "Search for the strength on the tuning questions.")
     apply_at: Positions | None = apply_at_option()
-    layout: Layout = layout_option()
+    layout: CutLayout = layout_option()
 
     prove: bool = _judging(
         False, "Cross-fit the whole procedure and compare it with random experts.",
@@ -397,7 +397,7 @@ class AuditSettings(Settings):
         256, "Maximum of held-out questions, or rows of texts.", metavar="N", ge=2
     )
     positions: Positions | None = positions_option()
-    layout: Layout = layout_option()
+    layout: CutLayout = layout_option()
     seed: int = _rank(0, "Seed of the sample, of criterion random and of the intervals.", ge=0)
 
     def cut_by(self, by: str) -> CutSettings:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["stock", "exact"]
+Layout = Literal["stock", "exact", "routed"]
+CutLayout = Literal["stock", "exact"]  # what removes, biases or merges experts can be written in
 Positions = Literal["answer", "all"]
 Removed = Literal["zero", "mean"]  # output of removed experts in layout exact
 Fold = Literal["answer", "all", "off"]  # tokens over which layout stock rescales gate weights
@@ -37,5 +38,13 @@ LAYOUTS: Mapping[Layout, LayoutRules] = {
         fits_biases=False,
         options=frozenset({"removed"}),
         mark="exact",
+    ),
+    # The tensors of stock, behind routers that choose by a rule.
+    "routed": LayoutRules(
+        removal="reroute",
+        keeps_rows=False,
+        needs_equal_counts=True,
+        fits_biases=True,
+        options=frozenset({"fold"}),
     ),
 }

@@ -21,6 +21,7 @@ from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
+from expertcut.models.routing_rule import Fit, RoutingRule
 from expertcut.profiling.blend import BlendRule
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.storage import Profile, once_per_profile
@@ -44,6 +45,8 @@ class BlockEdit(Record):
     rows: tuple[Expert, ...] | None = None  # ids of the router's rows, if earlier cuts changed them
     # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
+    at: FiniteFloat | None = None  # threshold of the plan's routing rule; None keeps the routing
+    fit: Fit | None = None  # coefficients of rule fitted
 
     @model_validator(mode="after")
     def _names_experts_that_stay(self) -> Self:
@@ -109,6 +112,17 @@ class PlanAdapter(Record):
     weights_sha256: str
 
 
+class PlanRouting(RoutingRule):
+    """The rule by which routers choose; its thresholds are in the blocks."""
+
+    experts_per_token: FiniteFloat | None = None  # mean on held-out questions, if counted
+
+    @classmethod
+    def of(cls, rule: RoutingRule) -> Self:
+        """The rule, not counted yet."""
+        return cls(**{name: getattr(rule, name) for name in RoutingRule.model_fields})
+
+
 class Point(Record):
     """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
 
@@ -133,6 +147,7 @@ class PlanFile(Record):
     removed: Removed | None = None
     fold: Fold | None = None
     apply_at: Positions | None = None
+    routing: PlanRouting | None = None
     chosen_on: ChosenOn
     blend: PlanBlend | None = None
     adapter: PlanAdapter | None = None
@@ -175,6 +190,8 @@ class ExpertIds:
             scale=ids(edit.scale),
             rows=self.rows.get(block),
             merged=None if edit.merged is None else merged,
+            at=edit.at,
+            fit=edit.fit,
         )
 
 
@@ -191,6 +208,7 @@ class EditPlan:
     removed: Removed = "zero"  # for layout exact
     fold: Fold = "answer"  # for layout stock
     apply_at: Positions = "all"  # of biases
+    routing: RoutingRule | None = None  # thresholds are in the edits
     is_cut: bool = False
     numbers: ExpertIds = ExpertIds()  # of the rows
     is_tuned: bool = False  # chosen on the tuning questions instead of the profile's

@@ -11,9 +11,9 @@ from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import RemovalTrial, sample_inputs
 from expertcut.models.modeling_routed import log_shares
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RoutingRule, Weights
+from expertcut.models.routing_rule import Fit, RoutingRule, Weights
 from expertcut.scoring.engine import Engine
-from expertcut.scoring.rerouting import Fit, Rerouting, rerouted
+from expertcut.scoring.rerouting import Rerouting, rerouted
 
 
 def fit_errors(engine: Engine, tuning: CalibrationSet, weights: Weights = "gate") -> dict[int, Fit]:

@@ -1,8 +1,8 @@
-"""Reweighting: experts named or chosen, the strength of their biases, and the plan."""
+"""Router edits: experts named or chosen, the strength of their biases, rules, and the plan."""
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
 from expertcut.edits.reweight_select import Chooser, QuestionOutcomes, SelectedExpert, right
 from expertcut.errors import PlanError, SettingsError
+from expertcut.models.routing_rule import Fit, RoutingRule
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
 from expertcut.stats import Array, gained_lost, wilson_interval
@@ -325,6 +326,63 @@ def with_tilts(
     slug += f"-{mark}" if mark and not draft.is_cut else ""
     return replace(
         draft, slug=slug, action=" ".join(words), edits=edits, apply_at=apply_at or "all"
+    )
+
+
+def route_draft(
+    profile: Profile,
+    rule: RoutingRule,
+    at_by_layer: Mapping[int, float],
+    layout: Layout = "routed",
+    *,
+    fit_by_layer: Mapping[int, Fit] | None = None,
+    action: str = "",
+    is_tuned: bool = False,
+) -> EditPlan:
+    """A plan that keeps every expert, with routers that choose by a rule.
+
+    `fit_by_layer` is of rule fitted, `action` the command in words; `is_tuned` says that tuning
+    questions chose the thresholds.
+    """
+    draft = replace(reweight_draft(profile, (), layout), action="route", is_tuned=is_tuned)
+    draft = with_routing(draft, rule, at_by_layer, fit_by_layer or {})
+    return replace(draft, action=action or draft.action)
+
+
+def with_routing(
+    draft: EditPlan,
+    rule: RoutingRule,
+    at_by_layer: Mapping[int, float],
+    fit_by_layer: Mapping[int, Fit],
+) -> EditPlan:
+    """A plan whose routers choose by a rule; layers without a threshold keep their routing."""
+    names = list(draft.edits)
+    if not at_by_layer or not set(at_by_layer) <= set(range(len(names))):
+        raise PlanError(
+            f"thresholds for layers {sorted(at_by_layer)} do not fit: MoE layers are 0 to "
+            f"{len(names) - 1} (counted from 0), and one must have a threshold"
+        )
+    for at in at_by_layer.values():
+        try:
+            rule.check_threshold(at)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+        if not math.isfinite(at):
+            raise PlanError(f"threshold {at} of rule {rule.rule} is not finite: take a number")
+    edits = {
+        name: edit.model_copy(update={"at": at_by_layer.get(layer), "fit": fit_by_layer.get(layer)})
+        for layer, (name, edit) in enumerate(draft.edits.items())
+    }
+    values = sorted(set(at_by_layer.values()))
+    asked = "-".join(f"{value:.4g}" for value in dict.fromkeys((values[0], values[-1])))
+    slug = f"{rule.rule}-{asked}" if rule.kind.threshold else rule.rule
+    words = f"--rule {rule.rule}" + (f" --at {asked}" if rule.kind.threshold else "")
+    return replace(
+        draft,
+        slug="-".join(filter(None, (draft.slug, slug))),
+        action=f"{draft.action} {words}",
+        edits=edits,
+        routing=rule,
     )
 
 

@@ -32,6 +32,7 @@ from expertcut.healing.teacher_cache import CacheKey, check_cache, fill_cache
 from expertcut.healing.trainer import Curve, Report, Tell, fit
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.devices import give_back
+from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.load import LoadOptions, MoeModel, Source, find_source, load
 from expertcut.profiling.locks import alone
 from expertcut.profiling.measure import model_info
@@ -163,8 +164,11 @@ def healed_plan(
     }
     for name, edit in before.blocks.items() if before else ():
         if name in blocks:
-            blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows)
-    layout: Layout = "exact" if is_exact(read_config(source.path)) else "stock"
+            blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows, at=edit.at, fit=edit.fit)
+    config = read_config(source.path)
+    layout: Layout = "exact" if is_exact(config) else "stock"
+    if ROUTING_KEY in config:
+        layout = "routed"
     return plans.PlanFile(
         model=plans.plan_model(model_info(moe)),
         action=f"heal --objective {objective}",
@@ -173,6 +177,7 @@ def healed_plan(
         removal=LAYOUTS[layout].removal,
         layout=layout,
         removed=before.removed if before else None,
+        routing=before.routing if before else None,
         chosen_on=plans.ChosenOn(
             quiz=(*settings.quizzes, *settings.texts)[0].name,
             split=settings.split,

@@ -21,6 +21,8 @@ from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
+from expertcut.models.expert_routing import ROUTING_KEY
+from expertcut.models.load import MODELLING_FILE, ROUTED_FILE
 from expertcut.reporting import edit_tables, eval_tables, page_sections, tables, text_tables
 from expertcut.reporting.tables import Markdown, Table, columns, escaped, one_line
 from expertcut.reporting.views import NamedDocument
@@ -81,7 +83,8 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
         f"tokenizer = AutoTokenizer.from_pretrained(name{branch})\n"
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
     )
-    needs = "5.22 or later, with trust_remote_code=True: modeling_exact.py comes along"
+    code = ROUTED_FILE if ROUTING_KEY in checkpoint.config else MODELLING_FILE
+    needs = f"5.22 or later, with trust_remote_code=True: {code} comes along"
     if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
     found = [Loader("transformers", needs, "python", lines)]

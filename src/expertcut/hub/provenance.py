@@ -21,7 +21,8 @@ from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, QuizResults, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
-from expertcut.models.load import MODELLING_FILE, Source, find_source
+from expertcut.models.expert_routing import ROUTING_KEY
+from expertcut.models.load import MODELLING_FILE, ROUTED_FILE, Source, find_source
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
 from expertcut.reporting.tables import one_line
@@ -57,8 +58,9 @@ class Checkpoint:
 
     @property
     def has_family_form(self) -> bool:
-        """Whether it has the form of its family, without constants and biased gates."""
-        return not has_constants(self.config) and not self.config.get("biased_gates")
+        """Whether it has the form of its family, without constants, biased gates and rules."""
+        own = self.config.get("biased_gates") or self.config.get(ROUTING_KEY)
+        return not has_constants(self.config) and not own
 
     @cached_property
     def files(self) -> tuple[Path, ...]:
@@ -113,10 +115,10 @@ def verified(folder: Path) -> Checkpoint:
                 f"{block.name}, on disk are {len(own)} and config.json says {n_experts}: put the "
                 "plan back that made them"
             )
-    if is_exact(config) and not (folder / MODELLING_FILE).is_file():
-        raise ModelError(
-            f"{folder} lacks {MODELLING_FILE}, which layout exact needs: export it again"
-        )
+    needed = {MODELLING_FILE: is_exact(config), ROUTED_FILE: ROUTING_KEY in config}
+    lost = [file for file, is_it in needed.items() if is_it and not (folder / file).is_file()]
+    if lost:
+        raise ModelError(f"{folder} lacks {lost[0]}, which config.json names: export it again")
     proof = load_cross_fit(folder) if (folder / plans.PROOF_FILE).is_file() else None
     return Checkpoint(source, config, plan, proof, tensors)
 

@@ -179,7 +179,9 @@ def check_ours(remote: Remote, plan: PlanFile, repo: str, *, is_new_branch: bool
         raise HubError(
             f"{repo} holds {remote.plan.action} of another base ({remote.plan.model.id}): {do}"
         )
-    there, here = ((p.layout, p.removed, p.fold, p.apply_at, p.blocks) for p in (remote.plan, plan))
+    there, here = (
+        (p.layout, p.removed, p.fold, p.apply_at, p.routing, p.blocks) for p in (remote.plan, plan)
+    )
     if not is_new_branch and there != here:
         raise HubError(
             f"{repo} holds another checkpoint of this base ({remote.plan.action}), this is "

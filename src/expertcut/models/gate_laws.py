@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
+from expertcut.models.expert_routing import TYPE_PREFIX
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
 from expertcut.models.modeling_routed import SCORES, Scoring
@@ -112,6 +113,10 @@ def _tolerance(*routings: Routing) -> float:
     return 3e-2 if any(t.dtype.itemsize < 4 for t in tensors) else 1e-4
 
 
+def _is_exempt(law: Law, model_type: str) -> bool:
+    return (law, model_type.removeprefix(TYPE_PREFIX)) in EXCEPTIONS
+
+
 def _is_table(block: MoeBlock, routing: Routing) -> bool:
     given = (*block.call.args, *block.call.kwargs.values())
     ids = [v for v in given if isinstance(v, Tensor) and not v.is_floating_point()]
@@ -176,7 +181,7 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
 def _find_weights(
     block: MoeBlock, seen: Sequence[Routing], model_type: str
 ) -> tuple[Scoring, WeightRule | None]:
-    if ("weights", model_type) in EXCEPTIONS:
+    if _is_exempt("weights", model_type):
         return "softmax", None
     weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
     fits = []
@@ -290,7 +295,7 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
 
 def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> hooks.Scope:
     """Checks the laws of once and sum in each block's first forward, and passes its routing on."""
-    is_summed = ("sum", model_type) not in EXCEPTIONS
+    is_summed = not _is_exempt("sum", model_type)
     return hooks.registered(
         replaced_forward(block.module, _verified(block, is_summed, see)) for block in blocks
     )

@@ -1,7 +1,7 @@
 """Loads models: from a folder or hub id to a checked source and a model with its MoE blocks.
 
-The modelling file in checkpoints of layout `exact` runs without `--trust-remote-code` if it equals,
-byte for byte, that of this package or of an earlier version.
+The modelling file in checkpoints of layouts `exact` and `routed` runs without `--trust-remote-code`
+if it equals, byte for byte, that of this package or of an earlier version.
 """
 
 import hashlib
@@ -21,12 +21,13 @@ from expertcut.files import advance, hub_reason
 from expertcut.models import checkpoint_dir, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
+from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.find_blocks import find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
-MODELLING_FILE = "modeling_exact.py"
+MODELLING_FILE, ROUTED_FILE = "modeling_exact.py", "modeling_routed.py"
 # SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
 _EARLIER_FILES = (
     "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
@@ -37,21 +38,23 @@ _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "
 _MODELS: Any = AutoModelForCausalLM  # its types lack output_loading_info
 
 
-def modelling_code() -> bytes:
-    """The content of the modelling file."""
-    return Path(__file__).with_name(MODELLING_FILE).read_bytes()
+def modelling_code(name: str = MODELLING_FILE) -> bytes:
+    """The content of a modelling file."""
+    return Path(__file__).with_name(name).read_bytes()
 
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether all code that config.json names is the modelling file of this package."""
-    named, file = config.get("auto_map"), folder / MODELLING_FILE
-    if not isinstance(named, dict) or not named or not file.is_file():
+    """Whether all code that config.json names is one modelling file of this package."""
+    named = config.get("auto_map")
+    if not isinstance(named, dict):
         return False
     # A name with `--` before it is a class of another repository.
-    if any(not isinstance(c, str) or c.rpartition(".")[0] != file.stem for c in named.values()):
+    stems = {c.rpartition(".")[0] if isinstance(c, str) else "" for c in named.values()}
+    name = f"{stems.pop()}.py" if len(stems) == 1 else ""
+    if name not in (MODELLING_FILE, ROUTED_FILE) or not (folder / name).is_file():
         return False
-    content = file.read_bytes()
-    return content == modelling_code() or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
+    content = (folder / name).read_bytes()
+    return content == modelling_code(name) or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:
@@ -222,9 +225,12 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
     for file in (source.path / name for name in _JSON):
         if file.exists():
             read_object(file, 500_000_000)  # the largest known has 33 MB
+    raw, config = read_config(source.path), None
     with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
+        if ROUTING_KEY in raw and runs_our_code_only(source.path, raw):
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=True)
         return AutoTokenizer.from_pretrained(
-            source.path, trust_remote_code=trust_remote_code, local_files_only=True
+            source.path, config=config, trust_remote_code=trust_remote_code, local_files_only=True
         )
 
 

@@ -5,20 +5,30 @@ gives gate weights and expert ids (T, M). The id E, one above the last expert, m
 place has weight 0 and no expert runs for it. Where a rule leaves a token as it is, its weights and
 ids are the router's own, to the bit.
 
-Needs nothing of expertcut: this file travels with checkpoints. Names of tensors end in their axes:
+In a checkpoint of expertcut's layout `routed`, `config.json` says which rule acts, and at which
+threshold in which MoE layer, counted from 0:
+
+    "expert_routing": {"rule": "skip", ..., "gate": {...}, "layers": {"0": 0.41, "1": 0.38}}
+
+Needs transformers 5.22 or later, and nothing of expertcut. Names of tensors end in their axes:
 T tokens, E experts of a layer, K experts per token of the router, M places per token of the rule,
 D width, G groups.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from dataclasses import dataclass, fields
+from functools import cache, cached_property
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+import transformers
+from torch import Tensor, nn
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 Weights = Literal["gate", "renormalised"]
@@ -332,3 +342,130 @@ RULES: dict[str, Rule] = {
     "random": random,
     "dropout": dropout,
 }
+
+
+class RoutedRouter(nn.Module):
+    """Goes before a family's router class: the rule chooses among what its router gives."""
+
+    expert_routing: dict[str, Any]
+    layer: int  # counts MoE blocks from 0
+    # Names of the bias that experts are chosen by, in routers or given to them.
+    selection_biases = ("e_score_correction_bias", "expert_bias")
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T, E), gate weights (T, M) and chosen experts (T, M)."""
+        logits_TE, weights_TK, experts_TK = self.family_forward(*args, **kwargs)
+        said = self.expert_routing
+        gate = Gate(*(said["gate"][field.name] for field in fields(Gate)))
+        alpha_TE = SCORES[gate.scoring](logits_TE.float())
+        score_TE = logits_TE.float() if said["gate"]["selection"] == "logits" else alpha_TE
+        bias_E = self._selection_bias(logits_TE.shape[1], *args[1:], *kwargs.values())
+        score_TE = score_TE if bias_E is None else score_TE + bias_E.to(score_TE.device)
+        fit = (said.get("fits") or {}).get(str(self.layer))
+        fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
+        tokens = Tokens(gate, logits_TE, score_TE, weights_TK, experts_TK, fit_KK=fit_KK)
+        options = Options(**{field.name: said[field.name] for field in fields(Options)})
+        at = said["layers"][str(self.layer)]
+        return logits_TE, *RULES[said["rule"]](tokens, at, options)
+
+    def family_forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the family's router gives, before the rule."""
+        return super().forward(*args, **kwargs)
+
+    @property
+    def n_places(self) -> int:
+        """Places per token (M); some hold nobody (id E)."""
+        places: int = self.expert_routing["places"]
+        return places
+
+    def _selection_bias(self, n_experts: int, *given: Any) -> Tensor | None:
+        tensors = [*self.named_parameters(), *self.named_buffers()]
+        own = [t for name, t in tensors if name.rpartition(".")[2] in self.selection_biases]
+        own += [t for t in given if isinstance(t, Tensor) and t.is_floating_point()]
+        return next((t.reshape(-1) for t in own if t.numel() == n_experts), None)
+
+
+class RoutedExperts(nn.Module):
+    """Goes before a family's experts class: no expert runs for nobody, where loops allow it."""
+
+    config: Any
+    num_experts: int
+
+    def forward(self, x_TD: Tensor, experts_TM: Tensor, weights_TM: Tensor) -> Tensor:
+        """As the family's own."""
+        # The eager loop of some families counts E experts only.
+        is_skipping = self.config._experts_implementation not in ("eager", None)
+        if not is_skipping or not hasattr(self, "_is_expert_parallel"):
+            weights_TM, experts_TM = with_idle(weights_TM, experts_TM, self.num_experts)
+        y_TD: Tensor = super().forward(x_TD, experts_TM, weights_TM)
+        return y_TD
+
+
+class RoutedModel:
+    """Goes before a family's class for causal language modelling."""
+
+    config: Any
+    modules: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        blocks = [m for m in self.modules() if isinstance(getattr(m, "experts", None), nn.Module)]
+        for layer, block in enumerate(blocks):
+            if str(layer) not in config.expert_routing["layers"]:
+                continue
+            (router,) = (
+                m for m in block.children() if hasattr(m, "top_k") and m is not block.experts
+            )
+            _extend(router, RoutedRouter)
+            router.expert_routing, router.layer = config.expert_routing, layer
+            _extend(block.experts, RoutedExperts)
+            block.experts._is_expert_parallel = True  # the id E is allowed
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As every model, on one process or by `device_map`."""
+        for option in ("tp_plan", "tp_size", "distributed_config"):
+            if kwargs.get(option) is not None:
+                raise ValueError(
+                    f"{option} is not supported: the id of nobody is one of this model"
+                )
+        return super().from_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+
+def _extend(module: Any, mixin: Any) -> None:
+    """The class of the one module changes, as in torch's own parametrize and fully_shard."""
+    base: Any = type(module)
+    module.__class__ = _joined(mixin, base)
+
+
+@cache
+def _joined(mixin: Any, base: Any) -> Any:
+    return type(f"{mixin.__name__}Of{base.__name__}", (mixin, base), {"__module__": __name__})
+
+
+@cache
+def _defined(name: str) -> Any:
+    """`RoutedOlmoeForCausalLM` and `RoutedOlmoeConfig`, of the classes without `Routed`.
+
+    The config has a `model_type` of its own: whatever knows the family only would load the model
+    without its rule.
+    """
+    base = getattr(transformers, name.removeprefix("Routed"))
+    if issubclass(base, transformers.PreTrainedConfig):
+        body = {"model_type": f"routed_{base.model_type}", "__module__": __name__}
+        return type(name, (base,), body)
+    config = _defined(f"Routed{base.config_class.__name__}")
+    model = type(name, (RoutedModel, base), {"config_class": config, "__module__": __name__})
+    # Custom code is given no conversions of its family; it gets them by the class's name.
+    own = get_checkpoint_conversion_mapping(base.__name__)
+    family = get_checkpoint_conversion_mapping(base.config_class.model_type)
+    if (conversions := own or family) is not None:
+        register_checkpoint_conversion_mapping(name, conversions, overwrite=True)
+    return model
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of a family, made when they are asked for."""
+    if name.startswith("Routed"):
+        return _defined(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

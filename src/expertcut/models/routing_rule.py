@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["gate", "renormalised"]
 Level = Literal["token", "prompt"]
+Fit = tuple[tuple[FiniteFloat, ...], ...]  # coefficients (K - 1, K) of rule fitted
 MOST_EXPERTS = 65_535
 
 

@@ -33,6 +33,7 @@ REFUSED = {
 }
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
+ALL_TOP_K_FIELDS = (*_TOP_K_FIELDS, "moe_topk", "moe_top_k", "top_k_experts")
 _COUNT_FIELDS = (
     *("num_hidden_layers", "hidden_size", "vocab_size", "num_attention_heads"),
     *(*EXPERT_COUNT_FIELDS, *_TOP_K_FIELDS),
@@ -168,6 +169,19 @@ def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dic
     if isinstance(text := config.get("text_config"), dict):
         edited["text_config"] = with_expert_count(text, before, after)
     return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
+
+
+def with_top_k(config: Mapping[str, Any], top_k: int) -> dict[str, Any]:
+    """The config with the number of experts per token changed in all of its fields."""
+    edited = dict(config)
+    if isinstance(text := config.get("text_config"), dict):
+        edited["text_config"] = with_top_k(text, top_k)
+    for field in ALL_TOP_K_FIELDS:
+        if isinstance(value := edited.get(field), list):  # by layer
+            edited[field] = [top_k] * len(value)
+        elif type(value) is int:
+            edited[field] = top_k
+    return edited
 
 
 def expert_count(config: Mapping[str, Any]) -> int | None:

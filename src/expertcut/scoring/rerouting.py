@@ -26,13 +26,11 @@ from expertcut.models.hooks import (
 from expertcut.models.kernels import BY_EXPERT
 from expertcut.models.modeling_routed import RULES, Gate, Tokens, mixed, with_idle
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import Fit, RoutingRule
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 
 logger = logging.getLogger(__name__)
-
-Fit = tuple[tuple[float, ...], ...]  # coefficients (K - 1, K) of rule fitted
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,88 @@
+"""Layout `routed`: the tensors of stock, behind routers that choose by a rule at run time.
+
+`config.json` declares the rule under `expert_routing`, and `modeling_routed.py` beside it runs it
+in transformers. `model_type` and `architectures` have names of their own: a loader that knows the
+family only would leave the rule out, so it must refuse the checkpoint.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from expertcut.checkpoints.stock import StockWriter, refuse_routing_exact
+from expertcut.errors import ContractError
+from expertcut.models.checkpoint_dir import read_config, read_object
+from expertcut.models.expert_routing import ROUTING_KEY, TYPE_PREFIX, ExpertRouting
+from expertcut.models.load import ROUTED_FILE, Source, load_tokenizer, modelling_code
+from expertcut.scoring.rerouting import Rerouting
+
+_MODULE = ROUTED_FILE.removesuffix(".py")
+
+
+class RoutedWriter(StockWriter):
+    """Removed experts leave no row, as in stock; the rule goes into config.json."""
+
+    def check_routing(self, source: Source, routing: Rerouting) -> None:
+        refuse_routing_exact(source)
+        config, rule = read_config(source.path), routing.rule
+        if ROUTING_KEY in config:
+            raise ContractError(
+                f"{source.id} has a routing rule already ({config[ROUTING_KEY]['rule']}): route "
+                "the model that it was made from"
+            )
+        if not rule.kind.is_exportable or rule.is_random:
+            raise ContractError(
+                f"rule {rule.rule} needs more than a router has at run time, so no checkpoint can "
+                "hold it: score it with expertcut, or take another rule"
+            )
+        if "auto_map" in config:
+            raise ContractError(
+                f"{source.id} brings code of its own, which layout routed would replace: take "
+                "--layout stock with --rule top-k"
+            )
+        class_names(config)
+
+    def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
+        return routed_config(config, routing)
+
+    def files(self, source: Source) -> Mapping[str, bytes]:
+        return {ROUTED_FILE: modelling_code(ROUTED_FILE), **_tokenizer_files(source)}
+
+
+def routed_config(config: Mapping[str, Any], routing: ExpertRouting) -> dict[str, Any]:
+    """The original config with the rule, and the names of the classes that run it."""
+    names = class_names(config)
+    return {
+        **config,
+        "architectures": [f"Routed{names['AutoModelForCausalLM']}"],
+        "model_type": f"{TYPE_PREFIX}{config['model_type']}",
+        "auto_map": {auto: f"{_MODULE}.Routed{name}" for auto, name in names.items()},
+        ROUTING_KEY: routing.model_dump(mode="json"),
+    }
+
+
+def _tokenizer_files(source: Source) -> dict[str, bytes]:
+    """The tokenizer's config with its class: transformers may have chosen it by `model_type`."""
+    file = source.path / "tokenizer_config.json"
+    config = read_object(file, 500_000_000) if file.is_file() else {}
+    made = type(load_tokenizer(source, trust_remote_code=False)).__name__
+    if "auto_map" in config or config.get("tokenizer_class") == made:
+        return {}
+    edited = {**config, "tokenizer_class": made}
+    return {file.name: (json.dumps(edited, indent=2, ensure_ascii=False) + "\n").encode()}
+
+
+def class_names(config: Mapping[str, Any]) -> dict[str, str]:
+    """The family's classes for config and model; ContractError if transformers has none."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    family, models = str(config.get("model_type")), AutoModelForCausalLM._model_mapping
+    own: Any = CONFIG_MAPPING[family] if family in CONFIG_MAPPING else None  # noqa: SIM401
+    if own is None or own not in models:
+        raise ContractError(
+            f"layout routed needs a model class of transformers, which {family[:50]} has not: take "
+            "--layout stock with --rule top-k"
+        )
+    model: Any = models[own]
+    return {"AutoConfig": own.__name__, "AutoModelForCausalLM": model.__name__}
