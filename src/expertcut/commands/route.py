@@ -1,5 +1,7 @@
 """`expertcut route`: other experts at run time, judged; or a checkpoint that uses them."""
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,14 +13,19 @@ from expertcut.commands import (
     ScoredTextSettings,
     output_option,
 )
+from expertcut.commands.profile import profiled_first
+from expertcut.commands.reweight import working_folder
 from expertcut.edits import route_settings
 from expertcut.errors import SettingsError
-from expertcut.reporting.tables import save_table
+from expertcut.reporting.tables import labelled, save_table
 from expertcut.settings import FilePath
 
 if TYPE_CHECKING:
-    from expertcut.evaluation.route_results import RouteSweep
+    from expertcut.evaluation.holding import HoldingResult
+    from expertcut.evaluation.route_results import OracleResult, RouteSweep
+    from expertcut.evaluation.route_tuning import RouteTuning
     from expertcut.profiling.storage import Profile
+    from expertcut.scoring.rerouting import Rerouting
 
 
 class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.RouteSettings):
@@ -35,10 +42,25 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
         "or sweeps/]",
     )  # fmt: skip
 
+    force_write: bool = output_option(
+        False, "Write the checkpoint even if --cross-fit does not show that it holds."
+    )
+
     @property
     def is_judging(self) -> bool:
         """Whether settings are scored, and no checkpoint is made."""
         return self.sweep or self.oracle
+
+    @property
+    def action(self) -> str:
+        """The `action` of the plan."""
+        words = [f"route --rule {self.rule}"]
+        words += [f"--at {self.at}"] if self.at is not None else []
+        words += [f"--experts {self.experts}"] if self.experts is not None else []
+        words += [f"--most {self.most}"] if self.most is not None else []
+        words += ["--weights renormalised"] if self.weights != "gate" else []
+        words += [f"--tune --margin {self.margin:g}"] if self.tune else []
+        return " ".join(words)
 
     def check_model(self) -> None:
         """Options of a quiz or texts name what judges, and else a profile to make first."""
@@ -52,6 +74,21 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
             )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """The rule with its thresholds, before anything is written; none if `--tune` finds none."""
+
+    profile: "Profile"
+    routing: "Rerouting | None"
+    folder: Path
+    tuned: "RouteTuning | None" = None
+
+    @property
+    def proof(self) -> "HoldingResult | None":
+        """The cross-fit, if asked."""
+        return self.tuned.proof if self.tuned else None
+
+
 def run(settings: RouteSettings, ui: UI = SILENT, extra_files: Files = None) -> object:
     """Scores rules, or makes a checkpoint or a plan."""
     settings.check_model()
@@ -59,7 +96,10 @@ def run(settings: RouteSettings, ui: UI = SILENT, extra_files: Files = None) -> 
     settings.check_scored()
     if settings.sweep:
         return sweep(settings, ui)
-    raise SettingsError("route writes no checkpoint in this version: add --sweep to score rules")
+    if settings.oracle:
+        return oracle(settings, ui)
+    settings = settings.updated(**profiled_first(settings, ui))
+    return write(choose(settings, ui), settings, ui, extra_files)
 
 
 def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
@@ -71,7 +111,7 @@ def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
 
     ui.quiet()
     scoring = settings.scoring(profile, MeasureOptions(waits=ui.is_first))
-    folder = settings.out or _folder(profile)
+    folder = settings.out or _folder(profile, "route")
     sweeping = RouteSweepRun(profile, settings, scoring)
     for step in sweeping.steps(folder):
         ui.watch(step.run, step.name, sweeping.judge.n, folder, sweeping.judge.unit)
@@ -84,5 +124,88 @@ def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
     return found
 
 
-def _folder(profile: "Profile") -> Path:
-    return Path("sweeps") / f"{profile.path.resolve().name}-route"
+def oracle(settings: RouteSettings, ui: UI) -> "OracleResult":
+    """Scores every setting and its noise variants on a quiz, then writes what is found."""
+    profile = settings.choosing_profile(ui)
+    from expertcut.evaluation.results import Scoring
+    from expertcut.evaluation.route_results import ORACLE_FILE
+    from expertcut.evaluation.route_tuning import score_oracle
+    from expertcut.profiling.measure import MeasureOptions
+    from expertcut.reporting import route_tables as tables
+
+    if settings.text or (profile.info.text is not None and not settings.scored_given):
+        raise SettingsError("--oracle counts right answers: judge on a quiz, with --quiz QUIZ")
+    ui.quiet()
+    options = MeasureOptions()
+    scoring = Scoring(settings.scored_quiz(profile), settings.limit, settings.load_as(), options)
+    folder = settings.out or _folder(profile, "oracle")
+    with ui.parts("the oracle", folder) as report:
+        found = score_oracle(profile, settings, scoring, report, folder / "cells")
+    found.save(folder / ORACLE_FILE)
+    settings.say_profile(profile, ui)
+    settings.say(ui, [tables.oracle_table(found)])
+    ui.end(tables.oracle_facts(found), folder, ["show", str(folder)])
+    return found
+
+
+def _folder(profile: "Profile", what: str) -> Path:
+    return Path("sweeps") / f"{profile.path.resolve().name}-{what}"
+
+
+def choose(settings: RouteSettings, ui: UI) -> Choice:
+    """Calibrates or tunes the thresholds; writes nothing but what a search has scored."""
+    profile = settings.choosing_profile(ui)
+    from expertcut.evaluation.route_tuning import calibrated, tune
+    from expertcut.reporting import route_tables as tables
+
+    (choice, *_) = settings.choices(profile.info.model.blocks[0].top_k)
+    slug = f"{choice.rule}-tuned" if settings.tune else choice.slug
+    folder = settings.output_folder(profile, slug, ui)
+    ui.quiet()
+    if not settings.tune:
+        return Choice(profile, calibrated(profile, settings, settings.load_as()), folder)
+    margin, kept_in = settings.margin / 100, working_folder(folder)
+    with ui.parts("cross-fitting" if settings.prove else "tuning", kept_in) as report:
+        tuned = tune(profile, settings, margin, settings.load_as(), report, kept_in)
+    settings.say(ui, [tables.tried_table(tuned, margin)])
+    if tuned.proof is not None:
+        settings.say(ui, [tables.holding_table(tuned.proof)])
+        ui.say([], [labelled("verdict", tuned.proof.sentence)])
+    return Choice(profile, tuned.routing, folder, tuned)
+
+
+def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files) -> object:
+    """Writes the checkpoint or the plan; without a rule that holds, only the proof."""
+    from expertcut.checkpoints.build import build, write_plan
+    from expertcut.edits.plan import HOLDING_FILE
+    from expertcut.edits.router_edits import route_draft
+
+    profile, folder, proof = choice.profile, choice.folder, choice.proof
+    files = {**(extra_files or {})} | ({HOLDING_FILE: proof.json_bytes()} if proof else {})
+    options = settings.build_options(files)
+    is_held = proof is None or proof.verdict == "holds" or settings.force_write
+    if choice.routing is None or not is_held:
+        why = "no checkpoint, for no smaller number of experts is shown to hold"
+        if choice.routing is not None:
+            why = "no checkpoint, for this is not shown to hold: --force-write writes it"
+        if files:
+            write_plan(profile, None, folder, options)
+            why += f"; the proof is in {folder}" if proof else ""
+        ui.end([], why)
+        return folder if files else None
+    routing = choice.routing
+    draft = route_draft(
+        profile,
+        routing.rule,
+        routing.at_by_layer,
+        settings.layout,
+        action=settings.action,
+        is_tuned=settings.tune or settings.experts is not None,
+    )
+    make = write_plan if settings.plan_only else build
+    built = make(profile, draft, folder, options)
+    if settings.tune:
+        shutil.rmtree(working_folder(folder), ignore_errors=True)
+    settings.say_profile(profile, ui)
+    settings.say_result(built, folder, profile, [], ui)
+    return built or folder

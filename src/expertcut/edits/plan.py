@@ -30,9 +30,10 @@ from expertcut.stats import HeldOutResult
 PLAN_FILE = "plan.json"
 PROOF_FILE = "proof.json"
 QUESTIONS_FILE = "chosen_on.txt"
+HOLDING_FILE = "holding.json"
 HEALING_FILE = "healing.json"
 # Of one edit, in its folder.
-RECORDS = (PLAN_FILE, PROOF_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE)
+RECORDS = (PLAN_FILE, PROOF_FILE, HOLDING_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE)
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 

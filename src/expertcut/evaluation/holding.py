@@ -15,11 +15,11 @@ import numpy as np
 from pydantic import FiniteFloat
 
 from expertcut.documents import Format1, Record
+from expertcut.edits.plan import HOLDING_FILE
 from expertcut.errors import PlanError, QuizError
 from expertcut.evaluation.cross_fit import FOLDS, RandomBaseline, RandomResult, deal
 from expertcut.stats import Array, Comparison, compare, gained_lost, verdict
 
-HOLDING_FILE = "holding.json"
 HoldingVerdict = Literal["holds", "costs", "no evidence"]
 RightAt = Callable[[float], Array]
 """Right answers (N,) with so many experts a token in the mean."""

@@ -7,6 +7,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Format1, Record
 from expertcut.edits.route_settings import RouteSetting
+from expertcut.evaluation.oracle import OracleVerdict
 from expertcut.evaluation.results import (
     ChosenOnResult,
     JudgedTexts,
@@ -15,10 +16,11 @@ from expertcut.evaluation.results import (
 )
 from expertcut.evaluation.search_results import Correlation, SweptModel, SweptTexts
 from expertcut.models.routing_rule import Level, Weights
-from expertcut.profiling.schema import AnyProfileInfo
-from expertcut.stats import Comparison, Share
+from expertcut.profiling.schema import AnyProfileInfo, ProfileInfo
+from expertcut.stats import Comparison, Count, Share
 
 ROUTE_FILE = "route.json"
+ORACLE_FILE = "oracle.json"
 
 
 class RouteRequest(Record):
@@ -136,3 +138,45 @@ class RouteSweep(Record):
 def load_route_sweep(path: Path) -> RouteSweep:
     """A sweep of rules from its folder or file."""
     return load_outcome(path / ROUTE_FILE if path.is_dir() else path, RouteSweep)
+
+
+class OracleSetting(Record):
+    """One setting of an oracle: its change, and its answers that differ from the model's.
+
+    `noise_flips` are those of its variants, in the mean.
+    """
+
+    setting: RouteSetting
+    change: Comparison
+    flips: Count
+    noise_flips: FiniteFloat
+
+
+class OracleResult(Record):
+    """`oracle.json`: the best setting of each question, against `sets` of noise variants.
+
+    `noise_gain` is the mean gain of these sets, `range95` has 95 % of them; `excess` is the gain
+    beyond the mean with `ci95` over questions. `reader` chooses beforehand, cross-fitted.
+    """
+
+    format: Format1 = 1
+    scored: ProfileInfo
+    questions: Count
+    seed: int
+    sets: Count
+    base_accuracy: Share
+    settings: tuple[OracleSetting, ...] = Field(min_length=1)
+    accuracy: Share
+    gain: FiniteFloat
+    noise_gain: FiniteFloat
+    range95: tuple[FiniteFloat, FiniteFloat]
+    p: Share
+    excess: FiniteFloat
+    ci95: tuple[FiniteFloat, FiniteFloat]
+    verdict: OracleVerdict
+    reader: Comparison
+
+
+def load_oracle(path: Path) -> OracleResult:
+    """An oracle from its folder or file."""
+    return load_outcome(path / ORACLE_FILE if path.is_dir() else path, OracleResult)

@@ -21,13 +21,17 @@ from expertcut.evaluation.holding import (
     cross_fit_holding,
     holding_result,
 )
-from expertcut.evaluation.oracle import OracleGain, oracle_gain, reader_gain
+from expertcut.evaluation.oracle import oracle_gain, reader_gain
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.reweight_search import CachedScorer
+from expertcut.evaluation.route_results import OracleResult, OracleSetting
 from expertcut.evaluation.route_sweep import DRAWS, Rules, one_prompt_at_a_time
 from expertcut.models.load import LoadOptions
 from expertcut.models.routing_rule import RoutingRule
+from expertcut.profiling.measure import engine_settings
+from expertcut.profiling.schema import ProfileInfo, quiz_info
 from expertcut.profiling.storage import Profile
+from expertcut.scoring.engine import Engine
 from expertcut.scoring.random_skipping import skipping_at_random
 from expertcut.scoring.rerouting import Rerouting, rerouted
 from expertcut.stats import Array, Comparison, compare
@@ -88,6 +92,7 @@ class RouteTuning:
     tuning: Quiz
     rule: str
     chosen: RouteSetting | None
+    routing: Rerouting | None
     tried: dict[float, Comparison]
     base_accuracy: float
     proof: HoldingResult | None
@@ -139,7 +144,15 @@ def tune(
     else:
         mean = own.choose(means, right_at, np.ones(len(records), dtype=bool))
     chosen = None if mean is None else RouteSetting(rule=rule, experts=mean)
-    return RouteTuning(tuning, rule, chosen, tried, base_accuracy, proof)
+    routing = None if chosen is None else rules.rerouting(chosen)
+    return RouteTuning(tuning, rule, chosen, routing, tried, base_accuracy, proof)
+
+
+def calibrated(profile: Profile, settings: RouteSettings, load_as: LoadOptions) -> Rerouting:
+    """The rule of settings that name one, with its thresholds; the model runs to calibrate them."""
+    engine = engine_as_profiled(profile, profiled_source(profile), load_as)
+    (choice,) = settings.choices(engine.moe.blocks[0].top_k)
+    return Rules(profile, engine, settings).rerouting(choice)
 
 
 def candidates(top_k: int) -> tuple[float, ...]:
@@ -147,27 +160,9 @@ def candidates(top_k: int) -> tuple[float, ...]:
     return tuple(float(mean) for mean in np.arange(top_k - _STEP, 1 - 1e-9, -_STEP))
 
 
-@dataclass(frozen=True)
-class RouteOracle:
-    """What the best setting per question gains, and what a reader of the router gains.
-
-    By setting: its change, its flipped answers, and those of its variants in the mean.
-    """
-
-    settings: tuple[RouteSetting, ...]
-    changes: tuple[Comparison, ...]
-    flips: tuple[int, ...]
-    noise_flips: tuple[float, ...]
-    gain: OracleGain
-    reader: Comparison
-    base_accuracy: float
-    n_questions: int
-    n_sets: int
-
-
 def score_oracle(
     profile: Profile, settings: RouteSettings, scoring: Scoring, report: Report, folder: Path
-) -> RouteOracle:
+) -> OracleResult:
     """Scores every setting, and as many noise variants as there are sets, on a quiz."""
     engine = engine_as_profiled(profile, profiled_source(profile), scoring.load_as)
     rules = Rules(profile, engine, settings)
@@ -201,16 +196,44 @@ def score_oracle(
     right_SN = answers_SN == records.answer_N
     fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), settings.seed)
     is_correct_N = records.is_correct_N
-    return RouteOracle(
-        settings=choices,
-        changes=tuple(compare(is_correct_N, right_N) for right_N in right_SN),
-        flips=tuple(flips_S.tolist()),
-        noise_flips=tuple((noise_BSN != base_N).sum(axis=2).mean(axis=0).tolist()),
-        gain=oracle_gain(is_correct_N, right_SN, noise_BSN == records.answer_N, settings.seed),
-        reader=reader_gain(is_correct_N, right_SN, figures_of(records), fold_N),
+    gain = oracle_gain(is_correct_N, right_SN, noise_BSN == records.answer_N, settings.seed)
+    noise_flips_S = (noise_BSN != base_N).sum(axis=2).mean(axis=0)
+    low, high = np.percentile(gain.noise_gain_B, [2.5, 97.5])
+    return OracleResult(
+        scored=scored_info(profile, engine, scoring),
+        questions=len(records),
+        seed=settings.seed,
+        sets=n_sets,
         base_accuracy=float(is_correct_N.mean()),
-        n_questions=len(records),
-        n_sets=n_sets,
+        settings=tuple(
+            OracleSetting(
+                setting=setting,
+                change=compare(is_correct_N, right_N),
+                flips=int(flips),
+                noise_flips=float(noise_flips),
+            )
+            for setting, right_N, flips, noise_flips in zip(
+                choices, right_SN, flips_S, noise_flips_S, strict=True
+            )
+        ),
+        accuracy=gain.accuracy,
+        gain=gain.gain,
+        noise_gain=float(gain.noise_gain_B.mean()),
+        range95=(float(low), float(high)),
+        p=gain.p,
+        excess=gain.excess,
+        ci95=gain.ci95,
+        verdict=gain.verdict,
+        reader=reader_gain(is_correct_N, right_SN, figures_of(records), fold_N),
+    )
+
+
+def scored_info(profile: Profile, engine: Engine, scoring: Scoring) -> ProfileInfo:
+    """What was scored, as a profile of it would say."""
+    return ProfileInfo(
+        model=profile.info.model,
+        quiz=quiz_info(scoring.quiz, scoring.limit),
+        settings=engine_settings(engine, "answer", scoring.quiz.truncate),
     )
 
 

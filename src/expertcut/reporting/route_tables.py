@@ -1,10 +1,12 @@
-"""Tables, sentences and figures of sweeps over routing rules."""
+"""Tables, sentences and figures of routing rules: sweeps, `--tune` and oracles."""
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from expertcut.evaluation.route_results import RouteCell, RouteSweep, RouteTextCell
+from expertcut.evaluation.holding import HoldingResult
+from expertcut.evaluation.route_results import OracleResult, RouteCell, RouteSweep, RouteTextCell
 from expertcut.evaluation.search_results import SweptModel, SweptTexts
 from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.plots import Series, draw_lines, series_of
@@ -13,6 +15,9 @@ from expertcut.reporting.text_search_tables import texts_note
 from expertcut.reporting.text_tables import judged_note
 from expertcut.reporting.text_tables import span as text_span
 from expertcut.stats import MARGIN, interval_verdict, verdict
+
+if TYPE_CHECKING:  # with torch
+    from expertcut.evaluation.route_tuning import RouteTuning
 
 
 def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
@@ -264,3 +269,104 @@ def _value(model: SweptModel | SweptTexts) -> tuple[float, tuple[float, float]]:
         return 100 * model.accuracy, (100 * model.ci95[0], 100 * model.ci95[1])
     value = model.total.perplexity
     return value, model.total.ci95 or (value, value)
+
+
+def tried_table(tuned: "RouteTuning", margin: float) -> Table:
+    """Every mean that `--tune` tried, judged on the tuning questions that choose."""
+    n = sum(len(own) for own in tuned.tuning.questions.values())
+    rows: list[list[Cell]] = []
+    for mean, c in sorted(tuned.tried.items(), reverse=True):
+        change, *counts = edits.change_cells(c)
+        is_chosen = tuned.chosen is not None and tuned.chosen.experts == mean
+        word = verdict(c.gained, c.lost, n, margin)
+        rows.append([mean, change, word, "chosen" if is_chosen else None, *counts])
+    heads = f"experts a token::.1f; {edits.CHANGE}; verdict; | gained; lost; McNemar p::.3g"
+    note = f"{n:,} {tuned.tuning.split} questions, on which the rule is calibrated and chosen."
+    return Table(f"Rule {tuned.rule}, from the most experts on", columns(heads), rows, note)
+
+
+def holding_table(proof: HoldingResult) -> Table:
+    """The cross-fitted change, the same on all questions, and random experts left out."""
+    rows: list[list[Cell]] = []
+    for name, c in (("cross-fitted", proof.cross_fitted), ("same", proof.same_questions)):
+        change, *counts = edits.change_cells(c)
+        rows.append([name, change, *counts])
+    if proof.random is not None:
+        r = proof.random
+        text = f"{edits.points(r.delta_mean)} ({edits.span(r.range95)})"
+        rows.append([f"random ({r.draws} draws)", text, None, None, r.p])
+    means = ", ".join("K" if f.experts is None else f"{f.experts:g}" for f in proof.folds)
+    note = f"{proof.sentence} Chosen in the folds: {means} experts a token."
+    heads = columns(f"questions; {edits.CHANGE}; gained; lost; p::.3g")
+    return Table(f"Cross-fit of {proof.procedure}", heads, rows, note)
+
+
+def holding_csv(proof: HoldingResult) -> Table:
+    """One row per estimate, in full precision."""
+    rows: list[list[Cell]] = []
+    for name, c in (("cross_fitted", proof.cross_fitted), ("same", proof.same_questions)):
+        rows.append([name, c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p])
+    if (r := proof.random) is not None:
+        rows.append(["random", r.delta_mean, *r.range95, None, None, r.p])
+    heads = columns("estimate; delta; low; high; gained; lost; p")
+    return Table("holding", heads, rows)
+
+
+def oracle_table(oracle: OracleResult) -> Table:
+    """Every setting alone, the best per question, noise variants, and a reader beforehand."""
+    rows: list[list[Cell]] = []
+    for one in oracle.settings:
+        name = f"{one.setting.rule} {one.setting.label}".strip()
+        share = oracle.base_accuracy + one.change.delta
+        rows.append([name, share, edits.change_text(one.change, ""), one.flips, one.noise_flips])
+    span = f" ({edits.span(oracle.range95)})"
+    rows.append(["best per question", oracle.accuracy, edits.points(oracle.gain), None, None])
+    noise = oracle.base_accuracy + oracle.noise_gain
+    text = edits.points(oracle.noise_gain) + span
+    rows.append([f"of noise variants ({oracle.sets} sets)", noise, text, None, None])
+    read = oracle.base_accuracy + oracle.reader.delta
+    rows.append(["chosen beforehand", read, edits.change_text(oracle.reader, ""), None, None])
+    heads = f"setting; accuracy::.2%; {edits.CHANGE}; flipped; flipped by variants::.1f"
+    quiz = oracle.scored.quiz
+    note = (
+        f"{oracle.questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, base "
+        f"{oracle.base_accuracy:.2%}. Variants leave experts out at random, as often as flips as "
+        "many answers. A logistic reader of gate entropies and margin chooses beforehand, "
+        "cross-fitted."
+    )
+    return Table(f"Oracle of {oracle.scored.model.label}", columns(heads), rows, note)
+
+
+def oracle_facts(oracle: OracleResult) -> list[tuple[str, str]]:
+    """Whether the best per question gains more than chance, and what could be used of it."""
+    low, high = edits.points(oracle.ci95[0]), edits.points(oracle.ci95[1])
+    text = (
+        f"{oracle.verdict}: the best of {len(oracle.settings)} settings per question gains "
+        f"{edits.points(oracle.gain)} points, of as many noise variants "
+        f"{edits.points(oracle.noise_gain)}; {edits.points(oracle.excess)} beyond them "
+        f"({low} … {high}), p = {oracle.p:.2g}"
+    )
+    reader = edits.change_text(oracle.reader)
+    return [
+        ("oracle", text),
+        ("reader", f"chooses beforehand by gate entropy and margin: {reader}"),
+    ]
+
+
+def oracle_csv(oracle: OracleResult) -> Table:
+    """One row per setting, then those of the oracle, in full precision."""
+    rows: list[list[Cell]] = []
+    for one in oracle.settings:
+        s, c = one.setting, one.change
+        row: list[Cell] = [s.rule, s.at, s.experts, oracle.base_accuracy + c.delta, c.delta]
+        rows.append([*row, *c.ci95, one.flips, one.noise_flips])
+    base, reader, noise = oracle.base_accuracy, oracle.reader, oracle.noise_gain
+    others: list[list[Cell]] = [
+        ["best per question", None, None, oracle.accuracy, oracle.gain, None, None],
+        ["noise variants", None, None, base + noise, noise, *oracle.range95],
+        ["beyond noise", None, None, None, oracle.excess, *oracle.ci95],
+        ["chosen beforehand", None, None, base + reader.delta, reader.delta, *reader.ci95],
+    ]
+    rows += [[*row, None, None] for row in others]
+    heads = "rule; at; experts; accuracy; delta; delta_low; delta_high; flips; noise_flips"
+    return Table("oracle", columns(heads), rows)

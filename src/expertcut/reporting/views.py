@@ -14,13 +14,19 @@ from pydantic import BaseModel
 
 from expertcut.edits import plan as plans
 from expertcut.edits.criteria import compare
-from expertcut.edits.plan import PLAN_FILE, PROOF_FILE, PlanFile, load_plan
+from expertcut.edits.plan import HOLDING_FILE, PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.edits.splits import read_scored_split
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
+from expertcut.evaluation.holding import load_holding
 from expertcut.evaluation.results import Results, load_results
-from expertcut.evaluation.route_results import ROUTE_FILE, load_route_sweep
+from expertcut.evaluation.route_results import (
+    ORACLE_FILE,
+    ROUTE_FILE,
+    load_oracle,
+    load_route_sweep,
+)
 from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, Sweep
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
@@ -195,7 +201,7 @@ def find_shown(
 
 
 def _document(path: Path, margin: float) -> Shown:
-    for name in (PLAN_FILE, PROOF_FILE, SWEEP_FILE, ROUTE_FILE, AUDIT_FILE, MANIFEST_FILE):
+    for name in _VIEWS:
         if (path / name).is_file():
             return _VIEWS[name](path, margin)
     if path.name in (PROOF_FILE, MANIFEST_FILE):
@@ -209,7 +215,7 @@ def _document(path: Path, margin: float) -> Shown:
             raise OutputError(f"{path} cannot be read as JSON: {error}") from None
         keys = content if isinstance(content, dict) else {}
         by_key = {"models": RESULTS, "base_experts": ROUTE_FILE, "cells": SWEEP_FILE}
-        by_key |= {"harms": AUDIT_FILE}
+        by_key |= {"harms": AUDIT_FILE, "noise_gain": ORACLE_FILE, "same_questions": HOLDING_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
         return _VIEWS[kind](path, margin)
     raise OutputError(
@@ -261,6 +267,8 @@ def _plan(path: Path, margin: float) -> Shown:
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
     if (path / PROOF_FILE).is_file():
         tables.append(edit_tables.cross_fit_table(load_cross_fit(path)))
+    if (path / HOLDING_FILE).is_file():
+        tables.append(route_tables.holding_table(load_holding(path)))
     shown = _shown(plan, tables, eval_tables.plan_csv)
     return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
 
@@ -354,6 +362,17 @@ def _route(path: Path, margin: float) -> Shown:
     return _shown(sweep, [route_tables.sweep_table(sweep, margin)], route_tables.sweep_csv, *said)
 
 
+def _oracle(path: Path, _margin: float) -> Shown:
+    oracle = load_oracle(path)
+    said = [labelled(*fact) for fact in route_tables.oracle_facts(oracle)]
+    return _shown(oracle, [route_tables.oracle_table(oracle)], route_tables.oracle_csv, *said)
+
+
+def _holding(path: Path, _margin: float) -> Shown:
+    proof = load_holding(path if path.is_dir() else path.parent)
+    return _shown(proof, [route_tables.holding_table(proof)], route_tables.holding_csv)
+
+
 def _audit(path: Path, margin: float) -> Shown:
     audit = searches.load_audit(path)
     said = [labelled(*fact) for fact in eval_tables.audit_facts(audit, margin)]
@@ -368,6 +387,8 @@ _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     ),
     SWEEP_FILE: _sweep,
     ROUTE_FILE: _route,
+    ORACLE_FILE: _oracle,
+    HOLDING_FILE: _holding,
     AUDIT_FILE: _audit,
     RESULTS: _results,
     MANIFEST_FILE: _run,
