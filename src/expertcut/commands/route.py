@@ -47,11 +47,6 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
     )
 
     @property
-    def is_judging(self) -> bool:
-        """Whether settings are scored, and no checkpoint is made."""
-        return self.sweep or self.oracle
-
-    @property
     def action(self) -> str:
         """The `action` of the plan."""
         words = [f"route --rule {self.rule}"]

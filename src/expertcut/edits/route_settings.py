@@ -14,6 +14,7 @@ from expertcut.settings import Settings, option, refuse
 
 CALIBRATED = ("skip", "top-p", "entropy", "null", "odp")
 """Rules whose thresholds follow from a mean number of experts."""
+OFFERED = tuple(rule for rule in RULES if rule != "fitted")  # which needs a fit
 USUAL = {"skip": 0.5, "top-p": 0.4, "grouped": 2.0, "smooth": 0.5}
 """The `at` of a rule where neither it nor a mean is given."""
 _SHARES = (0.75, 0.5, 0.25)  # of K, the means that a sweep tries
@@ -45,8 +46,8 @@ def _check_numbers(text: str) -> str:
 def _check_rules(text: str) -> str:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in RULES:
-            refuse(f"no rule {name[:60]!a}: take {', '.join(RULES)}")
+        if name not in OFFERED:
+            refuse(f"no rule {name[:60]!a}: take {', '.join(OFFERED)}")
         if names.count(name) > 1:
             refuse(f"{text[:100]!a} has {name} twice")
     return ",".join(names)
@@ -96,7 +97,7 @@ class RouteSetting(Record):
 class RouteSettings(Settings):
     """Which experts a token uses, by which rule."""
 
-    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(RULES)}.")
+    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(OFFERED)}.")
     at: Numbers | None = _router(
         None, "Threshold of the rule (k of top-k, groups of grouped); several separated by "
         "commas.  [default: the rule's own]", metavar="F",
@@ -138,6 +139,11 @@ class RouteSettings(Settings):
     seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0)
 
     @property
+    def is_judging(self) -> bool:
+        """Whether settings are scored, and no checkpoint is made."""
+        return self.sweep or self.oracle
+
+    @property
     def rules(self) -> tuple[str, ...]:
         """The rules by name."""
         return tuple(self.rule.split(","))
@@ -172,6 +178,11 @@ class RouteSettings(Settings):
             raise SettingsError(
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
+            )
+        if not self.is_judging and not RULES[self.rules[0]].is_exportable:
+            raise SettingsError(
+                f"--rule {self.rule} needs more than a router has, or is a control, so no "
+                "checkpoint can carry it: score it with --sweep"
             )
         if self.tune and (self.at is not None or not {*self.rules} <= {*CALIBRATED}):
             raise SettingsError(
@@ -218,8 +229,8 @@ class RouteSettings(Settings):
             means = read_numbers(self.experts)
         elif (self.sweep or self.oracle) and rule in (*CALIBRATED, "top-k"):
             means = tuple(max(1.0, share * top_k) for share in _SHARES)
-        elif self.sweep or self.oracle or rule in USUAL:
-            return [RouteSetting(rule=rule, at=USUAL.get(rule))]
+        elif rule in USUAL:
+            return [RouteSetting(rule=rule, at=USUAL[rule])]
         else:
             raise SettingsError(f"--rule {rule} needs a threshold: give --at F, or --experts N")
         if rule == "top-k":

@@ -16,7 +16,7 @@ from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Reservoir, collect_
 from expertcut.errors import SettingsError
 from expertcut.models.hooks import Routing
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RULES
+from expertcut.models.routing_rule import RULES, RoutingRule
 from expertcut.scoring.engine import Engine
 
 MOST_TOKENS = 1 << 16
@@ -53,12 +53,13 @@ def _null(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
 class _Calibrated:
     """Scores (T, X): a place stays where its score is at least a level; `at` is that level's form.
 
-    `n_fixed` experts stay whatever the level.
+    `n_fixed` experts stay whatever the level, and a share `whole` of the tokens keeps all.
     """
 
     scores: Scores
     at: Callable[[float], float]
     n_fixed: int = 1
+    whole: float = 0.0
 
 
 _RULES: dict[str, _Calibrated] = {
@@ -66,7 +67,7 @@ _RULES: dict[str, _Calibrated] = {
     "top-p": _Calibrated(_top_p, lambda level: 1 - level),
     "entropy": _Calibrated(_entropy, lambda level: 1 / level),
     "null": _Calibrated(_null, lambda level: level, n_fixed=0),
-    "odp": _Calibrated(_skip, lambda level: level),
+    "odp": _Calibrated(_skip, lambda level: level, whole=RoutingRule(rule="odp").share),
 }
 
 
@@ -81,11 +82,13 @@ class GateSample:
     def thresholds(self, experts: float) -> dict[int, float]:
         """By layer the `at` with which these tokens use so many experts in the mean."""
         own = _RULES[self.rule]
-        share = (experts - own.n_fixed) / max(self.n_places, 1)
+        n_all = own.n_fixed + self.n_places
+        of_others = (experts - own.whole * n_all) / (1 - own.whole)
+        share = (of_others - own.n_fixed) / max(self.n_places, 1)
         if not 0 <= share <= 1:
-            most = own.n_fixed + self.n_places
+            least = own.n_fixed + own.whole * (n_all - own.n_fixed)
             raise SettingsError(
-                f"--experts {experts:g} must lie between {max(own.n_fixed, 1)} and {most} for "
+                f"--experts {experts:g} must lie between {least:g} and {n_all} for "
                 f"--rule {self.rule}, the most that a token may use: change it or --most"
             )
         return {
@@ -114,6 +117,7 @@ def sample_gates(
     def see(routing: Routing, _is_answer_T: Tensor) -> None:
         block = blocks[routing.layer]
         alpha_TE, parts = block.alpha(routing.logits_TE), []
+        alpha_TE = alpha_TE / alpha_TE.sum(dim=1, keepdim=True)  # 1 already for a softmax
         for rule in rules:
             parts.append(_RULES[rule].scores(routing, alpha_TE, most_experts(block, rule, n_most)))
             widths[rule] = parts[-1].shape[1]

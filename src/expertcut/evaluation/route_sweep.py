@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
-from expertcut.scoring.rerouting import Rerouting, rerouted
+from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from expertcut.stats import Array
 
 DRAWS = 20
@@ -78,17 +77,6 @@ def with_controls(settings: Sequence[RouteSetting], draws: int) -> tuple[RouteSe
     """The settings, and draws of random experts in place of those of rule `random`."""
     own = [setting for setting in settings if setting.rule != "random"]
     return (*own, *(RouteSetting(rule="random", draw=i) for i in range(draws)))
-
-
-@contextmanager
-def one_prompt_at_a_time(engine: Engine, *, if_so: bool) -> Iterator[None]:
-    """Scores prompts alone, as rules that look at whole prompts need."""
-    was = engine.is_trusted
-    engine.is_trusted = was and not if_so
-    try:
-        yield
-    finally:
-        engine.is_trusted = was
 
 
 class RouteSweepRun(CellSearch[schema.RouteSweep]):
@@ -150,9 +138,7 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
                 self.note(folder, {"cells": cells})
 
     def _run(self, routing: Rerouting, store: Path, name: str, see: OnPass) -> Iterator[Progress]:
-        moe, needs_prompt = self.engine.moe, routing.rule.needs_prompt
-        alone = one_prompt_at_a_time(self.judge.engine, if_so=needs_prompt)
-        with alone, rerouted(moe.blocks, routing, moe.model) as begin:
+        with rerouted_engine(self.judge.engine, routing) as begin:
 
             def on_pass(step: Pass) -> None:
                 begin(step)

@@ -1,8 +1,7 @@
 """The stages behind `route --tune` and `--oracle`: one loaded model, scored again and again."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -25,19 +24,18 @@ from expertcut.evaluation.oracle import oracle_gain, reader_gain
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.route_results import OracleResult, OracleSetting
-from expertcut.evaluation.route_sweep import DRAWS, Rules, one_prompt_at_a_time
+from expertcut.evaluation.route_sweep import DRAWS, Rules
 from expertcut.models.load import LoadOptions
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.measure import engine_settings
 from expertcut.profiling.schema import ProfileInfo, quiz_info
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
-from expertcut.scoring.random_skipping import skipping_at_random
-from expertcut.scoring.rerouting import Rerouting, rerouted
+from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from expertcut.stats import Array, Comparison, compare
 
 _STEP = 0.5  # experts a token between two candidates of a search
-_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of random skipping, for its number of flips
+_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of dropped experts, for their number of flips
 Report = Callable[[int, int], None]
 
 
@@ -55,31 +53,22 @@ class RuleScorer:
 
     def ruled(self, setting: RouteSetting) -> Array:
         """Log p (N, C) with a rule."""
-        routing = self.rules.rerouting(setting)
-        with one_prompt_at_a_time(self.scorer.engine, if_so=routing.rule.needs_prompt):
-            ruled = rerouted(self.blocks, routing, self.scorer.engine.moe.model)
-            return self.scorer.scored(_name("rule", routing), 0, ruled)
+        return self._scored(self.rules.rerouting(setting))
 
     def left_out(self, setting: RouteSetting, seed: int) -> Array:
         """Log p (N, C) with as many experts as a rule keeps, but random ones of the K."""
         routing = self.rules.rerouting(setting)
-        change = skipping_at_random(self.blocks, routing, seed)
-        return self.scorer.scored((*_name("left out", routing), seed), 0, change)
+        rule = routing.rule.model_copy(update={"shuffle": True, "seed": seed})
+        return self._scored(replace(routing, rule=rule))
 
-    def skipped(self, share: float, seed: int) -> Array:
-        """Log p (N, C) with a share of the experts left out at random."""
-        routing = self._identity
-        change = skipping_at_random(self.blocks, routing, seed, share)
-        return self.scorer.scored((*_name("skipped", routing), share, seed), 0, change)
+    def dropped(self, share: float, seed: int) -> Array:
+        """Log p (N, C) with a share of the experts left out at random, but not the best."""
+        rule = RoutingRule(rule="dropout", weights=self.rules.settings.weights, seed=seed)
+        return self._scored(Rerouting(rule, {block.layer: share for block in self.blocks}))
 
-    @cached_property
-    def _identity(self) -> Rerouting:
-        rule = RoutingRule(rule="skip", weights=self.rules.settings.weights)
-        return Rerouting(rule, {block.layer: 0.0 for block in self.blocks})
-
-
-def _name(what: str, routing: Rerouting) -> tuple[object, ...]:
-    return (what, routing.rule.model_dump_json(), *sorted(routing.at_by_layer.items()))
+    def _scored(self, routing: Rerouting) -> Array:
+        name = (routing.rule.model_dump_json(), *sorted(routing.at_by_layer.items()))
+        return self.scorer.scored(name, 0, rerouted_engine(self.scorer.engine, routing))
 
 
 @dataclass(frozen=True)
@@ -180,14 +169,14 @@ def score_oracle(
     base_N = records.logprob_NC.argmax(axis=1)
     flips_S = (answers_SN != base_N).sum(axis=1)
     flips_G = np.array(
-        [(told(scorer.skipped(share, settings.seed)).argmax(axis=1) != base_N).sum()
+        [(told(scorer.dropped(share, settings.seed)).argmax(axis=1) != base_N).sum()
          for share in _SHARES]
     )  # fmt: skip
     share_S = shares_for(flips_S, flips_G)
     noise_BSN = np.array(
         [
             [
-                told(scorer.skipped(share, settings.seed + 1 + b * len(choices) + s)).argmax(axis=1)
+                told(scorer.dropped(share, settings.seed + 1 + b * len(choices) + s)).argmax(axis=1)
                 for s, share in enumerate(share_S)
             ]
             for b in range(n_sets)
@@ -238,7 +227,7 @@ def scored_info(profile: Profile, engine: Engine, scoring: Scoring) -> ProfileIn
 
 
 def shares_for(flips_S: Array, flips_G: Array) -> tuple[float, ...]:
-    """Shares of random skipping that flip as many answers, by interpolation over `_SHARES`."""
+    """Shares of dropped experts that flip as many answers, by interpolation over `_SHARES`."""
     flips = np.maximum.accumulate(np.concatenate([[0], flips_G]))
     rising = np.concatenate([[True], np.diff(flips) > 0])
     shares = np.concatenate([[0.0], _SHARES])
