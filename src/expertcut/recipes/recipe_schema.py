@@ -20,12 +20,13 @@ from expertcut.commands.profile import ProfileSettings
 from expertcut.commands.prune import PruneSettings
 from expertcut.commands.publish import PublishSettings, Repo
 from expertcut.commands.reweight import ReweightSettings
+from expertcut.commands.route import RouteSettings
 from expertcut.commands.show import ShowSettings
 from expertcut.errors import RecipeError
 from expertcut.files import read_file, wide_encoding, without_secrets
 from expertcut.settings import FilePath, Folder, Settings, Source, Texts, fault_text, option, refuse
 
-VariantKind = Literal["prune", "merge", "reweight", "heal"]
+VariantKind = Literal["prune", "merge", "reweight", "route", "heal"]
 KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
 _RESERVED = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
@@ -122,6 +123,7 @@ class Variant(_Sections):
     prune: PruneSettings | None = None
     merge: MergeSettings | None = None
     reweight: ReweightSettings | None = None
+    route: RouteSettings | None = None
     heal: HealSection | None = None
     prove: ProveSection | None = option(
         None, "Cross-fit the procedure of `reweight`.", flags=("--cross-fit",)
@@ -131,7 +133,7 @@ class Variant(_Sections):
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
         if [getattr(self, kind) is None for kind in KINDS].count(False) != 1:
-            refuse("a variant does one thing: give it prune, merge, reweight or heal")
+            refuse("a variant does one thing: give it prune, merge, reweight, route or heal")
         if self.prove and not self.reweight:
             refuse(
                 "prove cross-fits a reweight: other variants are compared on held-out questions "
@@ -147,8 +149,10 @@ class Variant(_Sections):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def recipe_values(self) -> dict[str, Any]:
-        """The name and all sections, missing ones as None."""
+        """The name and all sections, missing ones as None; `route` only if it is there."""
         sections = {name: getattr(self, name) for name in self.sections}
+        if self.route is None:  # keeps the hashes of older runs
+            del sections["route"]
         values = {k: s.recipe_values() if s else None for k, s in sections.items()}
         return {"name": self.name} | values
 

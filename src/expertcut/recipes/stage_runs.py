@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from expertcut import commands
-from expertcut.commands import eval, heal, merge, profile, prune, publish, report, reweight, show
+from expertcut.commands import (
+    eval,
+    heal,
+    merge,
+    profile,
+    prune,
+    publish,
+    report,
+    reweight,
+    route,
+    show,
+)
 from expertcut.errors import ExpertcutError, OutputError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
@@ -173,7 +184,8 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
         given |= {"threads": None, "profile": [str(run.folder / PROFILE)]}
     if variant.prove:  # `eval` and the page then compare it with the others, helpful or not
         given |= {"prove": True, "force_write": True, **dict(variant.prove)}
-    runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight, "heal": heal}
+    runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight}
+    runs |= {"route": route, "heal": heal}
     settings = section.updated(**given, force=True)
     runs[variant.kind].run(settings, run.ui, {RECIPE_FILE: run.ledger.text})
 
