@@ -184,10 +184,11 @@ class RouteSettings(Settings):
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
             )
-        if self.tune and (self.at is not None or not {*self.rules} <= {*CALIBRATED}):
+        tuned = [rule for rule in CALIBRATED if RULES[rule].is_exportable]
+        if self.tune and (self.at or self.experts or self.rules[0] not in tuned):
             raise SettingsError(
-                "--tune chooses the threshold of one of the rules "
-                f"{', '.join(CALIBRATED)}: take one of these, without --at"
+                f"--tune chooses the threshold of one of the rules {', '.join(tuned)}: take one of "
+                "these, without --at and --experts"
             )
 
     def _check_rule(self, rule: str) -> None:
@@ -228,7 +229,9 @@ class RouteSettings(Settings):
         if self.experts is not None:
             means = read_numbers(self.experts)
         elif (self.sweep or self.oracle) and rule in (*CALIBRATED, "top-k"):
-            means = tuple(max(1.0, share * top_k) for share in _SHARES)
+            whole = RoutingRule(rule=rule).share if rule == "odp" else 0.0  # of tokens that keep K
+            least = 1 + whole * (top_k - 1)
+            means = tuple(max(least, share * top_k) for share in _SHARES)
         elif rule in USUAL:
             return [RouteSetting(rule=rule, at=USUAL[rule])]
         else:

@@ -1,6 +1,6 @@
 """The stages behind `route --tune` and `--oracle`: one loaded model, scored again and again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -182,28 +182,42 @@ def score_oracle(
             for b in range(n_sets)
         ]
     )
-    right_SN = answers_SN == records.answer_N
-    fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), settings.seed)
-    is_correct_N = records.is_correct_N
-    gain = oracle_gain(is_correct_N, right_SN, noise_BSN == records.answer_N, settings.seed)
-    noise_flips_S = (noise_BSN != base_N).sum(axis=2).mean(axis=0)
+    return oracle_result(
+        records,
+        dict(zip(choices, answers_SN, strict=True)),
+        noise_BSN,
+        scored_info(profile, engine, scoring),
+        settings.seed,
+    )
+
+
+def oracle_result(
+    records: QuestionOutcomes,
+    answers: Mapping[RouteSetting, Array],
+    noise_BSN: Array,
+    scored: ProfileInfo,
+    seed: int,
+) -> OracleResult:
+    """The record of answers (N,) by setting, and of B sets of variants of each."""
+    base_N, is_correct_N = records.logprob_NC.argmax(axis=1), records.is_correct_N
+    right_SN = np.array([own_N == records.answer_N for own_N in answers.values()])
+    gain = oracle_gain(is_correct_N, right_SN, noise_BSN == records.answer_N, seed)
     low, high = np.percentile(gain.noise_gain_B, [2.5, 97.5])
+    fold_N = deal(records.subject_N.tolist(), records.hash_N.tolist(), seed)
     return OracleResult(
-        scored=scored_info(profile, engine, scoring),
+        scored=scored,
         questions=len(records),
-        seed=settings.seed,
-        sets=n_sets,
+        seed=seed,
+        sets=len(noise_BSN),
         base_accuracy=float(is_correct_N.mean()),
         settings=tuple(
             OracleSetting(
                 setting=setting,
-                change=compare(is_correct_N, right_N),
-                flips=int(flips),
-                noise_flips=float(noise_flips),
+                change=compare(is_correct_N, right_SN[place]),
+                flips=int((own_N != base_N).sum()),
+                noise_flips=float((noise_BSN[:, place] != base_N).sum(axis=1).mean()),
             )
-            for setting, right_N, flips, noise_flips in zip(
-                choices, right_SN, flips_S, noise_flips_S, strict=True
-            )
+            for place, (setting, own_N) in enumerate(answers.items())
         ),
         accuracy=gain.accuracy,
         gain=gain.gain,
