@@ -25,6 +25,7 @@ from expertcut.commands import prune as prune_command
 from expertcut.commands import publish as publish_command
 from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
+from expertcut.commands import route as route_command
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
 from expertcut.errors import ProfileError, SettingsError
@@ -176,6 +177,18 @@ class Profile(_Shown):
         if plan is None:
             raise SettingsError("no expert was chosen: there is nothing to reweight")
         return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SILENT))
+
+    def route(self, **settings: Any) -> "Plan":
+        """Other experts at run time, by a rule, as `expertcut route`; writes nothing."""
+        options = route_command.RouteSettings.read(profile=self.path, **settings)
+        options.check()
+        if options.is_judging:
+            raise SettingsError("a sweep or an oracle is not a plan: run `expertcut route`")
+        choice = route_command.choose(options, _ProgressUI())
+        if choice.routing is None:
+            raise SettingsError("no smaller number of experts is shown to hold")
+        plan = route_command.draft_of(choice, options)
+        return Plan(self, plan, options, lambda s: route_command.write(choice, s, SILENT))
 
     def _facts(self) -> Mapping[str, str]:
         info = self.stored.info

@@ -21,6 +21,7 @@ from expertcut.reporting.tables import labelled, save_table
 from expertcut.settings import FilePath
 
 if TYPE_CHECKING:
+    from expertcut.edits.plan import EditPlan
     from expertcut.evaluation.holding import HoldingResult
     from expertcut.evaluation.route_results import OracleResult, RouteSweep
     from expertcut.evaluation.route_tuning import RouteTuning
@@ -153,8 +154,10 @@ def choose(settings: RouteSettings, ui: UI) -> Choice:
     from expertcut.evaluation.route_tuning import calibrated, tune
     from expertcut.reporting import route_tables as tables
 
-    (choice, *_) = settings.choices(profile.info.model.blocks[0].top_k)
-    slug = f"{choice.rule}-tuned" if settings.tune else choice.slug
+    slug = f"{settings.rule}-tuned"
+    if not settings.tune:
+        (choice,) = settings.choices(profile.info.model.blocks[0].top_k)
+        slug = choice.slug
     folder = settings.output_folder(profile, slug, ui)
     ui.quiet()
     if not settings.tune:
@@ -169,13 +172,27 @@ def choose(settings: RouteSettings, ui: UI) -> Choice:
     return Choice(profile, tuned.routing, folder, tuned)
 
 
-def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files) -> object:
+def draft_of(choice: Choice, settings: RouteSettings) -> "EditPlan":
+    """The plan of a choice that has a rule."""
+    from expertcut.edits.router_edits import route_draft
+
+    assert choice.routing is not None, "there is a rule"
+    return route_draft(
+        choice.profile,
+        choice.routing.rule,
+        choice.routing.at_by_layer,
+        settings.layout,
+        action=settings.action,
+        is_tuned=settings.tune or settings.experts is not None,
+    )
+
+
+def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files = None) -> object:
     """Writes the checkpoint or the plan; without a rule that holds, only the proof."""
     from expertcut.checkpoints.build import build, write_plan
     from expertcut.edits.plan import HOLDING_FILE
-    from expertcut.edits.router_edits import route_draft
 
-    profile, folder, proof = choice.profile, choice.folder, choice.proof
+    profile, folder, proof = choice.profile, settings.out or choice.folder, choice.proof
     files = {**(extra_files or {})} | ({HOLDING_FILE: proof.json_bytes()} if proof else {})
     options = settings.build_options(files)
     is_held = proof is None or proof.verdict == "holds" or settings.force_write
@@ -188,17 +205,8 @@ def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files) -
             why += f"; the proof is in {folder}" if proof else ""
         ui.end([], why)
         return folder if files else None
-    routing = choice.routing
-    draft = route_draft(
-        profile,
-        routing.rule,
-        routing.at_by_layer,
-        settings.layout,
-        action=settings.action,
-        is_tuned=settings.tune or settings.experts is not None,
-    )
     make = write_plan if settings.plan_only else build
-    built = make(profile, draft, folder, options)
+    built = make(profile, draft_of(choice, settings), folder, options)
     if settings.tune:
         shutil.rmtree(working_folder(folder), ignore_errors=True)
     settings.say_profile(profile, ui)

@@ -1,0 +1,115 @@
+"""`expertcut route`: a checkpoint answers as its rule at run time, and nothing is written else."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import expertcut as api
+from expertcut.checkpoints.build import engine_as_profiled, found_source
+from expertcut.data import Selection, load_quiz
+from expertcut.edits.plan import load_plan
+from expertcut.errors import SettingsError
+from expertcut.evaluation.holding import load_holding
+from expertcut.models.load import LoadOptions, find_source, load
+from expertcut.models.routing_rule import RoutingRule
+from expertcut.profiling.storage import load_profile
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.rerouting import Rerouting, rerouted_engine
+from tests.conftest import Commands, make_checkpoint, write_quiz
+from tests.hostile.running import run
+from tests.hostile.world import copied_world
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model and a profile `p`, to be copied."""
+    root = tmp_path_factory.mktemp("routing")
+    make_checkpoint(root / "model", "olmoe")
+    write_quiz(root / "quiz", {"dev": 5, "val": 5, "test": 4})
+    line = "profile model --quiz quiz --split val --shots 1 --threads 1 --out p"
+    ended = run(root, line.split())
+    assert ended.status == 0, ended.stderr
+    return root
+
+
+@pytest.fixture
+def world(made: Path, tmp_path: Path) -> Path:
+    return copied_world(made, tmp_path)
+
+
+def test_a_calibrated_checkpoint_answers_as_its_rule_at_run_time(
+    world: Path, expertcut: Commands
+) -> None:
+    said = expertcut("route --profile p --rule skip --experts 1.5 --out routed")
+    plan = load_plan(world / "routed")
+    assert plan.action == "route --rule skip --experts 1.5" and plan.routing is not None
+    assert plan.routing.rule == "skip" and "routed" in said
+    at_by_layer = {i: edit.at for i, edit in enumerate(plan.blocks.values())}
+    assert len(set(at_by_layer.values())) > 1, "each layer has its own threshold"
+    quiz = load_quiz(Selection(str(world / "quiz"), shots=1))
+    profile = load_profile(world / "p")
+    engine = engine_as_profiled(profile, found_source(profile), LoadOptions())
+    with rerouted_engine(engine, Rerouting(RoutingRule(rule="skip"), at_by_layer)) as begin:
+        at_run_time = ask(engine, quiz, begin).numpy()
+    own = load(find_source(str(world / "routed")), LoadOptions(trust_remote_code=True))
+    written = ask(Engine(own, engine.batch_tokens), quiz).numpy()
+    assert np.allclose(written, at_run_time, atol=1e-4)
+    assert not np.allclose(ask(engine, quiz).numpy(), written, atol=1e-3), "the rule did nothing"
+
+
+def test_top_k_in_layout_stock_changes_the_config_alone(world: Path, expertcut: Commands) -> None:
+    expertcut("route --profile p --rule top-k --at 1 --layout stock --out one")
+    config = json.loads((world / "one/config.json").read_text())
+    assert config["num_experts_per_tok"] == 1 and "auto_map" not in config
+
+
+def test_tuning_writes_what_holds_and_else_the_proof_alone(
+    world: Path, expertcut: Commands
+) -> None:
+    line = "route --profile p --rule skip --tune --cross-fit --random-draws 2 --no-verify"
+    expertcut(f"{line} --margin 100 --out held")
+    assert load_plan(world / "held").action.endswith("--tune --margin 100")
+    assert load_holding(world / "held").verdict == "holds"
+    said = expertcut(f"{line} --margin 0.1 --out not")
+    assert "no checkpoint" in said and not (world / "not/plan.json").exists()
+    assert load_holding(world / "not").experts is None
+    assert "Cross-fit of" in expertcut("show not") and "Cross-fit of" in expertcut("show held")
+    assert not list(world.glob(".held.tuning"))
+
+
+def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
+    expertcut("route --profile p --rule top-p --at 0.3 --plan-only --out plan")
+    plan = api.load_profile("p").route(rule="top-p", at=0.3)
+    assert plan.edit.edits == load_plan(world / "plan").blocks
+    with pytest.raises(SettingsError, match="is not a plan"):
+        api.load_profile("p").route(rule="top-p", sweep=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--rule random", "no checkpoint can carry it"),
+        ("--rule skip,top-p", "one rule and one threshold"),
+        ("--rule skip --at 0.5 --layout stock", "no place for a threshold"),
+        ("--rule entropy", "needs a threshold"),
+        ("--rule dare", "no rule 'dare'"),
+        ("--rule skip --at 0.5 --text t.jsonl", "--text judges a sweep"),
+        ("--rule skip --sweep model", "--sweep reads a profile"),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_in_one_line(
+    world: Path, expertcut: Commands, words: str, told: str
+) -> None:
+    said = expertcut(f"route --profile p {words} --out out", status=2)
+    assert told in said and not (world / "out").exists()
+
+
+def test_a_recipe_routes_and_older_hashes_stay() -> None:
+    from expertcut.recipes.recipe_schema import Recipe
+
+    variants = [{"name": "a", "route": {"rule": "skip", "at": 0.5}}, {"name": "b", "prune": {}}]
+    first, second = Recipe.of_recipe({"model": "x/y", "variants": variants}).variants
+    assert first.kind == "route" and first.recipe_values()["route"]["at"] == "0.5"
+    assert "route" not in second.recipe_values()
