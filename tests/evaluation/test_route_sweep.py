@@ -98,22 +98,26 @@ def test_a_cell_is_the_model_under_its_rule_and_counts_the_experts_that_run(
     assert cell.difficulty.rho is not None and load_route_sweep(tmp_path) == run.sweep
 
 
-@pytest.mark.parametrize("rule", [r for r in ("skip", "top-p", "entropy", "null") if r in RULES])
+@pytest.mark.parametrize("rule", ["skip", "top-p", "entropy", "null", "fitted"])
 def test_calibrated_thresholds_keep_the_mean_they_are_asked(
     profile: Profile, quiz: Quiz, tmp_path: Path, rule: str
 ) -> None:
     scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions())
     run = RouteSweepRun(profile, settings(rule=rule, experts="1.25,1.75"), scoring)
     blocks, outputs = run.engine.moe.blocks, dict[int, list[Routing]]()
+    fits = run.rules.fits  # before the pass that is observed
     with hooks.observe_routers(blocks, lambda r: outputs.setdefault(r.layer, []).append(r)):
-        sample = sample_gates(run.engine, quiz, [rule], None)[rule]
+        sample = sample_gates(run.engine, quiz, [rule], None, fits)[rule]
     for mean in (1.25, 1.75):
         for block in blocks:
             at, used, n = sample.thresholds(mean)[block.layer], 0, 0
             for found in outputs[block.layer]:
                 scores_TE = block.selection_scores(found.logits_TE)
                 rest = (found.logits_TE, scores_TE, found.weights_TK, found.experts_TK)
-                _, experts_TM = RULES[rule](Tokens(gate_of(block), *rest), at, Options())
+                fit = fits.get(block.layer)
+                fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
+                tokens = Tokens(gate_of(block), *rest, fit_KK=fit_KK)
+                _, experts_TM = RULES[rule](tokens, at, Options())
                 used += int((experts_TM < block.n_experts).sum())
                 n += len(experts_TM)
             assert used / n == pytest.approx(mean, abs=2.5 / n), block.name  # equal tokens

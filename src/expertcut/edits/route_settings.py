@@ -12,9 +12,10 @@ from expertcut.errors import SettingsError
 from expertcut.models.routing_rule import RULES, Level, RoutingRule, Weights
 from expertcut.settings import Settings, option, refuse
 
-CALIBRATED = ("skip", "top-p", "entropy", "null", "odp")
+CALIBRATED = ("skip", "top-p", "entropy", "null", "odp", "fitted")
 """Rules whose thresholds follow from a mean number of experts."""
-OFFERED = tuple(rule for rule in RULES if rule != "fitted")  # which needs a fit
+# A plan has no place for the fit of `fitted`.
+_EXPORTED = [name for name, rule in RULES.items() if rule.is_exportable and name != "fitted"]
 USUAL = {"skip": 0.5, "top-p": 0.4, "grouped": 2.0, "smooth": 0.5}
 """The `at` of a rule where neither it nor a mean is given."""
 _SHARES = (0.75, 0.5, 0.25)  # of K, the means that a sweep tries
@@ -46,8 +47,8 @@ def _check_numbers(text: str) -> str:
 def _check_rules(text: str) -> str:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in OFFERED:
-            refuse(f"no rule {name[:60]!a}: take {', '.join(OFFERED)}")
+        if name not in RULES:
+            refuse(f"no rule {name[:60]!a}: take {', '.join(RULES)}")
         if names.count(name) > 1:
             refuse(f"{text[:100]!a} has {name} twice")
     return ",".join(names)
@@ -97,7 +98,7 @@ class RouteSetting(Record):
 class RouteSettings(Settings):
     """Which experts a token uses, by which rule."""
 
-    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(OFFERED)}.")
+    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(RULES)}.")
     at: Numbers | None = _router(
         None, "Threshold of the rule (k of top-k, groups of grouped); several separated by "
         "commas.  [default: the rule's own]", metavar="F",
@@ -179,12 +180,12 @@ class RouteSettings(Settings):
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
             )
-        if not self.is_judging and not RULES[self.rules[0]].is_exportable:
+        if not self.is_judging and self.rules[0] not in _EXPORTED:
             raise SettingsError(
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
             )
-        tuned = [rule for rule in CALIBRATED if RULES[rule].is_exportable]
+        tuned = [rule for rule in CALIBRATED if rule in _EXPORTED]
         if self.tune and (self.at or self.experts or self.rules[0] not in tuned):
             raise SettingsError(
                 f"--tune chooses the threshold of one of the rules {', '.join(tuned)}: take one of "

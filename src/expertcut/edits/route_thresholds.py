@@ -5,8 +5,9 @@ further expert stays. A threshold is then a quantile of these scores: no other p
 T are tokens, X the places behind those that always stay.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from expertcut.data.corpus import CalibrationSet, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Reservoir, collect_routing
 from expertcut.errors import SettingsError
 from expertcut.models.hooks import Routing
+from expertcut.models.modeling_routed import log_shares
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.routing_rule import RULES, RoutingRule
 from expertcut.scoring.engine import Engine
+from expertcut.scoring.rerouting import Fit
 
 MOST_TOKENS = 1 << 16
 Scores = Callable[[Routing, Tensor, int], Tensor]
@@ -49,6 +52,13 @@ def _null(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
     return logits_TK.sort(dim=1, descending=True).values[:, :most]
 
 
+def _fitted(fits: Mapping[int, Fit], routing: Routing, _alpha_TE: Tensor, _most: int) -> Tensor:
+    """The least fitted error of fewer experts than a place: it stays while above ε."""
+    fit_KK = torch.tensor(fits[routing.layer], dtype=torch.float64)
+    error_TX = log_shares(routing.weights_TK) @ fit_KK.T
+    return error_TX.cummin(dim=1).values.float()
+
+
 @dataclass(frozen=True)
 class _Calibrated:
     """Scores (T, X): a place stays where its score is at least a level; `at` is that level's form.
@@ -67,6 +77,7 @@ _RULES: dict[str, _Calibrated] = {
     "top-p": _Calibrated(_top_p, lambda level: 1 - level),
     "entropy": _Calibrated(_entropy, lambda level: 1 / level),
     "null": _Calibrated(_null, lambda level: level, n_fixed=0),
+    "fitted": _Calibrated(_skip, lambda level: level),  # with scores of its fit
     "odp": _Calibrated(_skip, lambda level: level, whole=RoutingRule(rule="odp").share),
 }
 
@@ -107,9 +118,16 @@ def _level(scores: Tensor, share: float) -> float:
 
 
 def sample_gates(
-    engine: Engine, tuning: CalibrationSet, rules: Sequence[str], n_most: int | None
+    engine: Engine,
+    tuning: CalibrationSet,
+    rules: Sequence[str],
+    n_most: int | None,
+    fits: Mapping[int, Fit] | None = None,
 ) -> dict[str, GateSample]:
-    """The samples of several rules, from one pass."""
+    """The samples of several rules, from one pass; `fits` are those of rule fitted."""
+    scores_of = {rule: _RULES[rule].scores for rule in rules}
+    if "fitted" in rules:
+        scores_of["fitted"] = partial(_fitted, fits or {})
     blocks = engine.moe.blocks
     few, layers = round_robin(tuning, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
     reservoir, widths = Reservoir(MOST_TOKENS), dict[str, int]()
@@ -119,7 +137,7 @@ def sample_gates(
         alpha_TE, parts = block.alpha(routing.logits_TE), []
         alpha_TE = alpha_TE / alpha_TE.sum(dim=1, keepdim=True)  # 1 already for a softmax
         for rule in rules:
-            parts.append(_RULES[rule].scores(routing, alpha_TE, most_experts(block, rule, n_most)))
+            parts.append(scores_of[rule](routing, alpha_TE, most_experts(block, rule, n_most)))
             widths[rule] = parts[-1].shape[1]
         reservoir.add(routing.layer, torch.cat(parts, dim=1))
 

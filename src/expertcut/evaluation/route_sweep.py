@@ -9,7 +9,8 @@ import numpy as np
 
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.size import size_with
-from expertcut.data.corpus import hash_lines
+from expertcut.data.corpus import CalibrationSet, hash_lines
+from expertcut.edits.route_fit import fit_errors
 from expertcut.edits.route_settings import CALIBRATED, RouteSetting, RouteSettings
 from expertcut.edits.route_thresholds import GateSample, sample_gates
 from expertcut.edits.splits import questions_for
@@ -26,7 +27,7 @@ from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
-from expertcut.scoring.rerouting import Rerouting, rerouted_engine
+from expertcut.scoring.rerouting import Fit, Rerouting, rerouted_engine
 from expertcut.stats import Array
 
 DRAWS = 20
@@ -42,8 +43,18 @@ class Rules:
     def samples(self) -> dict[str, GateSample]:
         """Of each rule that may be calibrated, its scores on the tuning questions."""
         rules = [rule for rule in self.settings.rules if rule in CALIBRATED]
-        tuning = questions_for(self.profile, is_fitting=True).tuning
-        return {**sample_gates(self.engine, tuning, rules, self.settings.n_most)}
+        return sample_gates(self.engine, self._tuning, rules, self.settings.n_most, self.fits)
+
+    @cached_property
+    def fits(self) -> dict[int, Fit]:
+        """By layer the fit of rule fitted, if it is one of them."""
+        if "fitted" not in self.settings.rules:
+            return {}
+        return fit_errors(self.engine, self._tuning)
+
+    @property
+    def _tuning(self) -> CalibrationSet:
+        return questions_for(self.profile, is_fitting=True).tuning
 
     def rerouting(self, setting: RouteSetting) -> Rerouting:
         """The rule with its thresholds by layer; a SettingsError where the model has no place."""
@@ -59,7 +70,7 @@ class Rules:
                 rule.check(block, at_by_layer[block.layer])
         except (ValueError, ContractError) as error:
             raise SettingsError(f"--rule {setting.rule}: {error}") from None
-        return Rerouting(rule, at_by_layer)
+        return Rerouting(rule, at_by_layer, self.fits if setting.rule == "fitted" else {})
 
     def _rule(self, setting: RouteSetting) -> RoutingRule:
         settings, n_most = self.settings, self.settings.n_most

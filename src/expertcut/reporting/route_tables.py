@@ -14,7 +14,7 @@ from expertcut.reporting.tables import Cell, Table, columns, signed
 from expertcut.reporting.text_search_tables import texts_note
 from expertcut.reporting.text_tables import judged_note
 from expertcut.reporting.text_tables import span as text_span
-from expertcut.stats import MARGIN, interval_verdict, verdict
+from expertcut.stats import LEVEL, MARGIN, interval_verdict, verdict
 
 if TYPE_CHECKING:  # with torch
     from expertcut.evaluation.route_tuning import RouteTuning
@@ -197,19 +197,23 @@ def _quiz_facts(sweep: RouteSweep, margin: float) -> list[tuple[str, str]]:
         facts.append(("control", text))
     ranked = [c for c in cells if c.difficulty.ci95 is not None and c.difficulty.rho]
     if ranked:
-        facts.append(("subjects", _difficulty(max(ranked, key=lambda c: c.difficulty.rho or 0.0))))
+        facts.append(("subjects", _difficulty(ranked)))
     return facts
 
 
-def _difficulty(cell: RouteCell) -> str:
-    """Whether harder subjects use more experts."""
+def _difficulty(cells: Sequence[RouteCell]) -> str:
+    """Whether harder subjects use more experts, by the largest ρ of several settings."""
+    cell = max(cells, key=lambda c: c.difficulty.rho or 0.0)
     found, n = cell.difficulty, len(cell.experts_by_subject)
-    assert found.rho is not None and found.ci95 is not None, "defined"
-    word = "harder ones use more experts" if found.is_clear else "no clear relation"
-    return (
-        f"{word}: ρ {signed(found.rho, '+.2f')} ({text_span(found.ci95, '+.2f')}) between experts "
-        f"a token and wrong answers over {n} subjects, {_name(cell)}"
+    assert found.rho is not None and found.ci95 is not None and found.p is not None, "defined"
+    p = min(1.0, found.p * len(cells))
+    word = "harder ones use more experts" if p < LEVEL else "no clear relation to difficulty"
+    text = (
+        f"{word}: ρ {signed(found.rho, '+.2f')} ({text_span(found.ci95, '+.2f')}) between experts"
     )
+    text += f" a token and wrong answers over {n} subjects, {_name(cell)}"
+    several = f", the largest of {len(cells)} settings" if len(cells) > 1 else ""
+    return f"{text}{several}; p = {p:.2g}{', times as many' if several else ''}"
 
 
 def _text_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
