@@ -20,7 +20,8 @@ from expertcut.models.load import LoadOptions
 from expertcut.models.modeling_routed import RULES, Options, Tokens
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.reporting.views import find_shown
+from expertcut.reporting.page_sections import search_sections
+from expertcut.reporting.views import find_shown, gather
 from expertcut.scoring.engine import ask
 from expertcut.scoring.rerouting import gate_of, rerouted
 from tests.conftest import open_model
@@ -133,6 +134,9 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
     for path in (tmp_path, tmp_path / "route.json"):
         (table,) = find_shown(path).tables()
         assert [row[:2] for row in table.texts()[1:]] == [["skip", "to 1.5"], ["skip", "to 1"]]
+    gathered = gather(tmp_path)
+    (section,) = search_sections(gathered)
+    assert section.title.startswith("Routing rules") and not gathered.profiles
     with pytest.raises(Exception, match="another routesweep: its settings"):
         swept(profile, quiz, tmp_path, rule="skip", experts="1.5")
 

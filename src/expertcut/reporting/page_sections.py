@@ -26,6 +26,7 @@ from expertcut.reporting import (
     text_tables,
     views,
 )
+from expertcut.reporting import route_tables as routing
 from expertcut.reporting.edit_tables import change_text, percent, verdict_text
 from expertcut.reporting.eval_tables import size_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
@@ -427,9 +428,17 @@ def subjects_table(results: QuizResults) -> Table:
 
 
 def search_sections(run: Run) -> list[Section]:
-    """One for each sweep and each audit."""
+    """One for each sweep, of cuts or of routing rules, and each oracle and audit."""
     sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda f, key: _sweep(f.content, key))
+    sweeps += _sections("Routing rules", run.routes, "route-", lambda f, _: _rules(
+        routing.sweep_table(f.content), routing.sweep_facts(f.content)))  # fmt: skip
+    sweeps += _sections("Oracle", run.oracles, "oracle-", lambda f, _: _rules(
+        routing.oracle_table(f.content), routing.oracle_facts(f.content)))  # fmt: skip
     return sweeps + _sections("Audit", run.audits, "audit-", lambda f, key: _audit(f.content, key))
+
+
+def _rules(table: Table, facts: list[tuple[str, str]]) -> list[Part]:
+    return [Summary(table.narrow(unless=False)), Facts(facts), Folded("All figures", [table])]
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:

@@ -24,6 +24,8 @@ from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.route_results import (
     ORACLE_FILE,
     ROUTE_FILE,
+    OracleResult,
+    RouteSweep,
     load_oracle,
     load_route_sweep,
 )
@@ -46,7 +48,8 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 RESULTS = "results*.json"
-KINDS = (PROFILE_FILE, PLAN_FILE, PROOF_FILE, SWEEP_FILE, AUDIT_FILE)
+KINDS = (PROFILE_FILE, PLAN_FILE, PROOF_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE)
+_WITH_CHUNKS = {PROFILE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
 T = TypeVar("T")
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -71,6 +74,8 @@ class Run:
     proofs: list[NamedDocument[CrossFitResult]]
     results: list[NamedDocument[Results]]
     sweeps: list[NamedDocument[Sweep]]
+    routes: list[NamedDocument[RouteSweep]]
+    oracles: list[NamedDocument[OracleResult]]
     audits: list[NamedDocument[Audit]]
 
     def profile_of(self, plan: PlanFile) -> NamedDocument[Findings] | None:
@@ -111,6 +116,8 @@ def gather(path: Path) -> Run:
         proofs=read(PROOF_FILE, lambda file: load_cross_fit(file.parent)),
         results=read(RESULTS, load_results),
         sweeps=read(SWEEP_FILE, searches.load_sweep),
+        routes=read(ROUTE_FILE, load_route_sweep),
+        oracles=read(ORACLE_FILE, load_oracle),
         audits=read(AUDIT_FILE, searches.load_audit),
     )
 
@@ -143,7 +150,7 @@ def _files(path: Path) -> Iterator[Path]:
             name for name in subfolders if not name.startswith(".") and not name.endswith(".chunks")
         )
         here = Path(folder)
-        if not {PROFILE_FILE, SWEEP_FILE, AUDIT_FILE}.isdisjoint(names):
+        if not _WITH_CHUNKS.isdisjoint(names):
             subfolders.clear()
         yield from (here / n for n in KINDS if n in names)
         yield from (here / n for n in sorted(names) if Path(n).match(RESULTS))
