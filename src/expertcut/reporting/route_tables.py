@@ -213,7 +213,7 @@ def _difficulty(cells: Sequence[RouteCell]) -> str:
     )
     text += f" a token and wrong answers over {n} subjects, {_name(cell)}"
     several = f", the largest of {len(cells)} settings" if len(cells) > 1 else ""
-    return f"{text}{several}; p = {p:.2g}{', times as many' if several else ''}"
+    return f"{text}{several}; p = {p:.2g}{' (Bonferroni)' if several else ''}"
 
 
 def _text_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
