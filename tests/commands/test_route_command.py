@@ -72,7 +72,7 @@ def test_tuning_writes_what_holds_and_else_the_proof_alone(
     expertcut(f"{line} --margin 100 --out held")
     assert load_plan(world / "held").action.endswith("--tune --margin 100")
     assert load_holding(world / "held").verdict == "holds"
-    said = expertcut(f"{line} --margin 0.1 --out not")
+    said = expertcut(f"{line} --margin 0.1 --out not --wide")
     assert "no checkpoint" in said and not (world / "not/plan.json").exists()
     assert load_holding(world / "not").experts is None
     assert "Cross-fit of" in expertcut("show not") and "Cross-fit of" in expertcut("show held")

@@ -200,7 +200,7 @@ def _sentence(found: Holding) -> str:
         f"{change.delta * 100:+.2f} points (95 % interval {change.ci95[0] * 100:+.2f} to "
         f"{change.ci95[1] * 100:+.2f}) on {found.n_questions:,} questions that it was not chosen on"
     )
-    within = f"within {found.margin * 100:g} points"
+    within = f"within {found.margin * 100:g} point{'' if found.margin == 0.01 else 's'}"
     if all(fold.experts is None for fold in found.folds):
         return f"No smaller number of experts is shown to hold {within} on these questions."
     if found.verdict == "holds":

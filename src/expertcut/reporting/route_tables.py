@@ -284,7 +284,7 @@ def tried_table(tuned: "RouteTuning", margin: float) -> Table:
         is_chosen = tuned.chosen is not None and tuned.chosen.experts == mean
         word = verdict(c.gained, c.lost, n, margin)
         rows.append([mean, change, word, "chosen" if is_chosen else None, *counts])
-    heads = f"experts a token::.1f; {edits.CHANGE}; verdict; | gained; lost; McNemar p::.3g"
+    heads = f"experts a token::.1f; {edits.CHANGE}; verdict; choice | gained; lost; McNemar p::.3g"
     note = f"{n:,} {tuned.tuning.split} questions, on which the rule is calibrated and chosen."
     return Table(f"Rule {tuned.rule}, from the most experts on", columns(heads), rows, note)
 
