@@ -39,19 +39,22 @@ def world(made: Path, tmp_path: Path) -> Path:
     return copied_world(made, tmp_path)
 
 
+@pytest.mark.parametrize("rule", ["skip", "fitted"])
 def test_a_calibrated_checkpoint_answers_as_its_rule_at_run_time(
-    world: Path, expertcut: Commands
+    world: Path, expertcut: Commands, rule: str
 ) -> None:
-    said = expertcut("route --profile p --rule skip --experts 1.5 --out routed")
+    said = expertcut(f"route --profile p --rule {rule} --experts 1.5 --out routed")
     plan = load_plan(world / "routed")
-    assert plan.action == "route --rule skip --experts 1.5" and plan.routing is not None
-    assert plan.routing.rule == "skip" and "routed" in said
+    assert plan.action == f"route --rule {rule} --experts 1.5" and plan.routing is not None
+    assert plan.routing.rule == rule and "routed" in said
     at_by_layer = {i: edit.at for i, edit in enumerate(plan.blocks.values())}
+    fit_by_layer = {i: edit.fit for i, edit in enumerate(plan.blocks.values()) if edit.fit}
     assert len(set(at_by_layer.values())) > 1, "each layer has its own threshold"
     quiz = load_quiz(Selection(str(world / "quiz"), shots=1))
     profile = load_profile(world / "p")
     engine = engine_as_profiled(profile, found_source(profile), LoadOptions())
-    with rerouted_engine(engine, Rerouting(RoutingRule(rule="skip"), at_by_layer)) as begin:
+    routing = Rerouting(RoutingRule(rule=rule), at_by_layer, fit_by_layer)
+    with rerouted_engine(engine, routing) as begin:
         at_run_time = ask(engine, quiz, begin).numpy()
     own = load(find_source(str(world / "routed")), LoadOptions(trust_remote_code=True))
     written = ask(Engine(own, engine.batch_tokens), quiz).numpy()

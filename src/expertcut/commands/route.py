@@ -182,6 +182,7 @@ def draft_of(choice: Choice, settings: RouteSettings) -> "EditPlan":
         choice.routing.rule,
         choice.routing.at_by_layer,
         settings.layout,
+        fit_by_layer=choice.routing.fit_by_layer,
         action=settings.action,
         is_tuned=settings.tune or settings.experts is not None,
     )

@@ -14,8 +14,6 @@ from expertcut.settings import Settings, option, refuse
 
 CALIBRATED = ("skip", "top-p", "entropy", "null", "odp", "fitted")
 """Rules whose thresholds follow from a mean number of experts."""
-# A plan has no place for the fit of `fitted`.
-_EXPORTED = [name for name, rule in RULES.items() if rule.is_exportable and name != "fitted"]
 USUAL = {"skip": 0.5, "top-p": 0.4, "grouped": 2.0, "smooth": 0.5}
 """The `at` of a rule where neither it nor a mean is given."""
 _SHARES = (0.75, 0.5, 0.25)  # of K, the means that a sweep tries
@@ -180,12 +178,12 @@ class RouteSettings(Settings):
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
             )
-        if not self.is_judging and self.rules[0] not in _EXPORTED:
+        if not self.is_judging and not RULES[self.rules[0]].is_exportable:
             raise SettingsError(
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
             )
-        tuned = [rule for rule in CALIBRATED if rule in _EXPORTED]
+        tuned = [rule for rule in CALIBRATED if RULES[rule].is_exportable]
         if self.tune and (self.at or self.experts or self.rules[0] not in tuned):
             raise SettingsError(
                 f"--tune chooses the threshold of one of the rules {', '.join(tuned)}: take one of "

@@ -18,9 +18,8 @@ from expertcut.errors import SettingsError
 from expertcut.models.hooks import Routing
 from expertcut.models.modeling_routed import log_shares
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RULES, RoutingRule
+from expertcut.models.routing_rule import RULES, Fit, RoutingRule
 from expertcut.scoring.engine import Engine
-from expertcut.scoring.rerouting import Fit
 
 MOST_TOKENS = 1 << 16
 Scores = Callable[[Routing, Tensor, int], Tensor]

@@ -20,14 +20,14 @@ from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import Fit, RoutingRule
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass
-from expertcut.scoring.rerouting import Fit, Rerouting, rerouted_engine
+from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from expertcut.stats import Array
 
 DRAWS = 20
@@ -50,7 +50,7 @@ class Rules:
         """By layer the fit of rule fitted, if it is one of them."""
         if "fitted" not in self.settings.rules:
             return {}
-        return fit_errors(self.engine, self._tuning)
+        return fit_errors(self.engine, self._tuning, self.settings.weights)
 
     @property
     def _tuning(self) -> CalibrationSet:
