@@ -370,6 +370,9 @@ def test_the_balance_is_counted_over_the_step_and_all_processes(checkpoint: Chec
     even = routing_of(block.layer, torch.zeros(12, 8))
     even = replace(even, experts_TK=torch.arange(24).reshape(12, 2) % 8)
     assert loss(Balance([block], lambda own_E: own_E), even) == pytest.approx(1.0)
+    # Places where a routing rule leaves nobody (the id E) do not count.
+    empty = replace(passes[0], experts_TK=F.pad(passes[0].experts_TK, (0, 1), value=8))
+    assert loss(Balance([block], lambda own_E: own_E), empty) == first
 
 
 def test_pads_do_not_count_for_the_balance(checkpoint: Checkpoints) -> None:

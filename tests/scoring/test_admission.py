@@ -74,6 +74,10 @@ def test_with_the_gap_on_its_logits_an_expert_scores_as_the_last_one_let_in(
     signs, n_closed = set(), 0
     for expert in range(min(n_experts, 6)):
         found = admission_gap(its, alpha_NE, chosen_NK, expert, selection_E if has_bias else None)
+        # Empty places (−1) of a routing rule, and questions without experts, do not count.
+        beside_NK = np.pad(chosen_NK, ((0, 1), (0, 1)), constant_values=-1)
+        own = (np.pad(alpha_NE, ((0, 1), (0, 0))), beside_NK, expert)
+        assert found == admission_gap(its, *own, selection_E if has_bias else None)
         goal = last - selection_E[expert]
         if not math.isfinite(found):
             assert not 0 < goal < 1
