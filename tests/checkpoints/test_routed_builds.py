@@ -1,6 +1,7 @@
 """`build` with a routing rule: held-out check, plan, and what later commands make of it."""
 
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ import torch
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.export import edits_of
+from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import load_plan
 from expertcut.edits.router_edits import route_draft
+from expertcut.edits.splits import choosing_profile
 from expertcut.errors import ContractError
 from expertcut.hub.provenance import verified
 from expertcut.models import modeling_routed
@@ -22,7 +25,7 @@ from expertcut.models.load import LoadOptions
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.models.validate import expert_count
 from expertcut.profiling.storage import Profile, load_profile
-from tests.conftest import Commands, open_model
+from tests.conftest import WORDS, Commands, open_model
 
 Checkpoints = Callable[..., Path]
 
@@ -118,3 +121,20 @@ def test_thresholds_of_logits_do_not_survive_a_cut(
     source = Source("m", tmp_path / "made")
     with pytest.raises(ContractError, match="routes by rule null"):
         StockWriter().check(source, is_cutting=True)
+
+
+def test_texts_judge_a_rule_as_questions_do(
+    checkpoint: Checkpoints, expertcut: Commands, tmp_path: Path
+) -> None:
+    chance = random.Random(0)
+    lines = [" ".join(chance.choices(WORDS, k=30)) for _ in range(40)]
+    text = "".join(json.dumps({"text": f"{n} {line}"}) + "\n" for n, line in enumerate(lines))
+    (tmp_path / "words.jsonl").write_text(text)
+    expertcut("profile", checkpoint("qwen3_moe"), "--text", "words.jsonl", "--out", "texts")
+    part, _ = choosing_profile(load_profile(tmp_path / "texts"), HELD_OUT_SHARE)
+    made = built(part, tmp_path / "made", "skip", 0.7)
+    assert made.proof is not None and made.plan.routing is not None
+    base, rule = made.proof.text
+    assert rule.against == "the rule at run time"
+    assert base.kl > 1e-2 and rule.kl < 1e-6 and abs(rule.delta_loss) < 1e-5
+    assert 1 < (made.plan.routing.experts_per_token or 0) < 2
