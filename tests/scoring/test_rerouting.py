@@ -479,7 +479,7 @@ def test_a_router_with_a_rule_is_known_by_its_familys_gate(
 def test_a_profile_of_a_model_with_a_rule_holds_empty_places(
     olmoe: MoeModel, quiz_folder: Path, tmp_path: Path, kind: str
 ) -> None:
-    for block in olmoe.blocks:
+    for block in olmoe.blocks[1:]:  # in one of two layers
         block.router.__class__ = routed_class(type(block.router))
     moe = replace(olmoe, blocks=find_blocks(olmoe.model, torch.arange(16)[None]))
     quiz = load_quiz(Selection(str(quiz_folder), split="test", shots=1))
@@ -492,17 +492,18 @@ def test_a_profile_of_a_model_with_a_rule_holds_empty_places(
         measured = Measurement(moe, quiz, None, MeasureOptions())
     list(measured.run(tmp_path / "profile"))
     profile = load_profile(tmp_path / "profile")
-    assert [block.n_places for block in profile.info.model.blocks] == [3, 3]
+    assert [block.n_places for block in profile.info.model.blocks] == [2, 3]
     assert profile.info.model.blocks[0].top_k == 2
     for layer in profile.layers:
-        assert layer.top_k == 3 and layer.alpha_mean_E.sum() == pytest.approx(1.0)
+        assert layer.alpha_mean_E.sum() == pytest.approx(1.0)
         assert layer.tokens_E is not None and layer.tokens_E.sum() > 0
     if kind == "quiz":
         chosen_NLK = profile.array("chosen_NLK")
-        assert (chosen_NLK[..., 2] == -1).all() and (chosen_NLK[..., :2] == -1).any()
+        assert (chosen_NLK[..., 2] == -1).all() and (chosen_NLK[:, 1, :2] == -1).any()
         for i, layer in enumerate(profile.layers):
             own = [set(row) - {-1} for row in chosen_NLK[:, i].tolist()]
             assert [set(np.flatnonzero(row)) for row in layer.is_activated_NE] == own
             assert np.allclose(layer.weight_E.sum(), profile.array("weight_NLK")[:, i].sum())
             assert np.isfinite(layer.rank_probability_NK).all()
-        assert find(profile).margins[0].undefined.startswith("a routing rule")
+        margins = find(profile).margins
+        assert [m.undefined[:14] for m in margins] == ["", "a routing rule"]

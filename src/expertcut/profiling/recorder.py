@@ -55,7 +55,7 @@ class Recorder:
     ) -> None:
         self.blocks = blocks
         self.stats = stats
-        n_layers, n_places = len(blocks), blocks[0].n_places
+        n_layers, n_places = len(blocks), max(block.n_places for block in blocks)
         n_experts = max(block.n_experts for block in blocks)
         self.device = device = runs_on(blocks[0].router)
         self.tokens = TokenSums(blocks, n_experts, device)

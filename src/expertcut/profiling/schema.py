@@ -267,6 +267,11 @@ def quiz_info(quiz: Quiz, limit: int | None) -> QuizInfo:
     )
 
 
+def most_places(blocks: Sequence[BlockInfo]) -> int:
+    """Columns of the chosen experts of all blocks."""
+    return max(block.n_places for block in blocks)
+
+
 def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Iterator[str]:
     """The errors in the arrays of a chunk of n questions; read one only if there is none before."""
     blocks, has_routing = info.model.blocks, info.settings.stats != "none"
@@ -274,7 +279,7 @@ def arrays_faults(arrays: Mapping[str, Array], info: ProfileInfo, n: int) -> Ite
     shapes: dict[str, tuple[int, ...]] = {"answer_N": (n,), "row_N": (n,)}
     if has_routing:
         shapes |= {"alpha_NLE": (n, *shape_LE), "gap_N": (n,), "prefix_gap": (1,)}
-        shapes |= dict.fromkeys(("chosen_NLK", "weight_NLK"), (n, len(blocks), blocks[0].n_places))
+        shapes |= dict.fromkeys(("chosen_NLK", "weight_NLK"), (n, len(blocks), most_places(blocks)))
     sums = [name for name in arrays if name.endswith("_LE")]
     kinds = {name.partition("_")[2].removesuffix("_LE") for name in sums}
     kinds |= {"tokens", "weight", "norm", "weighted_norm"} if sums else set()
@@ -307,7 +312,7 @@ def text_arrays_faults(arrays: Mapping[str, Array], info: TextProfileInfo, n: in
         kinds += ["predicted", "right", "loss", "alpha", "alpha_right"] * info.text.has_loss
         every = [f"{prefix}{kind}_LE" for kind in kinds for prefix in ("", "calibration_")]
         needed |= {"calibration_N": (n,), **dict.fromkeys(every, shape_LE)}
-        needed["moments_2LX"] = (2, len(blocks), 2 + blocks[0].n_places)
+        needed["moments_2LX"] = (2, len(blocks), 2 + most_places(blocks))
     for name, shape in needed.items():
         if name not in arrays:
             yield f"it has no {name}"
@@ -336,9 +341,9 @@ def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
 
 def _wrong_routing(arrays: Mapping[str, Array], blocks: Sequence[BlockInfo]) -> Iterator[str]:
     chosen_NLK, limit_L1 = arrays["chosen_NLK"], np.array([[b.experts] for b in blocks])
-    least_L1 = np.array([[0 if b.places is None else -1] for b in blocks])
+    is_ruled = any(block.places is not None for block in blocks)  # which leaves places empty
     is_whole = np.issubdtype(chosen_NLK.dtype, np.integer)
-    if not is_whole or (chosen_NLK < least_L1).any() or (chosen_NLK >= limit_L1).any():
+    if not is_whole or (chosen_NLK < -int(is_ruled)).any() or (chosen_NLK >= limit_L1).any():
         yield "chosen_NLK names experts that are not there"
     for name in ("alpha_NLE", "weight_NLK"):
         if arrays[name].dtype != np.float32 or not np.isfinite(arrays[name]).all():

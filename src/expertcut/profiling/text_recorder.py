@@ -45,7 +45,8 @@ class TextRecorder:
         self.next_sums = torch.zeros(len(NEXT), 3, *shape, **kwargs)
         self.alpha_sums = torch.zeros(3, *shape, **kwargs)
         # Σ and Σ² by layer: entropy over the chosen experts, over all, probability by rank.
-        self.moments = torch.zeros(2, len(blocks), 2 + blocks[0].n_places, **kwargs)
+        n_places = max(block.n_places for block in blocks)
+        self.moments = torch.zeros(2, len(blocks), 2 + n_places, **kwargs)
         self.by_row = torch.zeros(3, len(rows), dtype=torch.float64)  # scored, loss, right
         self.chooses_N = torch.tensor(chooses, dtype=torch.bool)
 
@@ -95,8 +96,9 @@ class TextRecorder:
         p_TK = p_TK.nan_to_num(0.0)  # of a token without experts
         entropies = [entropy(p_TK), entropy(alpha_TE[self.counts_T].double())]
         values_TX = torch.cat([torch.stack(entropies, dim=1), p_TK], dim=1)
-        self.moments[0, layer] += values_TX.sum(dim=0)
-        self.moments[1, layer] += (values_TX**2).sum(dim=0)
+        n_own = values_TX.shape[1]
+        self.moments[0, layer, :n_own] += values_TX.sum(dim=0)
+        self.moments[1, layer, :n_own] += (values_TX**2).sum(dim=0)
 
     def _parts(self) -> list[tuple[int, Tensor]]:
         chooses_T = self.tokens.in_calibration_T
