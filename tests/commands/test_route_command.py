@@ -63,7 +63,9 @@ def test_a_calibrated_checkpoint_answers_as_its_rule_at_run_time(
 
 
 def test_top_k_in_layout_stock_changes_the_config_alone(world: Path, expertcut: Commands) -> None:
-    expertcut("route --profile p --rule top-k --at 1 --layout stock --out one")
+    """The model is profiled first."""
+    line = "route model --quiz quiz --split val --shots 1 --threads 1"
+    expertcut(f"{line} --rule top-k --at 1 --layout stock --out one")
     config = json.loads((world / "one/config.json").read_text())
     assert config["num_experts_per_tok"] == 1 and "auto_map" not in config
 
