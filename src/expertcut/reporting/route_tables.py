@@ -334,8 +334,8 @@ def oracle_table(oracle: OracleResult) -> Table:
     quiz = oracle.scored.quiz
     note = (
         f"{oracle.questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, base "
-        f"{oracle.base_accuracy:.2%}. Variants leave experts out at random, as often as flips as "
-        "many answers. A logistic reader of gate entropies and margin chooses beforehand, "
+        f"{oracle.base_accuracy:.2%}. Variants leave experts out at random, so many that "
+        "as many answers flip. A logistic reader of gate entropies and margin chooses beforehand, "
         "cross-fitted."
     )
     return Table(f"Oracle of {oracle.scored.model.label}", columns(heads), rows, note)
