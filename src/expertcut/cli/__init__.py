@@ -21,6 +21,7 @@ from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output
 from expertcut.commands import (
     audit,
     demo,
+    dispatch,
     eval,
     heal,
     merge,
@@ -69,6 +70,7 @@ COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
     ("Change", "heal", heal.HealSettings, heal.run),
     ("Judge", "sweep", sweep.SweepSettings, sweep.run),
     ("Judge", "eval", eval.EvalSettings, eval.run),
+    ("Judge", "dispatch", dispatch.DispatchSettings, dispatch.run),
     ("Share", "report", report.ReportSettings, report.run),
     ("Share", "publish", publish.PublishSettings, publish.run),
     ("Share", "run", recipes.RunSettings, recipes.run),

@@ -112,9 +112,8 @@ def save_answers(
 ) -> schema.QuizResults:
     """Writes predictions beside the results, and the harness's files if requested."""
     record = results(scoring, scored)
-    name = "predictions" if out.stem == "results" else f"{out.stem}.predictions"
     content = export.predictions_bytes(scoring.quiz, scored)
-    write_atomically(out.with_name(f"{name}.parquet"), content)
+    write_atomically(schema.predictions_file(out), content)
     if harness_file is not None:
         places = export.harness_paths(harness_file, scored)
         for place, one, result in zip(places, scored, record.models, strict=True):

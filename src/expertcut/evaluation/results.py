@@ -302,6 +302,12 @@ def load_results(path: Path) -> Results:
     return kind.load(path, OutputError, "holds no results")
 
 
+def predictions_file(results: Path) -> Path:
+    """Where the answers of a results file lie: `predictions.parquet` beside `results.json`."""
+    name = "predictions" if results.stem == "results" else f"{results.stem}.predictions"
+    return results.with_name(f"{name}.parquet")
+
+
 def load_outcome(file: Path, kind: type[Outcome]) -> Outcome:
     """A saved record, an OutputError where it is missing or not valid."""
     return kind.load(file, OutputError, f"is not a valid {kind.__name__.lower()}")

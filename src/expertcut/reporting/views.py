@@ -19,6 +19,7 @@ from expertcut.edits.splits import read_scored_split
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
+from expertcut.evaluation.dispatch_results import DISPATCH_FILE, DispatchResult, load_dispatch
 from expertcut.evaluation.holding import load_holding
 from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.route_results import (
@@ -34,6 +35,7 @@ from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
 from expertcut.profiling.storage import TextProfile, load_profile
 from expertcut.reporting import (
+    dispatch_tables,
     edit_tables,
     eval_tables,
     profile_tables,
@@ -77,6 +79,7 @@ class Run:
     routes: list[NamedDocument[RouteSweep]]
     oracles: list[NamedDocument[OracleResult]]
     audits: list[NamedDocument[Audit]]
+    dispatches: list[NamedDocument[DispatchResult]]
 
     def profile_of(self, plan: PlanFile) -> NamedDocument[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
@@ -119,6 +122,7 @@ def gather(path: Path) -> Run:
         routes=read(ROUTE_FILE, load_route_sweep),
         oracles=read(ORACLE_FILE, load_oracle),
         audits=read(AUDIT_FILE, searches.load_audit),
+        dispatches=read(DISPATCH_FILE, load_dispatch),
     )
 
 
@@ -154,15 +158,19 @@ def _files(path: Path) -> Iterator[Path]:
             subfolders.clear()
         yield from (here / n for n in KINDS if n in names)
         yield from (here / n for n in sorted(names) if Path(n).match(RESULTS))
+        yield from (here / n for n in sorted(names) if n.endswith(DISPATCH_FILE))
 
 
 def _kind(file: Path) -> str:
+    if file.name.endswith(DISPATCH_FILE):
+        return DISPATCH_FILE
     return file.name if file.name in KINDS else RESULTS
 
 
 def _name(file: Path, root: Path) -> str:
     """A document's folder within the run; for results the file, as a folder may hold many."""
-    place = file.with_suffix("") if _kind(file) == RESULTS else file.parent
+    is_one_of_many = _kind(file) in (RESULTS, DISPATCH_FILE)
+    place = file.with_suffix("") if is_one_of_many else file.parent
     if file == root or place == root:
         return place.resolve().name
     return place.relative_to(root).as_posix()
@@ -182,7 +190,7 @@ class Shown:
 def find_shown(
     path: Path, by_subject: bool = False, by_criteria: bool = False, margin: float = MARGIN
 ) -> Shown:
-    """The view of a profile, plan, proof, results, sweep, audit or run, with verdicts.
+    """The view of a profile, plan, results, sweep, dispatch or other document, with verdicts.
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
@@ -221,8 +229,9 @@ def _document(path: Path, margin: float) -> Shown:
         except ValueError as error:
             raise OutputError(f"{path} cannot be read as JSON: {error}") from None
         keys = content if isinstance(content, dict) else {}
-        by_key = {"models": RESULTS, "base_experts": ROUTE_FILE, "cells": SWEEP_FILE}
-        by_key |= {"harms": AUDIT_FILE, "noise_gain": ORACLE_FILE, "same_questions": HOLDING_FILE}
+        by_key = {"otherwise": DISPATCH_FILE, "models": RESULTS, "base_experts": ROUTE_FILE}
+        by_key |= {"cells": SWEEP_FILE, "harms": AUDIT_FILE, "noise_gain": ORACLE_FILE}
+        by_key |= {"same_questions": HOLDING_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
         return _VIEWS[kind](path, margin)
     raise OutputError(
@@ -387,6 +396,14 @@ def _audit(path: Path, margin: float) -> Shown:
     return _shown(audit, tables, eval_tables.audit_csv, *said)
 
 
+def _dispatch(path: Path, _margin: float) -> Shown:
+    found = load_dispatch(path)
+    said = [labelled(*fact) for fact in dispatch_tables.dispatch_facts(found)]
+    return _shown(
+        found, dispatch_tables.dispatch_tables(found), dispatch_tables.dispatch_csv, *said
+    )
+
+
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
@@ -399,4 +416,5 @@ _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     AUDIT_FILE: _audit,
     RESULTS: _results,
     MANIFEST_FILE: _run,
+    DISPATCH_FILE: _dispatch,  # last: a run's folder may hold one too
 }

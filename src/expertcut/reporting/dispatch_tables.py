@@ -1,0 +1,134 @@
+"""Tables and sentences of `dispatch.json`, and `routes.csv`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from expertcut.evaluation.dispatch_results import DispatchResult, DispatchScore
+from expertcut.reporting.edit_tables import CHANGE, change_text, listed, percent, unit
+from expertcut.reporting.tables import Cell, Table, columns
+from expertcut.stats import Comparison
+
+
+def routes_table(result: DispatchResult) -> Table:
+    """One row per category and model that votes there; other categories have no name."""
+    rows: list[list[Cell]] = [
+        [name, path, weight]
+        for name, category in result.categories.items()
+        for path, weight in category.models.items()
+    ]
+    return Table("routes", columns("category; model; weight"), [*rows, [None, result.otherwise, 1]])
+
+
+def dispatch_tables(result: DispatchResult) -> list[Table]:
+    """What choosing gains; the categories by model; subjects that routing takes for others."""
+    return [_outcome_table(result), _models_table(result), *_confusion_tables(result)]
+
+
+def dispatch_csv(result: DispatchResult) -> Table:
+    """One row per procedure, as shares."""
+    routing = result.routing.score if result.routing else None
+    compared: dict[str, DispatchScore | None] = {
+        "cross_fitted": result.cross_fitted,
+        "routing": routing,
+        "votes": result.votes,
+    }
+    rows: list[list[Cell]] = [["best_single", result.best_single, *[None] * 7]]
+    for name, score in compared.items():
+        if score is not None:
+            c = score.change
+            own: list[Cell] = [name, score.accuracy, c.delta, *c.ci95, c.gained, c.lost]
+            rows.append([*own, c.mcnemar_p, c.smallest_effect])
+    rows.append(["oracle", result.oracle, *[None] * 7])
+    heads = "procedure; accuracy; delta; low; high; gained; lost; mcnemar_p; smallest_effect"
+    return Table("dispatch", columns(heads), rows)
+
+
+def dispatch_facts(result: DispatchResult) -> list[tuple[str, str]]:
+    """The verdict, bytes, the oracle and dropped questions, with labels."""
+    low, high = map(percent, result.null95)
+    held = [model for model in result.models if model.is_held]
+    size = f"{len(held)} of {len(result.models)} models, {unit(result.held_bytes, 'B')}"
+    if result.union_bytes is not None and result.union_bytes < result.held_bytes:
+        size += f"; {unit(result.union_bytes, 'B')} with the experts that they share held once"
+    facts = [("verdict", verdict_sentence(result)), ("holds", size)]
+    if len(result.models) > 1:
+        facts.append(
+            (
+                "oracle",
+                f"the best model of each question is right in {percent(result.oracle)}; luck "
+                f"alone would give {low} to {high}",
+            )
+        )
+    if result.dropped:
+        text = f"{result.dropped:,} questions that a model was chosen or healed on"
+        facts.append(("dropped", text))
+    return facts
+
+
+def verdict_sentence(result: DispatchResult) -> str:
+    """Whether choosing helps, in words."""
+    c = result.cross_fitted.change
+    if result.verdict == "no evidence":
+        shown = f"{100 * c.smallest_effect:.1f} points could have been shown"
+        return f"No evidence that choosing helps here: {change_text(c)}; {shown}."
+    return f"Choosing {result.verdict} here: {change_text(c)}."
+
+
+def _outcome_table(result: DispatchResult) -> Table:
+    by = Path(result.asked.by).name
+    kind = "subject" if by == "routing" else by
+    name = short_names([model.path for model in result.models])[result.single]
+    rows: list[list[Cell]] = [[f"best single ({name})", result.best_single, None, None]]
+    rows.append([f"by {kind}", *_cells(result.cross_fitted)])
+    if result.routing:
+        rows.append(["by routing", *_cells(result.routing.score)])
+    rows.append(["equal votes", *_cells(result.votes)])
+    rows.append(["best per question (oracle)", result.oracle, None, None])
+    note = f"Chosen on four fifths of {result.questions:,} questions, scored on the other."
+    if result.routing:
+        note += f" Routing tells the subject of {percent(result.routing.right)}."
+    heads = columns(f"procedure; accuracy::.2%; {CHANGE}; McNemar p::.2g")
+    return Table(f"Dispatch by {by}", heads, rows, note)
+
+
+def _cells(score: DispatchScore) -> Sequence[Cell]:
+    change: Comparison = score.change
+    p = change.mcnemar_p if change.gained + change.lost else None
+    return [score.accuracy, change_text(change, ""), p]
+
+
+def _models_table(result: DispatchResult) -> Table:
+    names = short_names([model.path for model in result.models])
+    rows: list[list[Cell]] = []
+    for model in result.models:
+        first = [n for n, c in result.categories.items() if next(iter(c.models)) == model.path]
+        n = sum(result.categories[name].questions for name in first)
+        first += ["all other categories"] if model.path == result.otherwise else []
+        own = listed(first) if first else None
+        size = unit(model.bytes, "B")
+        rows.append([names[model.path], size, model.accuracy, n, own])
+    heads = columns("model; size; accuracy::.1%; questions::,d; first in")
+    return Table("Models", heads, rows, "Chosen on all questions, as in routes.csv.")
+
+
+def short_names(paths: Sequence[str]) -> dict[str, str]:
+    """The last part of each path, or the whole path where that is ambiguous."""
+    last = [Path(path).name for path in paths]
+    return {
+        path: name if last.count(name) == 1 else path
+        for path, name in zip(paths, last, strict=True)
+    }
+
+
+def _confusion_tables(result: DispatchResult) -> list[Table]:
+    """The subjects, how often routing tells them, and what it takes them for most."""
+    if result.routing is None:
+        return []
+    rows: list[list[Cell]] = []
+    for name, told in result.routing.confusion.items():
+        n = sum(told.values())
+        others = sorted(((c, o) for o, c in told.items() if o != name), reverse=True)
+        taken = ", ".join(f"{other} {count:,}" for count, other in others[:3])
+        rows.append([name, n, told.get(name, 0) / n if n else None, taken or None])
+    heads = columns("subject; questions::,d; told right::.1%; taken for")
+    return [Table("Subjects as routing tells them", heads, rows)]
