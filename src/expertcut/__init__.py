@@ -6,10 +6,19 @@ The functions below are those of `expertcut.api`, imported when they are first u
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "heal", "load_profile", "profile", "prune", "publish", "report"]
+__all__ = ["dispatch", "evaluate", "heal", "load_profile", "profile", "prune", "publish", "report"]
 
 if TYPE_CHECKING:
-    from expertcut.api import evaluate, heal, load_profile, profile, prune, publish, report
+    from expertcut.api import (
+        dispatch,
+        evaluate,
+        heal,
+        load_profile,
+        profile,
+        prune,
+        publish,
+        report,
+    )
 
 
 def __getattr__(name: str) -> Any:

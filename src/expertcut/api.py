@@ -17,6 +17,7 @@ import pandas as pd
 
 from expertcut import stats
 from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart, ScoredSettings
+from expertcut.commands import dispatch as dispatch_command
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
 from expertcut.commands import merge as merge_command
@@ -33,6 +34,7 @@ from expertcut.profiling import storage
 from expertcut.profiling.statistics import LayerStatistics, LayerSums, TextLayer
 
 if TYPE_CHECKING:
+    from expertcut.evaluation.dispatch_results import DispatchResult
     from expertcut.evaluation.results import ModelResult, Results
     from expertcut.hub.upload import Published
     from expertcut.profiling.statistics import TextScore
@@ -424,6 +426,15 @@ def evaluate(models: Sequence[PathLike], **settings: Any) -> Evaluation:
         results = eval_command.run(options, _ProgressUI())
     assert results is not None, "this process is the first"
     return Evaluation(results)
+
+
+def dispatch(results: Sequence[PathLike], **settings: Any) -> "DispatchResult":
+    """Chooses a model for each subject or skill, as `expertcut dispatch`; `out` keeps it."""
+    with TemporaryDirectory(prefix="expertcut-") as folder:
+        settings = {"out": Path(folder) / "dispatch.json", **settings}
+        files = [os.fspath(path) for path in results]
+        options = dispatch_command.DispatchSettings.read(results=files, **settings)
+        return dispatch_command.run(options, _ProgressUI())
 
 
 def heal(checkpoint: PathLike, **settings: Any) -> Checkpoint:

@@ -30,6 +30,7 @@ NEEDED = {
     "merge": ["--keep", "4"],
     "heal": ["there"],
     "eval": ["there"],
+    "dispatch": ["there"],
     "report": ["there"],
     "publish": ["there", "me/mine"],
     "run": ["there"],

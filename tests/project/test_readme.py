@@ -31,7 +31,7 @@ GROUPS = {
     "Start": ("demo",),
     "Measure": ("profile", "show", "audit"),
     "Change": ("prune", "merge", "reweight", "route", "heal"),
-    "Judge": ("sweep", "eval"),
+    "Judge": ("sweep", "eval", "dispatch"),
     "Share": ("report", "publish", "run"),
 }
 COMMANDS = tuple(command for group in GROUPS.values() for command in group)
@@ -46,8 +46,8 @@ LINKING = (
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only"}  # not of expertcut
-MAX_README_LINES = 131
-MAX_PAGES = 15  # beside log.md
+MAX_README_LINES = 132
+MAX_PAGES = 16  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:
