@@ -291,8 +291,8 @@ def test_routing_tells_the_subject(
     monkeypatch.chdir(cuts)
     printed = expertcut("dispatch results.json --by routing --profile all")
     found = load_dispatch(cuts)
-    assert found.routing is not None and found.routing.right > 0.4  # of 3 subjects
-    assert sum(n for told in found.routing.confusion.values() for n in told.values()) == 81
+    assert found.by_routing is not None and found.by_routing.right > 0.4  # of 3 subjects
+    assert sum(n for told in found.by_routing.confusion.values() for n in told.values()) == 81
     assert "by routing" in printed and "Subjects as routing tells them" in printed
     assert found.union_bytes is not None and found.union_bytes <= found.held_bytes
     one = expertcut("dispatch results.json --by routing --profile all --layers 1")

@@ -89,7 +89,7 @@ class DispatchResult(Record):
     kappa: float | None
     best_single: Share
     cross_fitted: DispatchScore
-    routing: ToldSubjects | None
+    by_routing: ToldSubjects | None
     votes: DispatchScore
     oracle: Share
     null95: tuple[Share, Share]
@@ -156,7 +156,7 @@ def dispatch(
         kappa=routes.kappa if np.isfinite(routes.kappa) else None,
         best_single=crossed.single_N.mean(),
         cross_fitted=chosen,
-        routing=routing,
+        by_routing=routing,
         votes=_score(crossed.single_N, crossed.votes_N),
         oracle=right_MN.any(axis=0).mean(),
         null95=luck(answered, routes, asked.seed),

@@ -26,7 +26,7 @@ def dispatch_tables(result: DispatchResult) -> list[Table]:
 
 def dispatch_csv(result: DispatchResult) -> Table:
     """One row per procedure, as shares."""
-    routing = result.routing.score if result.routing else None
+    routing = result.by_routing.score if result.by_routing else None
     compared: dict[str, DispatchScore | None] = {
         "cross_fitted": result.cross_fitted,
         "routing": routing,
@@ -80,13 +80,13 @@ def _outcome_table(result: DispatchResult) -> Table:
     name = short_names([model.path for model in result.models])[result.single]
     rows: list[list[Cell]] = [[f"best single ({name})", result.best_single, None, None]]
     rows.append([f"by {kind}", *_cells(result.cross_fitted)])
-    if result.routing:
-        rows.append(["by routing", *_cells(result.routing.score)])
+    if result.by_routing:
+        rows.append(["by routing", *_cells(result.by_routing.score)])
     rows.append(["equal votes", *_cells(result.votes)])
     rows.append(["best per question (oracle)", result.oracle, None, None])
     note = f"Chosen on four fifths of {result.questions:,} questions, scored on the other."
-    if result.routing:
-        note += f" Routing tells the subject of {percent(result.routing.right)}."
+    if result.by_routing:
+        note += f" Routing tells the subject of {percent(result.by_routing.right)}."
     heads = columns(f"procedure; accuracy::.2%; {CHANGE}; McNemar p::.2g")
     return Table(f"Dispatch by {by}", heads, rows, note)
 
@@ -122,10 +122,10 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 def _confusion_tables(result: DispatchResult) -> list[Table]:
     """The subjects, how often routing tells them, and what it takes them for most."""
-    if result.routing is None:
+    if result.by_routing is None:
         return []
     rows: list[list[Cell]] = []
-    for name, told in result.routing.confusion.items():
+    for name, told in result.by_routing.confusion.items():
         n = sum(told.values())
         others = sorted(((c, o) for o, c in told.items() if o != name), reverse=True)
         taken = ", ".join(f"{other} {count:,}" for count, other in others[:3])
