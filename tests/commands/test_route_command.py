@@ -85,6 +85,8 @@ def test_tuning_writes_what_holds_and_else_the_proof_alone(
 
 
 def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
+    expertcut("route --profile p --plan-only --out usual")
+    assert load_plan(world / "usual").action == "route --rule skip --at 0.5"
     expertcut("route --profile p --rule top-p --at 0.3 --plan-only --out plan")
     plan = api.load_profile("p").route(rule="top-p", at=0.3)
     assert plan.edit.edits == load_plan(world / "plan").blocks

@@ -51,7 +51,9 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
     def action(self) -> str:
         """The `action` of the plan."""
         words = [f"route --rule {self.rule}"]
-        words += [f"--at {self.at}"] if self.at is not None else []
+        usual = route_settings.USUAL.get(self.rule)
+        at = self.at or ("" if usual is None or self.experts or self.tune else f"{usual:g}")
+        words += [f"--at {at}"] if at else []
         words += [f"--experts {self.experts}"] if self.experts is not None else []
         words += [f"--most {self.most}"] if self.most is not None else []
         words += ["--weights renormalised"] if self.weights != "gate" else []
