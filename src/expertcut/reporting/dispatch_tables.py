@@ -103,10 +103,10 @@ def _models_table(result: DispatchResult) -> Table:
     for model in result.models:
         first = [n for n, c in result.categories.items() if next(iter(c.models)) == model.path]
         n = sum(result.categories[name].questions for name in first)
-        first += ["all other categories"] if model.path == result.otherwise else []
-        own = listed(first) if first else None
+        parts = [listed(first)] if first else []
+        parts += ["any other"] if model.path == result.otherwise else []
         size = unit(model.bytes, "B")
-        rows.append([names[model.path], size, model.accuracy, n, own])
+        rows.append([names[model.path], size, model.accuracy, n, "; ".join(parts) or None])
     heads = columns("model; size; accuracy::.1%; questions::,d; first in")
     return Table("Models", heads, rows, "Chosen on all questions, as in routes.csv.")
 
