@@ -29,7 +29,7 @@ def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
         note = f"{texts_note(sweep.asked.text)}. {judged_note(sweep.asked.text)}"
     else:
         note = f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots."
-    note += " Experts a token is the mean over tokens and layers."
+    note += " Experts: the mean of a token in a layer."
     if not sweep.is_complete:
         n_all = len(sweep.asked.settings)
         note += f" {len(sweep.cells)} of {n_all} settings: the same command does the rest."
@@ -38,20 +38,20 @@ def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
 
 def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]:
     heads = (
-        f"rule; setting; experts a token::.2f; accuracy::.2%; {edits.CHANGE}; verdict; flipped | "
+        f"rule; experts::.2f; accuracy::.2%; {edits.CHANGE}; verdict | flipped; "
         "95 % interval; gained; lost; McNemar p::.3g; log p right::.4f; most experts; "
         "fewest experts; ρ with errors::+.2f; active parameters::,d"
     )
     rows: list[list[Cell]] = []
     if isinstance(b := sweep.base, SweptModel):
-        base: list[Cell] = ["(base)", None, sweep.base_experts, b.accuracy, None, None, None]
+        base: list[Cell] = ["(base)", sweep.base_experts, b.accuracy, None, None, None]
         base += [edits.interval_text(b.ci95), None, None, None, b.right_logprob]
         rows.append([*base, None, None, None, b.active_parameters])
     for c in sweep.of_quiz:
         change, *counts = edits.change_cells(c.change)
         word = verdict(c.change.gained, c.change.lost, c.questions, margin)
         most, fewest = _extremes(c.experts_by_subject)
-        row: list[Cell] = [c.setting.rule, c.setting.label, c.experts_per_token, c.accuracy]
+        row: list[Cell] = [_name(c), c.experts_per_token, c.accuracy]
         row += [change, word, c.flipped, edits.interval_text(c.ci95), *counts, c.right_logprob]
         rows.append([*row, most, fewest, c.difficulty.rho, c.active_parameters])
     controls = [c for c in sweep.controls if isinstance(c, RouteCell)]
@@ -59,7 +59,7 @@ def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]
         shares = [c.accuracy for c in controls]
         deltas = [c.change.delta for c in controls]
         text = f"{edits.points(float(np.mean(deltas)))} ({edits.span(_range(deltas))})"
-        row = ["random", f"{len(controls)} draws", _mean(c.experts_per_token for c in controls)]
+        row = [f"random, {len(controls)} draws", _mean(c.experts_per_token for c in controls)]
         row += [_mean(shares), text, None, round(_mean(c.flipped for c in controls))]
         row += [edits.interval_text(_range(shares)), None, None, None]
         row += [_mean(c.right_logprob for c in controls), None, None, None]
@@ -69,26 +69,25 @@ def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]
 
 def _text_rows(sweep: RouteSweep, _margin: float) -> tuple[str, list[list[Cell]]]:
     heads = (
-        "rule; setting; experts a token::.2f; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; "
-        "KL::.3f; same top token::.1%; verdict | acceptance::.1%; tokens::,d; documents::,d; "
-        "active parameters::,d"
+        "rule; experts::.2f; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f; verdict | "
+        "same top token::.1%; acceptance::.1%; tokens::,d; documents::,d; active parameters::,d"
     )
     rows: list[list[Cell]] = []
     if isinstance(b := sweep.base, SweptTexts):
-        base: list[Cell] = ["(base)", None, sweep.base_experts, b.total.perplexity, *[None] * 6]
+        base: list[Cell] = ["(base)", sweep.base_experts, b.total.perplexity, *[None] * 6]
         rows.append([*base, b.total.tokens, b.total.documents, b.active_parameters])
     for c in sweep.of_texts:
-        row: list[Cell] = [c.setting.rule, c.setting.label, c.experts_per_token]
+        row: list[Cell] = [_name(c), c.experts_per_token]
         row += [c.total.perplexity, c.delta_loss, text_span(c.change.ci95, "+.3f"), c.change.kl]
-        row += [c.change.top1_agreement, _text_verdict(c), c.change.acceptance]
+        row += [_text_verdict(c), c.change.top1_agreement, c.change.acceptance]
         rows.append([*row, c.total.tokens, c.total.documents, c.active_parameters])
     controls = [c for c in sweep.controls if isinstance(c, RouteTextCell)]
     if controls:
         losses = [c.delta_loss for c in controls]
-        row = ["random", f"{len(controls)} draws", _mean(c.experts_per_token for c in controls)]
+        row = [f"random, {len(controls)} draws", _mean(c.experts_per_token for c in controls)]
         row += [_mean(c.total.perplexity for c in controls), _mean(losses)]
         row += [text_span(_range(losses), "+.3f"), _mean(c.change.kl or 0.0 for c in controls)]
-        row += [_mean(c.change.top1_agreement or 0.0 for c in controls), None, None]
+        row += [None, _mean(c.change.top1_agreement or 0.0 for c in controls), None]
         rows.append([*row, controls[0].total.tokens, controls[0].total.documents, None])
     return heads, rows
 
