@@ -9,7 +9,7 @@ import torch
 
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.route_settings import RouteSettings
-from expertcut.edits.route_thresholds import sample_gates
+from expertcut.edits.route_thresholds import GateSample, sample_gates
 from expertcut.errors import SettingsError
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.route_results import RouteSweep, load_route_sweep
@@ -122,6 +122,19 @@ def test_calibrated_thresholds_keep_the_mean_they_are_asked(
                 used += int((experts_TM < block.n_experts).sum())
                 n += len(experts_TM)
             assert used / n == pytest.approx(mean, abs=2.5 / n), block.name  # equal tokens
+
+
+@pytest.mark.parametrize(
+    ("rule", "scores", "by_mean"),
+    [("skip", [1.0, 1.0, 0.3, 0.0], {1: 1, 2: 0}), ("top-p", [0.5, 0.0, -1e-7], {2: 1})],
+)
+def test_calibrated_thresholds_are_ones_that_the_rule_takes(
+    rule: str, scores: list[float], by_mean: dict[float, float]
+) -> None:
+    """Even where the gate weights of a token are equal or 0."""
+    sample = GateSample(rule, {0: torch.tensor(scores)}, 1)
+    for mean, at in by_mean.items():
+        assert sample.thresholds(mean) == {0: at}
 
 
 def test_a_sweep_goes_on_where_it_ended_and_refuses_another(

@@ -114,4 +114,5 @@ def test_the_search_ends_at_the_first_number_that_does_not_hold() -> None:
 def test_where_nothing_holds_nothing_changes() -> None:
     _, found = judged(dict.fromkeys(MEANS, 0.3))
     assert found.experts is None and found.cross_fitted.gained == found.cross_fitted.lost == 0
+    assert found.verdict == "no evidence", "nothing was chosen, so nothing is shown"
     assert not len(found.random.delta_B)

@@ -90,8 +90,11 @@ class GateSample:
     n_places: int
 
     def thresholds(self, experts: float) -> dict[int, float]:
-        """By layer the `at` with which these tokens use so many experts in the mean."""
-        own = _RULES[self.rule]
+        """By layer the `at` with which these tokens use so many experts in the mean.
+
+        A few more where scores are tied at the end of what the rule takes, as of two equal weights.
+        """
+        own, kind = _RULES[self.rule], RULES[self.rule]
         n_all = own.n_fixed + self.n_places
         of_others = (experts - own.whole * n_all) / (1 - own.whole)
         share = (of_others - own.n_fixed) / max(self.n_places, 1)
@@ -102,7 +105,8 @@ class GateSample:
                 f"--rule {self.rule}, the most that a token may use: change it or --most"
             )
         return {
-            layer: own.at(_level(scores, share)) for layer, scores in self.scores_by_layer.items()
+            layer: min(max(own.at(_level(scores, share)), kind.low), kind.high)
+            for layer, scores in self.scores_by_layer.items()
         }
 
 

@@ -83,8 +83,18 @@ class Holding:
     n_questions: int
 
     @property
+    def is_unchanged(self) -> bool:
+        """Whether the model as it is was chosen in every fold."""
+        return all(fold.experts is None for fold in self.folds)
+
+    @property
     def verdict(self) -> HoldingVerdict:
-        """Holds: the cross-fitted interval lies above −margin; costs: below 0."""
+        """Holds: the cross-fitted interval lies above −margin; costs: below 0.
+
+        No evidence where no fold chose anything, for then nothing was judged.
+        """
+        if self.is_unchanged:
+            return "no evidence"
         change = self.cross_fitted
         word = verdict(change.gained, change.lost, self.n_questions, self.margin)
         if word in ("holds", "better"):
@@ -201,7 +211,7 @@ def _sentence(found: Holding) -> str:
         f"{change.ci95[1] * 100:+.2f}) on {found.n_questions:,} questions that it was not chosen on"
     )
     within = f"within {found.margin * 100:g} point{'' if found.margin == 0.01 else 's'}"
-    if all(fold.experts is None for fold in found.folds):
+    if found.is_unchanged:
         return f"No smaller number of experts is shown to hold {within} on these questions."
     if found.verdict == "holds":
         return f"This procedure holds {within}: {text}."
