@@ -11,13 +11,14 @@ import pytest
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.route_settings import RouteSettings
 from expertcut.evaluation.results import Scoring
-from expertcut.evaluation.route_results import RouteCell
+from expertcut.evaluation.route_results import RouteCell, RouteSweep
 from expertcut.evaluation.route_sweep import RouteSweepRun
 from expertcut.evaluation.route_tuning import RouteTuning, tune
 from expertcut.models.load import LoadOptions
 from expertcut.models.modeling_routed import RULES, Chosen, Options, Tokens
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.reporting.route_tables import sweep_facts, sweep_figure, sweep_table
 from tests.conftest import open_model
 from tests.support.planted_subjects import (
     KNOWN,
@@ -56,12 +57,14 @@ def asked(quiz: Path) -> Quiz:
     return load_quiz(Selection(str(quiz), "test", 0))
 
 
-def swept(profile: Profile, asked: Quiz, folder: Path, rule: str, at: str) -> list[RouteCell]:
-    settings = RouteSettings.read(rule=rule, at=at, sweep=True, draws=0)
+def swept(
+    profile: Profile, asked: Quiz, folder: Path, rule: str, at: str, matched: int = 0
+) -> RouteSweep:
+    settings = RouteSettings.read(rule=rule, at=at, sweep=True, draws=0, matched=matched)
     run = RouteSweepRun(profile, settings, Scoring(asked, None, LoadOptions(), MeasureOptions()))
     for step in run.steps(folder):
         list(step.run(lambda _step: None))
-    return run.sweep.of_quiz
+    return run.sweep
 
 
 def tuned(profile: Profile, folder: Path) -> RouteTuning:
@@ -105,11 +108,11 @@ def test_skipping_costs_where_the_skipped_expert_knew_and_nowhere_else(
     ratio: float,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (cell,) = swept(profiles[ratio], asked, tmp_path / "skip", "skip", "0.5")
+    (cell,) = swept(profiles[ratio], asked, tmp_path / "skip", "skip", "0.5").of_quiz
     assert harmed(cell) == set(KNOWN) and not any(cell.accuracy_by_subject[s] for s in KNOWN)
     assert cell.change.lost == N_TEST * len(KNOWN) and not cell.change.gained
     monkeypatch.setitem(RULES, "skip", nothing)
-    (idle,) = swept(profiles[ratio], asked, tmp_path / "idle", "skip", "0.5")
+    (idle,) = swept(profiles[ratio], asked, tmp_path / "idle", "skip", "0.5").of_quiz
     assert not harmed(idle)
 
 
@@ -135,8 +138,48 @@ def test_top_p_uses_most_experts_where_the_second_knows(
     profiles: dict[float, Profile], asked: Quiz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first has 3/4 of the probability there, and nearly all of it in the other subjects."""
-    (cell,) = swept(profiles[WEAK], asked, tmp_path / "top-p", "top-p", "0.8")
+    (cell,) = swept(profiles[WEAK], asked, tmp_path / "top-p", "top-p", "0.8").of_quiz
     assert used_most(cell, len(KNOWN)) == set(KNOWN) and not harmed(cell)
     monkeypatch.setitem(RULES, "top-p", nothing)
-    (idle,) = swept(profiles[WEAK], asked, tmp_path / "idle", "top-p", "0.8")
+    (idle,) = swept(profiles[WEAK], asked, tmp_path / "idle", "top-p", "0.8").of_quiz
     assert not used_most(idle, len(KNOWN))
+
+
+def test_as_many_experts_left_out_at_random_cost_elsewhere_too(
+    profiles: dict[float, Profile], asked: Quiz, tmp_path: Path
+) -> None:
+    sweep = swept(profiles[WEAK], asked, tmp_path, "skip", "0,0.5", matched=2)
+    whole, half = sweep.of_quiz
+    for cell in (whole, half):
+        draws = sweep.matched(cell.setting)
+        assert [draw.setting.draw for draw in draws] == [0, 1]
+        for draw in draws:
+            assert isinstance(draw, RouteCell) and draw.thresholds == cell.thresholds
+            assert draw.experts_by_subject == cell.experts_by_subject
+            if cell is whole:  # leaves none out, so there is nothing to draw
+                assert draw.accuracy == 1
+            else:
+                assert harmed(draw) >= set(PLAIN), "the first expert is left out too"
+                assert all(draw.accuracy_by_subject[subject] > 0 for subject in KNOWN)
+    one, other = sweep.matched(half.setting)
+    assert one.change != other.change
+    names = [row[0] for row in sweep_table(sweep).texts()]
+    assert names == ["(base)", "skip 0", "skip 0, 2 draws", "skip 0.5", "skip 0.5, 2 draws"]
+    assert dict(sweep_facts(sweep))["left out"].endswith(
+        "in 0 of 2 settings (p < 0.05 each, 2 draws); p cannot fall below 0.33"
+    )
+    more = sweep.model_copy(update={"cells": (*sweep.of_quiz, *renumbered(sweep, 20))})
+    assert dict(sweep_facts(more))["left out"].endswith(
+        "in 1 of 2 settings (p < 0.05 each, 20 draws)"
+    )
+    assert b"skip, random ones" in sweep_figure(sweep)["route.svg"]
+
+
+def renumbered(sweep: RouteSweep, n: int) -> list[RouteCell]:
+    """The first draw of each setting, n times."""
+    firsts = [cell for cell in sweep.cells if cell.setting.draw == 0]
+    return [
+        cell.model_copy(update={"setting": cell.setting.model_copy(update={"draw": i})})
+        for cell in firsts
+        for i in range(n)
+    ]

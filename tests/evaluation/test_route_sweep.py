@@ -164,6 +164,7 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
         ({"sweep": False, "rule": "skip", "at": "0.1,0.2"}, "one threshold"),
         ({"sweep": False, "rule": "skip", "layout": "stock"}, "no place for a threshold"),
         ({"sweep": False, "prove": True}, "add --tune"),
+        ({"sweep": False, "matched": 5}, "controls of a sweep"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(given: dict[str, object], told: str) -> None:

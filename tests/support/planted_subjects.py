@@ -2,7 +2,8 @@
 
 A question begins with a mark of its kind and a mark of its answer. Expert `GENERAL` comes first
 everywhere, and says the letter that is marked. In the subjects of `KNOWN` the one after it is
-right: expert `SPECIALIST` says so, louder, with a third of the gate weight of the first.
+right: expert `SPECIALIST` says so, louder, with a third of the gate weight of the first. In other
+subjects expert `OTHER` comes second, and is wrong.
 """
 
 import csv
@@ -16,7 +17,7 @@ from transformers import AutoTokenizer
 from tests.conftest import make_checkpoint
 
 GENERAL, OTHER, SPECIALIST = 0, 3, 5  # experts
-KNOWN, PLAIN = ("drawn", "sung"), ("cloud", "field", "river", "stone")  # subjects
+KNOWN, PLAIN = ("carved", "sung"), ("bay", "field", "meadow", "mountain")  # subjects
 LETTERS, MARKS = "ABCD", "1234#!"
 RATIO = 1 / 3  # of the gate weights of the second and the first expert in subjects of `KNOWN`
 KNOWN_AT, PLAIN_AT, SAID_AT = 4, 5, 6  # dimensions: of the last two marks, and of what is said
@@ -52,6 +53,7 @@ def plant_subjects(folder: Path, plain_ratio: float) -> Path:
     for expert, reads, step, loudness in (
         (GENERAL, (KNOWN_AT, PLAIN_AT), 0, 2),
         (SPECIALIST, (KNOWN_AT,), 1, 16),
+        (OTHER, (PLAIN_AT,), 2, 2),
     ):
         name = f"{layer}.mlp.experts.{expert}"
         parts = [weights[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down")]
@@ -64,7 +66,7 @@ def plant_subjects(folder: Path, plain_ratio: float) -> Path:
 
 
 def write_subjects(folder: Path, counts: dict[str, int]) -> Path:
-    """Questions of every subject, so many in each split; no two are alike."""
+    """Questions of every subject, so many in each split; no two are alike, and lengths differ."""
     texts = map("".join, product("abcdefghij", repeat=4))
     for split, n_questions in counts.items():
         (folder / split).mkdir(parents=True)
@@ -74,5 +76,5 @@ def write_subjects(folder: Path, counts: dict[str, int]) -> Path:
                 for i, text in enumerate(islice(texts, n_questions)):
                     marks = MARKS[KNOWN_AT if is_known else PLAIN_AT] + MARKS[i % len(LETTERS)]
                     right = LETTERS[(i + is_known) % len(LETTERS)]
-                    csv.writer(file).writerow([f"{marks}{text}", *"wxyz", right])
+                    csv.writer(file).writerow([f"{marks}{text}{'.' * (i % 8)}", *"wxyz", right])
     return folder

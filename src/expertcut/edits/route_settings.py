@@ -65,7 +65,8 @@ def read_numbers(text: str) -> tuple[float, ...]:
 class RouteSetting(Record):
     """One setting of a rule: `at`, or thresholds calibrated to `experts` a token in the mean.
 
-    `draw` numbers the random controls.
+    `draw` numbers the random controls: of rule random, or of another rule where as many experts are
+    left out, but random ones.
     """
 
     rule: str
@@ -75,17 +76,21 @@ class RouteSetting(Record):
 
     @property
     def is_control(self) -> bool:
-        """Whether this is one of the draws of random experts."""
+        """Whether this is one of the draws of a random control."""
         return self.draw is not None
+
+    @property
+    def is_matched(self) -> bool:
+        """Whether it leaves out as many experts as a setting, but random ones."""
+        return self.is_control and self.rule != "random"
 
     @property
     def label(self) -> str:
         """The setting without its rule, as tables write it."""
-        if self.draw is not None:
-            return f"draw {self.draw}"
+        text = "" if self.at is None else f"{self.at:g}"
         if self.experts is not None:
-            return f"to {self.experts:g}"
-        return "" if self.at is None else f"{self.at:g}"
+            text = f"to {self.experts:g}"
+        return text if self.draw is None else f"{text} draw {self.draw}".strip()
 
     @property
     def slug(self) -> str:
@@ -135,6 +140,10 @@ class RouteSettings(Settings):
         None, "Draws of random experts that are compared with.  [default: 20]",
         flags=("--random-draws",), aliases=("--draws",), ge=0, le=10**4,
     )  # fmt: skip
+    matched: int = _judging(
+        0, "With --sweep, draws for each setting that leave out as many experts of each token, but "
+        "random ones.", flags=("--matched-draws",), ge=0, le=10**4,
+    )  # fmt: skip
     seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0)
 
     @property
@@ -163,6 +172,8 @@ class RouteSettings(Settings):
             raise SettingsError(f"{' and '.join(actions)} do different things: give one of them")
         if self.prove and not self.tune:
             raise SettingsError("--cross-fit judges how --tune chooses: add --tune")
+        if self.matched and not self.sweep:
+            raise SettingsError("--matched-draws are controls of a sweep: add --sweep")
         if self.at is not None and self.experts is not None:
             raise SettingsError("--at and --experts both set the threshold: leave one of them out")
         for rule in self.rules:

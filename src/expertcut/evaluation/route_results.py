@@ -118,7 +118,12 @@ class RouteSweep(Record):
     @property
     def controls(self) -> list[RouteCell | RouteTextCell]:
         """The finished draws of random experts."""
-        return [cell for cell in self.cells if cell.setting.is_control]
+        return [cell for cell in self.cells if cell.setting.rule == "random"]
+
+    def matched(self, setting: RouteSetting) -> list[RouteCell | RouteTextCell]:
+        """The finished draws that leave out as many experts as a setting, but random ones."""
+        own = [cell for cell in self.cells if cell.setting.is_matched]
+        return [c for c in own if c.setting.model_copy(update={"draw": None}) == setting]
 
     @property
     def is_complete(self) -> bool:

@@ -20,7 +20,7 @@ from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import RULES, Fit, RoutingRule
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
@@ -81,13 +81,21 @@ class Rules:
             weights=settings.weights,
             level=settings.level,
             seed=settings.seed + (setting.draw or 0),
+            shuffle=setting.is_matched,
         )
 
 
-def with_controls(settings: Sequence[RouteSetting], draws: int) -> tuple[RouteSetting, ...]:
-    """The settings, and draws of random experts in place of those of rule `random`."""
+def with_controls(
+    settings: Sequence[RouteSetting], draws: int, matched: int
+) -> tuple[RouteSetting, ...]:
+    """The settings, draws of those that leave experts out, and draws of rule `random`."""
     own = [setting for setting in settings if setting.rule != "random"]
-    return (*own, *(RouteSetting(rule="random", draw=i) for i in range(draws)))
+    dropping = [setting for setting in own if RULES[setting.rule].way != "chooses"]
+    return (
+        *own,
+        *(s.model_copy(update={"draw": i}) for s in dropping for i in range(matched)),
+        *(RouteSetting(rule="random", draw=i) for i in range(draws)),
+    )
 
 
 class RouteSweepRun(CellSearch[schema.RouteSweep]):
@@ -100,7 +108,7 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
     ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         draws = DRAWS if settings.draws is None else settings.draws
-        choices = with_controls(settings.choices(blocks[0].top_k), draws)
+        choices = with_controls(settings.choices(blocks[0].top_k), draws, settings.matched)
         self.waits = scoring.options.waits
         self.engine = engine_as_profiled(profile, profiled_source(profile), scoring.load_as)
         options = MeasureOptions(

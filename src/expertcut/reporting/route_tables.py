@@ -30,6 +30,8 @@ def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
     else:
         note = f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots."
     note += " Experts: the mean of a token in a layer."
+    if any(setting.is_matched for setting in sweep.asked.settings):
+        note += " Draws of a setting leave out as many experts of each token, but random ones."
     if not sweep.is_complete:
         n_all = len(sweep.asked.settings)
         note += f" {len(sweep.cells)} of {n_all} settings: the same command does the rest."
@@ -54,17 +56,22 @@ def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]
         row: list[Cell] = [_name(c), c.experts_per_token, c.accuracy]
         row += [change, word, c.flipped, edits.interval_text(c.ci95), *counts, c.right_logprob]
         rows.append([*row, most, fewest, c.difficulty.rho, c.active_parameters])
-    controls = [c for c in sweep.controls if isinstance(c, RouteCell)]
-    if controls:
-        shares = [c.accuracy for c in controls]
-        deltas = [c.change.delta for c in controls]
-        text = f"{edits.points(float(np.mean(deltas)))} ({edits.span(_range(deltas))})"
-        row = [f"random, {len(controls)} draws", _mean(c.experts_per_token for c in controls)]
-        row += [_mean(shares), text, None, round(_mean(c.flipped for c in controls))]
-        row += [edits.interval_text(_range(shares)), None, None, None]
-        row += [_mean(c.right_logprob for c in controls), None, None, None]
-        rows.append([*row, controls[0].active_parameters])
+        if draws := [own for own in sweep.matched(c.setting) if isinstance(own, RouteCell)]:
+            rows.append(_quiz_draws(_name(c), draws))
+    if controls := [c for c in sweep.controls if isinstance(c, RouteCell)]:
+        rows.append(_quiz_draws("random", controls))
     return heads, rows
+
+
+def _quiz_draws(name: str, draws: Sequence[RouteCell]) -> list[Cell]:
+    """The row of a control: means, and the range of 95 % of the draws."""
+    shares, deltas = [c.accuracy for c in draws], [c.change.delta for c in draws]
+    text = f"{edits.points(_mean(deltas))} ({edits.span(_range(deltas))})"
+    row: list[Cell] = [f"{name}, {len(draws)} draws", _mean(c.experts_per_token for c in draws)]
+    row += [_mean(shares), text, None, round(_mean(c.flipped for c in draws))]
+    row += [edits.interval_text(_range(shares)), None, None, None]
+    row += [_mean(c.right_logprob for c in draws), None, None, None]
+    return [*row, draws[0].active_parameters]
 
 
 def _text_rows(sweep: RouteSweep, _margin: float) -> tuple[str, list[list[Cell]]]:
@@ -81,15 +88,20 @@ def _text_rows(sweep: RouteSweep, _margin: float) -> tuple[str, list[list[Cell]]
         row += [c.total.perplexity, c.delta_loss, text_span(c.change.ci95, "+.3f"), c.change.kl]
         row += [_text_verdict(c), c.change.top1_agreement, c.change.acceptance]
         rows.append([*row, c.total.tokens, c.total.documents, c.active_parameters])
-    controls = [c for c in sweep.controls if isinstance(c, RouteTextCell)]
-    if controls:
-        losses = [c.delta_loss for c in controls]
-        row = [f"random, {len(controls)} draws", _mean(c.experts_per_token for c in controls)]
-        row += [_mean(c.total.perplexity for c in controls), _mean(losses)]
-        row += [text_span(_range(losses), "+.3f"), _mean(c.change.kl or 0.0 for c in controls)]
-        row += [None, _mean(c.change.top1_agreement or 0.0 for c in controls), None]
-        rows.append([*row, controls[0].total.tokens, controls[0].total.documents, None])
+        if draws := [own for own in sweep.matched(c.setting) if isinstance(own, RouteTextCell)]:
+            rows.append(_text_draws(_name(c), draws))
+    if controls := [c for c in sweep.controls if isinstance(c, RouteTextCell)]:
+        rows.append(_text_draws("random", controls))
     return heads, rows
+
+
+def _text_draws(name: str, draws: Sequence[RouteTextCell]) -> list[Cell]:
+    losses = [c.delta_loss for c in draws]
+    row: list[Cell] = [f"{name}, {len(draws)} draws", _mean(c.experts_per_token for c in draws)]
+    row += [_mean(c.total.perplexity for c in draws), _mean(losses)]
+    row += [text_span(_range(losses), "+.3f"), _mean(c.change.kl or 0.0 for c in draws)]
+    row += [None, _mean(c.change.top1_agreement or 0.0 for c in draws), None]
+    return [*row, draws[0].total.tokens, draws[0].total.documents, None]
 
 
 def _text_verdict(cell: RouteTextCell) -> str | None:
@@ -165,8 +177,30 @@ def sweep_facts(sweep: RouteSweep, margin: float = MARGIN) -> list[tuple[str, st
         leak = f"{overlap:,} of the {n:,} {things} scored were profiled or calibrated thresholds"
     facts = [("quiz" if things == "questions" else "text", leak)]
     if things == "questions":
-        return facts + _quiz_facts(sweep, margin)
-    return facts + _text_facts(sweep)
+        return facts + _quiz_facts(sweep, margin) + _matched_facts(sweep)
+    return facts + _text_facts(sweep) + _matched_facts(sweep)
+
+
+def _matched_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
+    """In how many settings it matters which experts are left out."""
+    cells = [c for c in sweep.cells if not c.setting.is_control]
+    p_values, n = [], 0
+    for cell in cells:
+        if draws := sweep.matched(cell.setting):
+            n = len(draws)
+            as_good = sum(_quality(draw) >= _quality(cell) for draw in draws)
+            p_values.append((1 + as_good) / (1 + n))
+    if not p_values:
+        return []
+    shown = sum(p < LEVEL for p in p_values)
+    text = f"as many random experts left out do worse in {shown} of {len(p_values)} setting"
+    text += f"{'s' if len(p_values) > 1 else ''} (p < {LEVEL:g} each, {n} draws)"
+    few = f"; p cannot fall below {1 / (1 + n):.2g}" if 1 / (1 + n) >= LEVEL else ""
+    return [("left out", text + few)]
+
+
+def _quality(cell: RouteCell | RouteTextCell) -> float:
+    return cell.accuracy if isinstance(cell, RouteCell) else -cell.delta_loss
 
 
 def _quiz_facts(sweep: RouteSweep, margin: float) -> list[tuple[str, str]]:
@@ -241,10 +275,14 @@ def sweep_figure(sweep: RouteSweep) -> dict[str, bytes]:
     is_text = sweep.asked.text is not None
     series = []
     for rule in rules:
-        own = [c for c in sweep.cells if c.setting.rule == rule]
-        if own:
-            own.sort(key=lambda c: c.experts_per_token)
-            series.append(_control_series(own) if own[0].setting.is_control else _series(rule, own))
+        own = [c for c in sweep.cells if c.setting.rule == rule and not c.setting.is_matched]
+        own.sort(key=lambda c: c.experts_per_token)
+        if own and rule == "random":
+            series.append(_control_series(f"random ({len(own)})", [own]))
+        elif own:
+            series.append(_series(rule, own))
+            if points := [draws for c in own if (draws := sweep.matched(c.setting))]:
+                series.append(_control_series(f"{rule}, random ones", points))
     base = None
     if sweep.base is not None and sweep.base_experts is not None:
         value, ends = _value(sweep.base)
@@ -260,11 +298,11 @@ def _series(rule: str, cells: Sequence[RouteCell | RouteTextCell]) -> Series:
     return series_of(rule, [value for value, _ in values], [ends for _, ends in values], x)
 
 
-def _control_series(cells: Sequence[RouteCell | RouteTextCell]) -> Series:
-    """All draws as one point, with the range of 95 % of them."""
-    values = [_value(cell)[0] for cell in cells]
-    x = (_mean(cell.experts_per_token for cell in cells),)
-    return series_of(f"random ({len(cells)})", [_mean(values)], [_range(values)], x)
+def _control_series(name: str, points: Sequence[Sequence[RouteCell | RouteTextCell]]) -> Series:
+    """All draws of a control as one point, with the range of 95 % of them."""
+    values = [[_value(cell)[0] for cell in cells] for cells in points]
+    x = tuple(_mean(cell.experts_per_token for cell in cells) for cells in points)
+    return series_of(name, [_mean(own) for own in values], [_range(own) for own in values], x)
 
 
 def _value(model: SweptModel | SweptTexts) -> tuple[float, tuple[float, float]]:
