@@ -104,6 +104,9 @@ def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
         ("--rule dare", "no rule 'dare'"),
         ("--rule skip --at 0.5 --text t.jsonl", "--text judges a sweep"),
         ("--rule skip --sweep model", "--sweep reads a profile"),
+        ("--rule contrast", "which a router alone cannot hold"),
+        ("--rule contrast --sweep --text t.jsonl", "texts have no perplexity with it"),
+        ("--rule contrast --sweep --weak rank:8 --random-draws 0", "asks for 9: take fewer"),
     ],
 )
 def test_what_no_checkpoint_can_hold_is_refused_in_one_line(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.route_settings import RouteSettings
+from expertcut.edits.route_settings import RouteSetting, RouteSettings
 from expertcut.edits.route_thresholds import GateSample, sample_gates
 from expertcut.errors import SettingsError
 from expertcut.evaluation.results import Scoring
@@ -165,11 +165,37 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
         ({"sweep": False, "rule": "skip", "layout": "stock"}, "no place for a threshold"),
         ({"sweep": False, "prove": True}, "add --tune"),
         ({"sweep": False, "matched": 5}, "controls of a sweep"),
+        ({"rule": "contrast", "at": "2"}, "give --weak rank:R"),
+        ({"rule": "contrast", "experts": "2"}, "contrast has none"),
+        ({"rule": "contrast", "weak": "top-1"}, "'top-1' is not a weak run: write rank:2"),
+        ({"rule": "skip", "beta": 0.3}, "--beta sets --rule contrast"),
+        ({"sweep": False, "rule": "contrast"}, "a router alone cannot hold"),
+        ({"sweep": False, "tune": True, "rule": "contrast"}, "score it with --sweep"),
+        ({"sweep": False, "oracle": True, "rule": "contrast"}, "score it with --sweep"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(given: dict[str, object], told: str) -> None:
     with pytest.raises(SettingsError, match=told):
         settings(**given).check()
+
+
+def test_contrast_is_a_cell_whose_tokens_run_twice(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    top_k = profile.info.model.blocks[0].top_k
+    run = swept(profile, quiz, tmp_path / "two", rule="contrast,skip", experts=None, weak="rank:5")
+    cell = next(cell for cell in run.sweep.of_quiz if cell.setting.rule == "contrast")
+    assert (cell.setting.at, cell.setting.beta, cell.setting.label) == (5, 0.5, "0.5 rank 5")
+    assert cell.experts_per_token == top_k + 1, "of both runs"
+    assert all(own == pytest.approx(top_k + 1) for own in cell.experts_by_subject.values())
+    base = answers(tmp_path / "two", "base")
+    found = answers(tmp_path / "two", "contrast-0.5-rank-5-")
+    assert np.isfinite(found).all() and not np.allclose(base, found, atol=0.1)
+    swept(profile, quiz, tmp_path / "none", rule="contrast", beta=0)
+    assert np.array_equal(base, answers(tmp_path / "none", "contrast-0-rank-2-"))
+    for folder in (tmp_path / "two", tmp_path / "none"):
+        load_route_sweep(folder)
+    assert '"beta"' not in RouteSetting(rule="skip", at=0.5).model_dump_json()
 
 
 def test_more_experts_than_the_rule_may_use_are_refused(

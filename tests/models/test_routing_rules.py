@@ -67,7 +67,7 @@ def used_sets(experts_TM: Tensor) -> list[set[int]]:
 
 def test_the_table_and_the_functions_name_the_same_rules() -> None:
     assert list(RULES) == list(KINDS)
-    assert set(IDENTITIES) == set(RULES) - {"random"}
+    assert set(IDENTITIES) == set(RULES) - {"random", "contrast"}
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
@@ -98,7 +98,7 @@ def test_what_is_dropped_has_no_weight_and_the_rest_the_gates_own(name: str, gat
         torch.testing.assert_close(weights_TM, own_TM)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name != "grouped"])
+@pytest.mark.parametrize("name", [name for name in RULES if name not in ("grouped", "contrast")])
 def test_no_rule_exceeds_the_most_experts(name: str) -> None:
     found, at = tokens(), 2 if name == "top-k" else IDENTITIES.get(name, 0.0)
     weights_TM, experts_TM = RULES[name](found, at, Options(most=2))
@@ -282,6 +282,16 @@ def test_shuffled_rules_leave_out_as_many_experts_but_others() -> None:
         for is_shuffled in (False, True)
     )
     assert list(map(len, plain)) == list(map(len, shuffled)) and plain != shuffled
+
+
+@pytest.mark.parametrize("gate", GATES, ids=str)
+@pytest.mark.parametrize("rank", [0, 2, 7])  # 7: none that the router chose
+def test_the_weak_run_is_one_expert_with_the_weights_of_all(gate: Gate, rank: int) -> None:
+    found = tokens(gate=gate)
+    weights_TM, experts_TM = RULES["contrast"](found, rank, Options())
+    assert torch.equal(experts_TM[:, 0], found.score_TE.sort(dim=1, descending=True)[1][:, rank])
+    assert (experts_TM[:, 1:] == N_EXPERTS).all() and not weights_TM[:, 1:].any()
+    torch.testing.assert_close(weights_TM[:, 0], found.weights_TK.sum(dim=1))
 
 
 def test_a_mask_of_experts_is_kept_where_a_rule_takes_more() -> None:

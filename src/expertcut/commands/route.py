@@ -103,6 +103,11 @@ def run(settings: RouteSettings, ui: UI = SILENT, extra_files: Files = None) -> 
 def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
     """Scores every missing setting, then writes the table and the figure."""
     profile = settings.choosing_profile(ui)
+    if "contrast" in settings.rules and _reads_texts(profile, settings):
+        raise SettingsError(
+            "--rule contrast scores answers and gives no distribution, so texts have no perplexity "
+            "with it: judge on a quiz, with --quiz QUIZ"
+        )
     from expertcut.evaluation.route_sweep import RouteSweepRun  # torch, not to refuse options
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import route_tables as tables
@@ -131,7 +136,7 @@ def oracle(settings: RouteSettings, ui: UI) -> "OracleResult":
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.reporting import route_tables as tables
 
-    if settings.text or (profile.info.text is not None and not settings.scored_given):
+    if _reads_texts(profile, settings):
         raise SettingsError("--oracle counts right answers: judge on a quiz, with --quiz QUIZ")
     ui.quiet()
     options = MeasureOptions()
@@ -144,6 +149,10 @@ def oracle(settings: RouteSettings, ui: UI) -> "OracleResult":
     settings.say(ui, [tables.oracle_table(found)])
     ui.end(tables.oracle_facts(found), folder, ["show", str(folder)])
     return found
+
+
+def _reads_texts(profile: "Profile", settings: RouteSettings) -> bool:
+    return bool(settings.text or (profile.info.text is not None and not settings.scored_given))
 
 
 def _folder(profile: "Profile", what: str) -> Path:

@@ -52,6 +52,13 @@ def _check_rules(text: str) -> str:
     return ",".join(names)
 
 
+def _check_weak(text: str) -> str:
+    kind, _, rank = text.partition(":")
+    if kind != "rank" or not rank.isdecimal():
+        refuse(f"{text[:60]!a} is not a weak run: write rank:2 for the third best expert alone")
+    return text
+
+
 Numbers = Annotated[str, BeforeValidator(_number_texts), AfterValidator(_check_numbers)]
 Rules = Annotated[str, AfterValidator(_check_rules)]
 RoutedLayout = Literal["stock", "routed"]
@@ -66,13 +73,14 @@ class RouteSetting(Record):
     """One setting of a rule: `at`, or thresholds calibrated to `experts` a token in the mean.
 
     `draw` numbers the random controls: of rule random, or of another rule where as many experts are
-    left out, but random ones.
+    left out, but random ones. Of contrast `at` is the rank of the weak run's expert.
     """
 
     rule: str
     at: FiniteFloat | None = None
     experts: FiniteFloat | None = None
     draw: int | None = Field(default=None, ge=0)
+    beta: FiniteFloat | None = Field(default=None, ge=0)
 
     @property
     def is_control(self) -> bool:
@@ -90,6 +98,8 @@ class RouteSetting(Record):
         text = "" if self.at is None else f"{self.at:g}"
         if self.experts is not None:
             text = f"to {self.experts:g}"
+        if self.beta is not None:
+            text = f"{self.beta:g} rank {self.at:g}"
         return text if self.draw is None else f"{text} draw {self.draw}".strip()
 
     @property
@@ -119,6 +129,13 @@ class RouteSettings(Settings):
     )
     weights: Weights = _router(
         "gate", "Gate weights of the experts that stay: as the gate gives them, or renormalised."
+    )
+    weak: Annotated[str, AfterValidator(_check_weak)] = _judging(
+        "rank:2", "Weak run of --rule contrast: the expert of this rank alone; rank:0 is the best.",
+        metavar="rank:R",
+    )  # fmt: skip
+    beta: FiniteFloat = _judging(
+        0.5, "How much the weak run of --rule contrast counts; 0 changes no answer.", ge=0
     )
     layout: RoutedLayout = option(
         "routed", "Form of the checkpoint: routed loads in transformers with --trust-remote-code, "
@@ -178,6 +195,7 @@ class RouteSettings(Settings):
             raise SettingsError("--at and --experts both set the threshold: leave one of them out")
         for rule in self.rules:
             self._check_rule(rule)
+        self._check_contrast()
         n_settings = len(self.rules) * len((self.at or self.experts or "").split(","))
         if not actions and n_settings > 1:
             raise SettingsError(
@@ -220,6 +238,20 @@ class RouteSettings(Settings):
             if rule == "top-k" and experts != int(experts):
                 raise SettingsError(f"--experts {experts:g} must be a whole number for top-k")
 
+    def _check_contrast(self) -> None:
+        if "contrast" not in self.rules:
+            usual = {name: type(self).model_fields[name].default for name in ("weak", "beta")}
+            for name, default in usual.items():
+                if getattr(self, name) != default:
+                    raise SettingsError(f"--{name} sets --rule contrast: add it to the rules")
+        elif not self.sweep:
+            raise SettingsError(
+                "--rule contrast compares two runs of the model, which a router alone cannot hold: "
+                "score it with --sweep"
+            )
+        elif self.at is not None:
+            raise SettingsError("--at is no setting of contrast: give --weak rank:R and --beta B")
+
     def choices(self, top_k: int) -> tuple[RouteSetting, ...]:
         """Every setting, rule by rule, for a model of this K; each once."""
         most = top_k if self.n_most is None else self.n_most
@@ -234,6 +266,9 @@ class RouteSettings(Settings):
     def _of_rule(self, rule: str, top_k: int) -> list[RouteSetting]:
         if rule == "random":
             return [RouteSetting(rule=rule)]
+        if rule == "contrast":
+            rank = float(self.weak.removeprefix("rank:"))
+            return [RouteSetting(rule=rule, at=rank, beta=self.beta)]
         if self.at is not None:
             return [RouteSetting(rule=rule, at=at) for at in read_numbers(self.at)]
         if self.experts is not None:

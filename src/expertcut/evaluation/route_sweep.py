@@ -70,7 +70,8 @@ class Rules:
                 rule.check(block, at_by_layer[block.layer])
         except (ValueError, ContractError) as error:
             raise SettingsError(f"--rule {setting.rule}: {error}") from None
-        return Rerouting(rule, at_by_layer, self.fits if setting.rule == "fitted" else {})
+        fits = self.fits if setting.rule == "fitted" else {}
+        return Rerouting(rule, at_by_layer, fits, setting.beta or 0.0)
 
     def _rule(self, setting: RouteSetting) -> RoutingRule:
         settings, n_most = self.settings, self.settings.n_most
@@ -168,7 +169,8 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
     def _cell(
         self, setting: RouteSetting, routing: Rerouting, store: Path, name: str
     ) -> schema.RouteCell | schema.RouteTextCell:
-        experts, experts_L, by_subject = used_experts(store / name)
+        n_runs = 2 if setting.rule == "contrast" else 1  # of every token, each counted
+        experts, experts_L, by_subject = used_experts(store / name, n_runs)
         moe = self.engine.moe
         figures = self.judge.figures(store, name, size_with(moe, experts_L.tolist()))
         has_threshold = bool(routing.rule.kind.threshold)
@@ -190,8 +192,11 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
         return schema.RouteCell(**figures, accuracy_by_subject=accuracies, difficulty=found)
 
 
-def used_experts(folder: Path) -> tuple[float, Array, dict[str, float]]:
-    """Experts a token and layer: in all, by layer (L,), and by subject over its own tokens."""
+def used_experts(folder: Path, n_runs: int = 1) -> tuple[float, Array, dict[str, float]]:
+    """Experts a token and layer: in all, by layer (L,), and by subject over its own tokens.
+
+    Those of all runs, if each token was run several times.
+    """
     info = load_profile(folder).info
     used_L, n_tokens = np.zeros(len(info.model.blocks)), 0
     by_subject: dict[str, list[float]] = {}
@@ -204,5 +209,6 @@ def used_experts(folder: Path) -> tuple[float, Array, dict[str, float]]:
         # As if every prompt had been read alone.
         used_L += own_L + n * chunk["prefix_used_L"].astype(np.float64)
         n_tokens += n_own + n * int(chunk["prefix_tokens"][0])
-    mean_L = used_L / n_tokens
-    return float(mean_L.mean()), mean_L, {s: used / own for s, (used, own) in by_subject.items()}
+    mean_L = n_runs * used_L / n_tokens
+    own_means = {s: n_runs * used / own for s, (used, own) in by_subject.items()}
+    return float(mean_L.mean()), mean_L, own_means

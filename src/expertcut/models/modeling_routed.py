@@ -232,6 +232,17 @@ def dropout(tokens: Tokens, at: float, options: Options) -> Chosen:
     return kept(tokens, (chance_TK >= at) | (tokens.rank_TK == 0), options)
 
 
+def rank(tokens: Tokens, at: float, options: Options) -> Chosen:
+    """The expert of rank `at` alone, from 0, with the sum of the router's weights.
+
+    The weak run of rule contrast (SCMoE, arXiv:2405.14507).
+    """
+    expert_T1 = _best_first(tokens, int(at) + 1)[:, int(at) :]
+    total_T1 = tokens.weights_TK.double().sum(dim=1, keepdim=True).to(tokens.weights_TK.dtype)
+    n_empty = tokens.top_k - 1
+    return F.pad(total_T1, (0, n_empty)), F.pad(expert_T1, (0, n_empty), value=tokens.n_experts)
+
+
 def uniform(tokens: Tokens, seed: int) -> Tensor:
     """A number in [0, 1) for each token and expert (T, E) float64; a function of keys and seed."""
     assert tokens.key_T is not None, "random rules need a key of each token"
@@ -341,6 +352,7 @@ RULES: dict[str, Rule] = {
     "smooth": smooth,
     "random": random,
     "dropout": dropout,
+    "contrast": rank,
 }
 
 

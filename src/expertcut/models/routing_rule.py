@@ -129,6 +129,14 @@ RULES: Mapping[str, RuleKind] = {
         high=1,
         is_exportable=False,
     ),
+    "contrast": RuleKind(
+        help="All K experts, contrasted with a second run by one weak expert.",
+        threshold="rank of the weak run's expert, from 0",
+        high=MOST_EXPERTS,
+        is_whole=True,
+        is_exportable=False,
+        paper="2405.14507",
+    ),
 }
 
 
@@ -192,6 +200,8 @@ class RoutingRule(Record):
     def check(self, block: "MoeBlock", at: float) -> None:
         """Raises a ContractError if the gate of the block does not allow the rule."""
         most = self.n_columns(block.top_k, [at])
+        if self.rule == "contrast":  # ranks experts that the router may not have chosen
+            most = max(most, int(at) + 1)
         if most > block.n_experts:
             raise ContractError(
                 f"{block.name} has {block.n_experts} experts, rule {self.rule} asks for {most}: "

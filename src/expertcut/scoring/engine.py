@@ -37,6 +37,7 @@ from expertcut.models.hooks import replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.validate import check_ids
 from expertcut.scoring import attention, passes
+from expertcut.scoring.contrast import Contrast, contrasted
 from expertcut.scoring.packing import Encoded, EncodedRows, Pass, encode, encode_rows
 from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ignore
 from expertcut.scoring.projection import Projection
@@ -117,6 +118,7 @@ class Engine:
         is_split = attention.is_available(moe.model, moe.device)
         self.attention: passes.Attention = "split" if is_split else "masked"
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
+        self.contrast: Contrast | None = None
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
         """Tokenizes questions of one subject; truncates too long prompts or refuses them."""
@@ -262,9 +264,13 @@ class Engine:
         padded = [[*ids, *[-1] * (most - len(ids))] for ids in encoded.choice_ids]
         choice_NC = torch.tensor(padded, dtype=torch.long, device=self.moe.device)
         logprob_NC = torch.full(choice_NC.shape, -torch.inf, device=self.moe.device)
+        contrast = self.contrast
+        weak_NV = None if contrast is None else contrast.weak_logprobs(run)
         for done, logits_NV in run.passes():
             at_N = torch.tensor(done.questions, device=logits_NV.device)
             logprob_NV = logits_NV.float().log_softmax(dim=-1)
+            if contrast is not None and weak_NV is not None:
+                logprob_NV = contrasted(logprob_NV, weak_NV[at_N], contrast.beta)
             ids_NC = choice_NC.to(logits_NV.device)[at_N]
             found_NC = logprob_NV.gather(1, ids_NC.clamp(min=0)).where(ids_NC >= 0, -torch.inf)
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)

@@ -27,6 +27,7 @@ from expertcut.models.kernels import BY_EXPERT
 from expertcut.models.modeling_routed import RULES, Gate, Tokens, mixed, with_idle
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.scoring.contrast import Contrast
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
 
@@ -40,6 +41,7 @@ class Rerouting:
     rule: RoutingRule
     at_by_layer: Mapping[int, float]
     fit_by_layer: Mapping[int, Fit] = field(default_factory=dict)
+    beta: float = 0.0  # contrast: how much its weak run counts
 
     @property
     def thresholds(self) -> tuple[float, ...]:
@@ -56,6 +58,7 @@ class Passes:
 
     def __init__(self, rule: RoutingRule) -> None:
         self.rule = rule
+        self.is_on = True  # else routers choose as if there were no rule
         self.rows_M: Tensor | None = None
         self.key_T: Tensor | None = None
         self.attention: dict[int, Tensor] = {}  # by layer: mean over heads (T, T)
@@ -74,6 +77,15 @@ class Passes:
     def on_rows(self, rows_M: Tensor, _is_read: bool) -> None:
         """Continues the pass in the last block with these of its tokens only."""
         self.rows_M = rows_M
+
+    @contextmanager
+    def switched(self, is_on: bool) -> Iterator[None]:
+        """Turns the rule on or off."""
+        before, self.is_on = self.is_on, is_on
+        try:
+            yield
+        finally:
+            self.is_on = before
 
     def keys(self, layer: int, n_tokens: int) -> Tensor | None:
         """The keys of the tokens in a layer."""
@@ -132,7 +144,10 @@ def rerouted(blocks: Sequence[MoeBlock], routing: Rerouting, model: Any = None) 
 
 @contextmanager
 def rerouted_engine(engine: Engine, routing: Rerouting) -> Iterator[Passes]:
-    """`rerouted` for an engine, which scores one prompt at a time if the rule needs it."""
+    """`rerouted` for an engine, which scores one prompt at a time if the rule needs it.
+
+    Of rule contrast the engine does two runs of each chunk, and only the weak one has the rule.
+    """
     before = engine.is_trusted
     if routing.rule.needs_prompt:
         name = routing.rule.rule
@@ -140,9 +155,14 @@ def rerouted_engine(engine: Engine, routing: Rerouting) -> Iterator[Passes]:
         engine.is_trusted = False
     try:
         with rerouted(engine.moe.blocks, routing, engine.moe.model) as passes:
-            yield passes
+            if routing.rule.rule != "contrast":
+                yield passes
+                return
+            engine.contrast = Contrast(routing.beta, partial(passes.switched, True))
+            with passes.switched(False):
+                yield passes
     finally:
-        engine.is_trusted = before
+        engine.is_trusted, engine.contrast = before, None
 
 
 def gate_of(block: MoeBlock) -> Gate:
@@ -175,7 +195,10 @@ def _forward(block: MoeBlock, routing: Rerouting, passes: Passes) -> Forward:
     fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
 
     def run(*args: Any, **kwargs: Any) -> Routed:
-        logits_TE, weights_TK, experts_TK = forward(*args, **kwargs)
+        routed: Routed = forward(*args, **kwargs)
+        if not passes.is_on:
+            return routed
+        logits_TE, weights_TK, experts_TK = routed
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         key_T = passes.keys(layer, len(logits_TE))
         given = Tokens(
