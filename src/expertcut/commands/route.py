@@ -105,8 +105,8 @@ def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
     profile = settings.choosing_profile(ui)
     if "contrast" in settings.rules and _reads_texts(profile, settings):
         raise SettingsError(
-            "--rule contrast scores answers and gives no distribution, so texts have no perplexity "
-            "with it: judge on a quiz, with --quiz QUIZ"
+            "--rule contrast rules out tokens that are unlikely, so texts have no perplexity with "
+            "it: judge on a quiz, with --quiz QUIZ"
         )
     from expertcut.evaluation.route_sweep import RouteSweepRun  # torch, not to refuse options
     from expertcut.profiling.measure import MeasureOptions

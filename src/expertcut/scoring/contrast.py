@@ -37,15 +37,18 @@ class Contrast:
 
 
 def contrasted(strong_NV: Tensor, weak_NV: Tensor, beta: float) -> Tensor:
-    """(1 + β)·log p_strong − β·log p_weak of every token that is not unlikely in the strong run.
+    """(1 + β)·log p_strong − β·log p_weak of tokens that are not unlikely, made to log p (N, V).
 
-    In the definition all others are −∞. Here they keep log p_strong, lowered where needed by
+    In the definition unlikely tokens are −∞. Here they keep log p_strong, lowered where needed by
     one number for all of them, so that they lie below every contrasted token: choices then have an
-    order where all are unlikely, every score is finite, and β = 0 changes no bit. The scores do not
-    sum to a probability of 1.
+    order where all are unlikely, and every number is finite. All are divided by their sum, which
+    changes no order. β = 0 changes no bit.
     """
+    if beta == 0:
+        return strong_NV
     cutoff_N1 = strong_NV.amax(dim=1, keepdim=True) + math.log(CUTOFF)
     is_unlikely_NV = strong_NV < cutoff_N1
     score_NV = (1 + beta) * strong_NV - beta * weak_NV
     least_N1 = score_NV.masked_fill(is_unlikely_NV, torch.inf).amin(dim=1, keepdim=True)
-    return torch.where(is_unlikely_NV, strong_NV + (least_N1 - cutoff_N1).clamp(max=0), score_NV)
+    lowered_NV = strong_NV + (least_N1 - cutoff_N1).clamp(max=0)
+    return torch.where(is_unlikely_NV, lowered_NV, score_NV).log_softmax(dim=-1)
