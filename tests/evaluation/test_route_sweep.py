@@ -183,7 +183,8 @@ def test_contrast_is_a_cell_whose_tokens_run_twice(
     profile: Profile, quiz: Quiz, tmp_path: Path
 ) -> None:
     top_k = profile.info.model.blocks[0].top_k
-    run = swept(profile, quiz, tmp_path / "two", rule="contrast,skip", experts=None, weak="rank:5")
+    run = swept(profile, quiz, tmp_path / "two", rule="contrast,skip", weak="rank:5", matched=1)
+    assert not any(cell.setting.is_matched for cell in run.sweep.cells if cell.setting.beta)
     cell = next(cell for cell in run.sweep.of_quiz if cell.setting.rule == "contrast")
     assert (cell.setting.at, cell.setting.beta, cell.setting.label) == (5, 0.5, "0.5 rank 5")
     assert cell.experts_per_token == top_k + 1, "of both runs"

@@ -134,6 +134,7 @@ RULES: Mapping[str, RuleKind] = {
         threshold="rank of the weak run's expert, from 0",
         high=MOST_EXPERTS,
         is_whole=True,
+        way="chooses",
         is_exportable=False,
         paper="2405.14507",
     ),
