@@ -303,7 +303,8 @@ def test_a_mask_of_experts_is_kept_where_a_rule_takes_more() -> None:
     alpha_TE = logits_TE.softmax(dim=1)
     masked = replace(found, logits_TE=logits_TE, score_TE=alpha_TE + bias_E)
     masked = replace(masked, experts_TK=logits_TE.topk(TOP_K, dim=1).indices)
-    for name, at in (("top-k", 11), ("top-p", 0.99), ("random", 0), ("smooth", 0.5)):
+    thresholds = {"top-k": 11, "top-p": 0.99, "random": 0, "smooth": 0.5, "contrast": 9}
+    for name, at in thresholds.items():
         _, experts_TM = RULES[name](masked, at, Options(most=11))
         assert experts_TM.min() >= 3, name
 

@@ -239,8 +239,11 @@ def rank(tokens: Tokens, at: float, options: Options) -> Chosen:
     """
     expert_T1 = _best_first(tokens, int(at) + 1)[:, int(at) :]
     total_T1 = tokens.weights_TK.double().sum(dim=1, keepdim=True).to(tokens.weights_TK.dtype)
+    is_cut_T1 = tokens.logits_TE.gather(1, expert_T1).isneginf()  # by a mask
+    weights_T1 = total_T1.masked_fill(is_cut_T1, 0)
+    expert_T1 = expert_T1.masked_fill(is_cut_T1, tokens.n_experts)
     n_empty = tokens.top_k - 1
-    return F.pad(total_T1, (0, n_empty)), F.pad(expert_T1, (0, n_empty), value=tokens.n_experts)
+    return F.pad(weights_T1, (0, n_empty)), F.pad(expert_T1, (0, n_empty), value=tokens.n_experts)
 
 
 def uniform(tokens: Tokens, seed: int) -> Tensor:
