@@ -12,6 +12,7 @@ from expertcut.data import Selection, load_quiz
 from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
 from expertcut.evaluation.holding import load_holding
+from expertcut.evaluation.route_results import load_route_sweep
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.storage import load_profile
@@ -92,6 +93,33 @@ def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
     assert plan.edit.edits == load_plan(world / "plan").blocks
     with pytest.raises(SettingsError, match="is not a plan"):
         api.load_profile("p").route(rule="top-p", sweep=True)
+
+
+@pytest.mark.parametrize("judged", ["", "--text t.jsonl"], ids=["quiz", "texts"])
+def test_a_sweep_is_a_table_a_figure_and_sentences(
+    world: Path, expertcut: Commands, judged: str
+) -> None:
+    words = ["red", "green", "blue", "salt", "iron", "wood", "rain", "snow", "sand", "moss", "fern"]
+    texts = [f"{first} and {second} " * 3 for first in words for second in words[:2]]
+    (world / "t.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    line = "route --profile p --rule skip,top-k --experts 1,2 --sweep --random-draws 2"
+    said = expertcut(f"{line} {judged} --out swept")
+    assert "Routing rules" in said and "Routing rules" in expertcut("show swept --wide")
+    found = load_route_sweep(world / "swept")
+    assert len(found.cells) == 6 and (world / "swept/route.png").stat().st_size > 1000
+    lines = (world / "swept/route.csv").read_text().splitlines()
+    assert len(lines) == 1 + 1 + 6, "a heading, the model as it is, every setting and control"
+    unit = "perplexity" if judged else "accuracy"
+    assert unit in lines[0] and unit in said and "random, 2 draws" in said
+    same, fewer = (c for c in found.cells if c.setting.rule == "top-k")
+    assert (same.experts_per_token, fewer.experts_per_token) in {(1, 2), (2, 1)}
+
+
+def test_an_oracle_stands_beside_its_noise(world: Path, expertcut: Commands) -> None:
+    said = expertcut("route --profile p --rule top-k --oracle --random-draws 2 --out oracle")
+    assert "of noise variants (2 sets)" in said and "chosen beforehand" in said
+    assert "best per question" in expertcut("show oracle")
+    assert "best" in expertcut("show oracle --format csv")
 
 
 @pytest.mark.parametrize(
