@@ -17,7 +17,7 @@ from expertcut.errors import ContractError, PlanError
 from expertcut.models import modeling_routed
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import ROUTED_FILE, LoadOptions, find_source, load, modelling_code
-from expertcut.models.routing_rule import RULES as KINDS
+from expertcut.models.routing_rule import RULE_KINDS as KINDS
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.scoring.rerouting import rerouted
 from tests.conftest import FAMILIES, open_model

@@ -73,7 +73,7 @@ def test_a_rule_that_does_not_reach_the_model_is_no_checkpoint(
     def nobody_leaves(tokens: Any, at: float, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens.weights_TK * 1.0, tokens.experts_TK.clone()
 
-    monkeypatch.setitem(modeling_routed.RULES, "skip", nobody_leaves)
+    monkeypatch.setitem(modeling_routed.RULE_FUNCTIONS, "skip", nobody_leaves)
     made = built(profile, tmp_path / "made", "skip", 0.7)
     assert made.proof is not None  # the file beside it is not patched, so both differ
     against = {shift.against: shift.max_abs_logprob_diff for shift in made.proof.held_out}

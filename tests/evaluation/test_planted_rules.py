@@ -15,7 +15,7 @@ from expertcut.evaluation.route_results import RouteCell, RouteSweep
 from expertcut.evaluation.route_sweep import RouteSweepRun
 from expertcut.evaluation.route_tuning import RouteTuning, tune
 from expertcut.models.load import LoadOptions
-from expertcut.models.modeling_routed import RULES, Chosen, Options, Tokens
+from expertcut.models.modeling_routed import RULE_FUNCTIONS, Chosen, Options, Tokens
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.route_tables import sweep_facts, sweep_figure, sweep_table
@@ -111,7 +111,7 @@ def test_skipping_costs_where_the_skipped_expert_knew_and_nowhere_else(
     (cell,) = swept(profiles[ratio], asked, tmp_path / "skip", "skip", "0.5").of_quiz
     assert harmed(cell) == set(KNOWN) and not any(cell.accuracy_by_subject[s] for s in KNOWN)
     assert cell.change.lost == N_TEST * len(KNOWN) and not cell.change.gained
-    monkeypatch.setitem(RULES, "skip", nothing)
+    monkeypatch.setitem(RULE_FUNCTIONS, "skip", nothing)
     (idle,) = swept(profiles[ratio], asked, tmp_path / "idle", "skip", "0.5").of_quiz
     assert not harmed(idle)
 
@@ -128,7 +128,7 @@ def test_tuning_holds_only_while_the_expert_stays(
     for change in (stays.tried[1.0], goes.tried[1.5]):
         assert change.delta == -len(KNOWN) / len((*KNOWN, *PLAIN))
     assert goes.proof is not None and goes.proof.verdict == "no evidence" and goes.chosen is None
-    monkeypatch.setitem(RULES, "skip", nothing)
+    monkeypatch.setitem(RULE_FUNCTIONS, "skip", nothing)
     idle = tuned(profiles[STRONG], tmp_path / "idle")
     assert idle.proof is not None and idle.proof.verdict == "holds"
     assert idle.chosen is not None and idle.chosen.experts == 1
@@ -140,7 +140,7 @@ def test_top_p_uses_most_experts_where_the_second_knows(
     """The first has 3/4 of the probability there, and nearly all of it in the other subjects."""
     (cell,) = swept(profiles[WEAK], asked, tmp_path / "top-p", "top-p", "0.8").of_quiz
     assert used_most(cell, len(KNOWN)) == set(KNOWN) and not harmed(cell)
-    monkeypatch.setitem(RULES, "top-p", nothing)
+    monkeypatch.setitem(RULE_FUNCTIONS, "top-p", nothing)
     (idle,) = swept(profiles[WEAK], asked, tmp_path / "idle", "top-p", "0.8").of_quiz
     assert not used_most(idle, len(KNOWN))
 

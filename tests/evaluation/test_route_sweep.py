@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.calibrate import collect_routing
 from expertcut.edits.route_settings import RouteSetting, RouteSettings
 from expertcut.edits.route_thresholds import GateSample, sample_gates
 from expertcut.errors import SettingsError
@@ -17,13 +18,13 @@ from expertcut.evaluation.route_sweep import RouteSweepRun
 from expertcut.models import hooks
 from expertcut.models.hooks import Routing
 from expertcut.models.load import LoadOptions
-from expertcut.models.modeling_routed import RULES, Options, Tokens
+from expertcut.models.modeling_routed import RULE_FUNCTIONS, Options
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.page_sections import search_sections
 from expertcut.reporting.views import find_shown, gather
-from expertcut.scoring.engine import ask
-from expertcut.scoring.rerouting import gate_of, rerouted
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.rerouting import rerouted, tokens_of
 from tests.conftest import open_model
 
 
@@ -99,29 +100,37 @@ def test_a_cell_is_the_model_under_its_rule_and_counts_the_experts_that_run(
     assert cell.difficulty.rho is not None and load_route_sweep(tmp_path) == run.sweep
 
 
-@pytest.mark.parametrize("rule", ["skip", "top-p", "entropy", "null", "fitted"])
+# Chosen by α, by α and a bias in groups or without, or by α that is scaled afterwards.
+BIASED = ("glm4_moe", "deepseek_v3", "minimax_m2", "lfm2_moe")
+GROUPED = ("glm4_moe", "deepseek_v3")
+
+
+@pytest.mark.parametrize("most", [None, 3, 6])
+@pytest.mark.parametrize("family", ["olmoe", *BIASED])
 def test_calibrated_thresholds_keep_the_mean_they_are_asked(
-    profile: Profile, quiz: Quiz, tmp_path: Path, rule: str
+    checkpoint: Callable[..., Path], quiz: Quiz, family: str, most: int | None
 ) -> None:
-    scoring = Scoring(quiz, None, LoadOptions(), MeasureOptions())
-    run = RouteSweepRun(profile, settings(rule=rule, experts="1.25,1.75"), scoring)
-    blocks, outputs = run.engine.moe.blocks, dict[int, list[Routing]]()
-    fits = run.rules.fits  # before the pass that is observed
-    with hooks.observe_routers(blocks, lambda r: outputs.setdefault(r.layer, []).append(r)):
-        sample = sample_gates(run.engine, quiz, [rule], None, fits)[rule]
-    for mean in (1.25, 1.75):
-        for block in blocks:
-            at, used, n = sample.thresholds(mean)[block.layer], 0, 0
-            for found in outputs[block.layer]:
-                scores_TE = block.selection_scores(found.logits_TE)
-                rest = (found.logits_TE, scores_TE, found.weights_TK, found.experts_TK)
-                fit = fits.get(block.layer)
-                fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
-                tokens = Tokens(gate_of(block), *rest, fit_KK=fit_KK)
-                _, experts_TM = RULES[rule](tokens, at, Options())
-                used += int((experts_TM < block.n_experts).sum())
-                n += len(experts_TM)
-            assert used / n == pytest.approx(mean, abs=2.5 / n), block.name  # equal tokens
+    """On the tokens that calibrate them, by whatever score a family chooses its experts."""
+    groups = {"topk_group": 2} if family in GROUPED else {}
+    moe = open_model(checkpoint(family, num_experts_per_tok=4, **groups))
+    engine, outputs = Engine(moe, 400), dict[int, list[Routing]]()
+    fit = ((0.6, 0.1, 0.0, 0.0), (0.4, 0.1, 0.1, 0.0), (0.2, 0.0, 0.1, 0.1))
+    fits = {block.layer: fit for block in moe.blocks}
+    rules = ["skip", "top-p", "entropy", "null", "fitted"]
+    collect_routing(engine, quiz, set(fits), lambda r, _: outputs.setdefault(r.layer, []).append(r))
+    samples = sample_gates(engine, quiz, rules, most, fits)
+    for rule, own in samples.items():
+        for mean in (1.5, 2.25, 2.75, 4.5)[: 4 if own.n_most > 4 else 3]:
+            for block in moe.blocks:
+                at, used, n = own.thresholds(mean)[block.layer], 0, 0
+                for found in outputs[block.layer]:
+                    given = tokens_of(block, found, torch.tensor(fit, dtype=torch.float64))
+                    _, experts_TM = RULE_FUNCTIONS[rule](given, at, Options(most=most))
+                    used += int((experts_TM < block.n_experts).sum())
+                    n += len(experts_TM)
+                _, tied = own.scores_by_layer[block.layer].unique(return_counts=True)
+                most_off = 2 + int(tied.max())  # equal tokens have equal scores
+                assert used == pytest.approx(mean * n, abs=most_off), (rule, mean, block.name)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +159,7 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
     gathered = gather(tmp_path)
     (section,) = search_sections(gathered)
     assert section.title.startswith("Routing rules") and not gathered.profiles
-    with pytest.raises(Exception, match="another routesweep: its settings"):
+    with pytest.raises(Exception, match="another sweep of routing rules: its settings"):
         swept(profile, quiz, tmp_path, rule="skip", experts="1.5")
 
 

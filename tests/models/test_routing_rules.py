@@ -10,17 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from expertcut.models.modeling_routed import (
-    RULES,
+    RULE_FUNCTIONS,
     SCORES,
     Gate,
     Options,
     Tokens,
+    fill_empty_slots,
     log_shares,
     uniform,
-    with_idle,
 )
-from expertcut.models.routing_rule import RULES as KINDS
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import RULE_KINDS, RoutingRule
 
 N_EXPERTS, TOP_K = 12, 4
 GATES = [Gate(scoring, is_renormalised, 1.5) for scoring in SCORES for is_renormalised in (0, 1)]
@@ -66,8 +65,8 @@ def used_sets(experts_TM: Tensor) -> list[set[int]]:
 
 
 def test_the_table_and_the_functions_name_the_same_rules() -> None:
-    assert list(RULES) == list(KINDS)
-    assert set(IDENTITIES) == set(RULES) - {"random", "contrast"}
+    assert list(RULE_FUNCTIONS) == list(RULE_KINDS)
+    assert set(IDENTITIES) == set(RULE_FUNCTIONS) - {"random", "contrast"}
 
 
 @pytest.mark.parametrize("gate", GATES, ids=str)
@@ -76,7 +75,7 @@ def test_the_table_and_the_functions_name_the_same_rules() -> None:
 def test_an_identity_changes_no_bit(name: str, gate: Gate, weights: str) -> None:
     found = tokens(gate=gate)
     for options in (Options(weights=weights), Options(weights=weights, shuffle=True)):  # type: ignore[arg-type]
-        weights_TM, experts_TM = RULES[name](found, IDENTITIES[name], options)
+        weights_TM, experts_TM = RULE_FUNCTIONS[name](found, IDENTITIES[name], options)
         assert torch.equal(weights_TM, found.weights_TK)
         assert torch.equal(experts_TM, found.experts_TK)
 
@@ -87,7 +86,7 @@ def test_what_is_dropped_has_no_weight_and_the_rest_the_gates_own(name: str, gat
     found = tokens(gate=gate, scale=3.0)
     at = THRESHOLDS[name][-2]
     for options in (Options(), Options(weights="renormalised"), Options(shuffle=True)):
-        weights_TM, experts_TM = RULES[name](found, at, options)
+        weights_TM, experts_TM = RULE_FUNCTIONS[name](found, at, options)
         is_used_TM = experts_TM < N_EXPERTS
         assert not weights_TM[~is_used_TM].any() and (~is_used_TM).any() and is_used_TM.any()
         assert torch.equal(experts_TM[is_used_TM], found.experts_TK[is_used_TM])
@@ -98,10 +97,12 @@ def test_what_is_dropped_has_no_weight_and_the_rest_the_gates_own(name: str, gat
         torch.testing.assert_close(weights_TM, own_TM)
 
 
-@pytest.mark.parametrize("name", [name for name in RULES if name not in ("grouped", "contrast")])
+@pytest.mark.parametrize(
+    "name", [name for name in RULE_FUNCTIONS if name not in ("grouped", "contrast")]
+)
 def test_no_rule_exceeds_the_most_experts(name: str) -> None:
     found, at = tokens(), 2 if name == "top-k" else IDENTITIES.get(name, 0.0)
-    weights_TM, experts_TM = RULES[name](found, at, Options(most=2))
+    weights_TM, experts_TM = RULE_FUNCTIONS[name](found, at, Options(most=2))
     assert ((experts_TM < N_EXPERTS).sum(dim=1) == 2).all()
     assert torch.equal(weights_TM != 0, experts_TM < N_EXPERTS)
     if name in ("random", "smooth"):
@@ -125,11 +126,12 @@ def test_a_stricter_threshold_never_uses_more_experts(
     loose, *_, strict = THRESHOLDS[name]
     loose, strict = max(min(loose, 5), -5), max(min(strict, 5), -5)
     thresholds = [loose + share * (strict - loose) for share in sorted(pair)]
-    if KINDS[name].is_whole:
+    if RULE_KINDS[name].is_whole:
         thresholds = [math.ceil(at) for at in thresholds]
     found = tokens(50, gate, scale, seed)
     n_used = [
-        (RULES[name](found, at, Options(most=most))[1] < N_EXPERTS).sum(dim=1) for at in thresholds
+        (RULE_FUNCTIONS[name](found, at, Options(most=most))[1] < N_EXPERTS).sum(dim=1)
+        for at in thresholds
     ]
     assert (n_used[0] >= n_used[1]).all()
 
@@ -138,7 +140,7 @@ def test_fewer_and_more_experts_are_those_of_a_gate_with_another_k() -> None:
     for gate in GATES:
         found = tokens(gate=gate)
         for k in (1, 3, 4, 5, N_EXPERTS):
-            weights_TM, experts_TM = RULES["top-k"](found, k, Options())
+            weights_TM, experts_TM = RULE_FUNCTIONS["top-k"](found, k, Options())
             alpha_Tk, best_Tk = found.alpha_TE.topk(k, dim=1)
             if gate.is_renormalised:
                 alpha_Tk = alpha_Tk / alpha_Tk.sum(dim=1, keepdim=True)
@@ -166,13 +168,13 @@ def dynamic_moe(alpha_TE: Tensor, p: float) -> list[set[int]]:
 @pytest.mark.parametrize("p", [0.3, 0.5, 0.9])
 def test_top_p_takes_the_experts_of_dynamic_moe(p: float) -> None:
     found = tokens(10_000, Gate("softmax"), scale=2.0)
-    weights_TM, experts_TM = RULES["top-p"](found, p, Options(most=N_EXPERTS))
+    weights_TM, experts_TM = RULE_FUNCTIONS["top-p"](found, p, Options(most=N_EXPERTS))
     expected = dynamic_moe(found.logits_TE.softmax(dim=-1), p)
     assert used_sets(experts_TM) == expected
     assert len({len(own) for own in expected}) > 2
     alpha_TE = torch.nn.functional.pad(found.alpha_TE, (0, 1))  # its weights are α itself
     torch.testing.assert_close(weights_TM, alpha_TE.gather(1, experts_TM))
-    capped = used_sets(RULES["top-p"](found, p, Options(most=2))[1])
+    capped = used_sets(RULE_FUNCTIONS["top-p"](found, p, Options(most=2))[1])
     assert [len(own) for own in capped] == [min(len(own), 2) for own in expected]
 
 
@@ -186,7 +188,7 @@ def test_null_is_a_router_with_null_experts_of_one_logit(n_null: int, is_equal: 
     weights_TK = weights_TK / weights_TK.sum(dim=1, keepdim=True).clamp(min=1e-30)
     places_TK = experts_TK.clamp(max=N_EXPERTS)
     expected_TE = torch.zeros(2000, N_EXPERTS + 1).scatter_add(1, places_TK, weights_TK)
-    weights_TM, experts_TM = RULES["null"](found, logit, Options())
+    weights_TM, experts_TM = RULE_FUNCTIONS["null"](found, logit, Options())
     found_TE = torch.zeros(2000, N_EXPERTS + 1).scatter_add(1, experts_TM, weights_TM)
     is_same_T = torch.isclose(found_TE, expected_TE, atol=1e-6).all(dim=1)
     assert bool(is_same_T.all()) == is_equal
@@ -195,7 +197,7 @@ def test_null_is_a_router_with_null_experts_of_one_logit(n_null: int, is_equal: 
 
 def test_entropy_and_fitted_count_as_they_say() -> None:
     found = tokens(gate=Gate("sigmoid"), scale=3.0)
-    _, experts_TM = RULES["entropy"](found, 0.3, Options(most=7))
+    _, experts_TM = RULE_FUNCTIONS["entropy"](found, 0.3, Options(most=7))
     p_TE = found.alpha_TE.double() / found.alpha_TE.double().sum(dim=1, keepdim=True)
     h_T = -(p_TE * p_TE.log()).sum(dim=1)
     expected = [min(max(math.ceil(0.3 * math.exp(h)), 1), 7) for h in h_T.tolist()]
@@ -208,7 +210,7 @@ def test_entropy_and_fitted_count_as_they_say() -> None:
         logs = [1.0, *(math.log(g / ranked[0]) for g in ranked[1:])]
         errors = [sum(c * x for c, x in zip(row, logs, strict=True)) for row in fit]
         counts.append(next((k for k, y in enumerate(errors, 1) if y <= 0.2), TOP_K))
-    _, experts_TM = RULES["fitted"](found, 0.2, Options())
+    _, experts_TM = RULE_FUNCTIONS["fitted"](found, 0.2, Options())
     assert [len(own) for own in used_sets(experts_TM)] == counts and len(set(counts)) > 1
     assert log_shares(torch.zeros(1, 3)).isfinite().all()
 
@@ -223,18 +225,18 @@ def test_odp_keeps_all_experts_of_the_tokens_that_later_ones_read() -> None:
         for j in range(50)
     ]
     first = sorted(range(50), key=lambda j: -importance[j])[:5]  # ⌈0.09 · 50⌉
-    skipped = used_sets(RULES["skip"](found, 0.7, Options())[1])
-    kept = used_sets(RULES["odp"](found, 0.7, Options(share=0.09))[1])
+    skipped = used_sets(RULE_FUNCTIONS["skip"](found, 0.7, Options())[1])
+    kept = used_sets(RULE_FUNCTIONS["odp"](found, 0.7, Options(share=0.09))[1])
     own = used_sets(found.experts_TK)
     assert kept == [own[j] if j in first else skipped[j] for j in range(50)]
     assert kept != skipped
-    assert used_sets(RULES["odp"](found, 0.7, Options(share=0))[1]) == skipped
-    assert used_sets(RULES["odp"](found, 0.7, Options(share=1))[1]) == own
+    assert used_sets(RULE_FUNCTIONS["odp"](found, 0.7, Options(share=0))[1]) == skipped
+    assert used_sets(RULE_FUNCTIONS["odp"](found, 0.7, Options(share=1))[1]) == own
 
 
 def test_groups_get_equally_many_experts_and_their_best() -> None:
     found = tokens()
-    weights_TM, experts_TM = RULES["grouped"](found, 2, Options())
+    weights_TM, experts_TM = RULE_FUNCTIONS["grouped"](found, 2, Options())
     for row, alpha_E in zip(experts_TM.tolist(), found.alpha_TE, strict=True):
         for half in (range(6), range(6, 12)):
             best = sorted(half, key=lambda e: -float(alpha_E[e]))[:2]
@@ -247,7 +249,7 @@ def test_smooth_scores_are_shared_with_similar_earlier_tokens() -> None:
     found = tokens(20)
     assert found.input_TD is not None
     x, alpha = found.input_TD.double(), found.alpha_TE.double()
-    weights_TM, experts_TM = RULES["smooth"](found, 0.3, Options(temperature=0.5))
+    weights_TM, experts_TM = RULE_FUNCTIONS["smooth"](found, 0.3, Options(temperature=0.5))
     for i in range(20):
         near = torch.stack([torch.cosine_similarity(x[i], x[j], dim=0) for j in range(i + 1)])
         mixed_E = 0.7 * alpha[i] + 0.3 * ((near / 0.5).softmax(dim=0) @ alpha[: i + 1])
@@ -259,26 +261,28 @@ def test_smooth_scores_are_shared_with_similar_earlier_tokens() -> None:
 
 def test_random_experts_are_distinct_alike_and_a_function_of_the_seed() -> None:
     found = tokens(6000)
-    weights_TM, experts_TM = RULES["random"](found, 0, Options())
+    weights_TM, experts_TM = RULE_FUNCTIONS["random"](found, 0, Options())
     assert torch.equal(weights_TM, found.weights_TK)
     assert all(len(own) == TOP_K for own in used_sets(experts_TM))
     share_E = experts_TM.flatten().bincount(minlength=N_EXPERTS) / 6000
     assert (share_E - TOP_K / N_EXPERTS).abs().max() < 0.03
     first_E = experts_TM[:, 0].bincount(minlength=N_EXPERTS) / 6000
     assert (first_E - 1 / N_EXPERTS).abs().max() < 0.02
-    assert torch.equal(experts_TM, RULES["random"](found, 0, Options())[1])
-    assert not torch.equal(experts_TM, RULES["random"](found, 0, Options(seed=1))[1])
+    assert torch.equal(experts_TM, RULE_FUNCTIONS["random"](found, 0, Options())[1])
+    assert not torch.equal(experts_TM, RULE_FUNCTIONS["random"](found, 0, Options(seed=1))[1])
     chance_TE = uniform(found, 3)
     assert chance_TE.min() >= 0 and chance_TE.max() < 1
     assert abs(float(chance_TE.mean()) - 0.5) < 0.01 and abs(float(chance_TE.var()) - 1 / 12) < 0.01
-    n_left_out = TOP_K - sum(map(len, used_sets(RULES["dropout"](found, 0.3, Options())[1]))) / 6000
+    n_left_out = (
+        TOP_K - sum(map(len, used_sets(RULE_FUNCTIONS["dropout"](found, 0.3, Options())[1]))) / 6000
+    )
     assert abs(n_left_out - 0.3 * (TOP_K - 1)) < 0.05
 
 
 def test_shuffled_rules_leave_out_as_many_experts_but_others() -> None:
     found = tokens()
     plain, shuffled = (
-        used_sets(RULES["skip"](found, 0.6, Options(shuffle=is_shuffled))[1])
+        used_sets(RULE_FUNCTIONS["skip"](found, 0.6, Options(shuffle=is_shuffled))[1])
         for is_shuffled in (False, True)
     )
     assert list(map(len, plain)) == list(map(len, shuffled)) and plain != shuffled
@@ -288,7 +292,7 @@ def test_shuffled_rules_leave_out_as_many_experts_but_others() -> None:
 @pytest.mark.parametrize("rank", [0, 2, 7])  # 7: none that the router chose
 def test_the_weak_run_is_one_expert_with_the_weights_of_all(gate: Gate, rank: int) -> None:
     found = tokens(gate=gate)
-    weights_TM, experts_TM = RULES["contrast"](found, rank, Options())
+    weights_TM, experts_TM = RULE_FUNCTIONS["contrast"](found, rank, Options())
     assert torch.equal(experts_TM[:, 0], found.score_TE.sort(dim=1, descending=True)[1][:, rank])
     assert (experts_TM[:, 1:] == N_EXPERTS).all() and not weights_TM[:, 1:].any()
     torch.testing.assert_close(weights_TM[:, 0], found.weights_TK.sum(dim=1))
@@ -305,13 +309,13 @@ def test_a_mask_of_experts_is_kept_where_a_rule_takes_more() -> None:
     masked = replace(masked, experts_TK=logits_TE.topk(TOP_K, dim=1).indices)
     thresholds = {"top-k": 11, "top-p": 0.99, "random": 0, "smooth": 0.5, "contrast": 9}
     for name, at in thresholds.items():
-        _, experts_TM = RULES[name](masked, at, Options(most=11))
+        _, experts_TM = RULE_FUNCTIONS[name](masked, at, Options(most=11))
         assert experts_TM.min() >= 3, name
 
 
 def test_nobody_becomes_an_expert_that_the_token_does_not_use() -> None:
-    weights_TM, experts_TM = RULES["skip"](tokens(), 0.6, Options())
-    idle_weights_TM, idle_TM = with_idle(weights_TM, experts_TM, N_EXPERTS)
+    weights_TM, experts_TM = RULE_FUNCTIONS["skip"](tokens(), 0.6, Options())
+    idle_weights_TM, idle_TM = fill_empty_slots(weights_TM, experts_TM, N_EXPERTS)
     assert torch.equal(weights_TM, idle_weights_TM) and idle_TM.max() < N_EXPERTS
     is_nobody_TM = experts_TM == N_EXPERTS
     assert is_nobody_TM.any() and torch.equal(experts_TM[~is_nobody_TM], idle_TM[~is_nobody_TM])

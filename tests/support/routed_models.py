@@ -13,7 +13,7 @@ from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.edits.router_edits import with_routing
 from expertcut.models.load import MoeModel
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 
 
 def routed_plan(
@@ -21,7 +21,7 @@ def routed_plan(
     rule: str,
     at: float | Mapping[int, float],
     layout: Layout = "routed",
-    fits: Mapping[int, Fit] | None = None,
+    fits: Mapping[int, ErrorCoefficients] | None = None,
 ) -> EditPlan:
     """All experts stay; the rule acts in all layers, or in those with a threshold."""
     edits = {b.name: BlockEdit(keep=tuple(range(b.n_experts))) for b in moe.blocks}

@@ -21,7 +21,7 @@ from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
 from expertcut.models.checkpoint_dir import find_local
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 from expertcut.profiling.blend import BlendRule
 from expertcut.profiling.schema import BlockInfo, ModelInfo
 from expertcut.profiling.storage import Profile, once_per_profile
@@ -47,7 +47,7 @@ class BlockEdit(Record):
     # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
     at: FiniteFloat | None = None  # threshold of the plan's routing rule; None keeps the routing
-    fit: Fit | None = None  # coefficients of rule fitted
+    fit: ErrorCoefficients | None = None  # coefficients of rule fitted
 
     @model_validator(mode="after")
     def _names_experts_that_stay(self) -> Self:

@@ -11,12 +11,14 @@ from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import RemovalTrial, sample_inputs
 from expertcut.models.modeling_routed import log_shares
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import Fit, RoutingRule, Weights
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule, Weights
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.rerouting import Rerouting, rerouted
 
 
-def fit_errors(engine: Engine, tuning: CalibrationSet, weights: Weights = "gate") -> dict[int, Fit]:
+def fit_errors(
+    engine: Engine, tuning: CalibrationSet, weights: Weights = "gate"
+) -> dict[int, ErrorCoefficients]:
     """The coefficients of every layer, for a rule with these gate weights."""
     sample = sample_inputs(engine, tuning)
     blocks = engine.moe.blocks
@@ -24,7 +26,7 @@ def fit_errors(engine: Engine, tuning: CalibrationSet, weights: Weights = "gate"
 
 
 @torch.inference_mode()
-def fit_block(block: MoeBlock, x_TD: Tensor, weights: Weights = "gate") -> Fit:
+def fit_block(block: MoeBlock, x_TD: Tensor, weights: Weights = "gate") -> ErrorCoefficients:
     """The coefficients (K - 1, K) of one block on its inputs, by least squares."""
     errors_TK, shares_TK = measured_errors(block, x_TD, weights)
     if not errors_TK.shape[1]:

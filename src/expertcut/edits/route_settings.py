@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 from expertcut.documents import Record
 from expertcut.edits.edit_settings import CHECKPOINT, RANK, ROUTER
 from expertcut.errors import SettingsError
-from expertcut.models.routing_rule import RULES, Level, RoutingRule, Weights
+from expertcut.models.routing_rule import RULE_KINDS, Level, RoutingRule, Weights
 from expertcut.settings import Settings, option, refuse
 
 CALIBRATED = ("skip", "top-p", "entropy", "null", "odp", "fitted")
@@ -45,8 +45,8 @@ def _check_numbers(text: str) -> str:
 def _check_rules(text: str) -> str:
     names = [name.strip() for name in text.split(",")]
     for name in names:
-        if name not in RULES:
-            refuse(f"no rule {name[:60]!a}: take {', '.join(RULES)}")
+        if name not in RULE_KINDS:
+            refuse(f"no rule {name[:60]!a}: take {', '.join(RULE_KINDS)}")
         if names.count(name) > 1:
             refuse(f"{text[:100]!a} has {name} twice")
     return ",".join(names)
@@ -111,7 +111,7 @@ class RouteSetting(Record):
 class RouteSettings(Settings):
     """Which experts a token uses, by which rule."""
 
-    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(RULES)}.")
+    rule: Rules = _router("skip", f"Rule, or several with --sweep: {', '.join(RULE_KINDS)}.")
     at: Numbers | None = _router(
         None, "Threshold of the rule (k of top-k, groups of grouped); several separated by "
         "commas.  [default: the rule's own]", metavar="F",
@@ -207,12 +207,12 @@ class RouteSettings(Settings):
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
             )
-        if not self.is_judging and not RULES[self.rules[0]].is_exportable:
+        if not self.is_judging and not RULE_KINDS[self.rules[0]].is_exportable:
             raise SettingsError(
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
             )
-        tuned = [rule for rule in CALIBRATED if RULES[rule].is_exportable]
+        tuned = [rule for rule in CALIBRATED if RULE_KINDS[rule].is_exportable]
         if self.tune and (self.at or self.experts or self.rules[0] not in tuned):
             raise SettingsError(
                 f"--tune chooses the threshold of one of the rules {', '.join(tuned)}: take one of "

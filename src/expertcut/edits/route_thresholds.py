@@ -7,7 +7,6 @@ T are tokens, X the places behind those that always stay.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,46 +15,52 @@ from expertcut.data.corpus import CalibrationSet, round_robin
 from expertcut.edits.calibrate import CALIBRATION_QUESTIONS, Reservoir, collect_routing
 from expertcut.errors import SettingsError
 from expertcut.models.hooks import Routing
-from expertcut.models.modeling_routed import log_shares
+from expertcut.models.modeling_routed import Tokens, best_first, log_shares
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import RULES, Fit, RoutingRule
+from expertcut.models.routing_rule import RULE_KINDS, ErrorCoefficients, RoutingRule
 from expertcut.scoring.engine import Engine
+from expertcut.scoring.rerouting import tokens_of
 
 MOST_TOKENS = 1 << 16
-Scores = Callable[[Routing, Tensor, int], Tensor]
+Scores = Callable[[Tokens, int], Tensor]
+"""Scores (T, X) by which further experts stay, of the best `most` of each token."""
 
 
-def _skip(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
+def _skip(tokens: Tokens, most: int) -> Tensor:
     """g_i / g_1 of all but the largest gate weight."""
-    weights_TK = routing.weights_TK.float().sort(dim=1, descending=True).values
-    return weights_TK[:, 1:most] / weights_TK[:, :1]
+    weights_TK = _of_best(tokens, tokens.weights_TK, most)
+    return weights_TK[:, 1:] / weights_TK[:, :1]
 
 
-def _top_p(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
+def _of_best(tokens: Tokens, values_TK: Tensor, most: int) -> Tensor:
+    """The values of the best `most` routed experts, the largest first; best by selection score."""
+    order_TM = tokens.rank_TK.argsort(dim=1)[:, :most]
+    return values_TK.float().gather(1, order_TM).sort(dim=1, descending=True).values
+
+
+def _top_p(tokens: Tokens, most: int) -> Tensor:
     """What the experts before a place leave of the probability: it stays while ≥ 1 − p."""
-    alpha_TM = alpha_TE.topk(most, dim=1).values
-    return 1 - alpha_TM.cumsum(dim=1)[:, :-1]
+    probability_TM = tokens.probability_TE.gather(1, best_first(tokens, most))
+    return 1 - probability_TM.cumsum(dim=1)[:, :-1]
 
 
-def _entropy(_routing: Routing, alpha_TE: Tensor, most: int) -> Tensor:
+def _entropy(tokens: Tokens, most: int) -> Tensor:
     """exp(H) over the number of experts before a place: it stays while above 1 / c."""
-    entropy_T1 = torch.special.entr(alpha_TE).sum(dim=1, keepdim=True)
-    places_X = torch.arange(1, most)
-    score_TX: Tensor = entropy_T1.exp() / places_X
-    return score_TX
+    entropy_T1 = torch.special.entr(tokens.probability_TE.double()).sum(dim=1, keepdim=True)
+    score_TX: Tensor = entropy_T1.exp() / torch.arange(1, most)
+    return score_TX.float()
 
 
-def _null(routing: Routing, _alpha_TE: Tensor, most: int) -> Tensor:
+def _null(tokens: Tokens, most: int) -> Tensor:
     """Logits of the chosen experts, each of which stays while above b."""
-    logits_TK = routing.logits_TE.float().gather(1, routing.experts_TK)
-    return logits_TK.sort(dim=1, descending=True).values[:, :most]
+    return _of_best(tokens, tokens.logits_TE.gather(1, tokens.experts_TK), most)
 
 
-def _fitted(fits: Mapping[int, Fit], routing: Routing, _alpha_TE: Tensor, _most: int) -> Tensor:
+def _fitted(tokens: Tokens, most: int) -> Tensor:
     """The least fitted error of fewer experts than a place: it stays while above ε."""
-    fit_KK = torch.tensor(fits[routing.layer], dtype=torch.float64)
-    error_TX = log_shares(routing.weights_TK) @ fit_KK.T
-    return error_TX.cummin(dim=1).values.float()
+    assert tokens.fit_KK is not None, "rule fitted was fitted"
+    error_TX = log_shares(tokens.weights_TK) @ tokens.fit_KK.T
+    return error_TX.cummin(dim=1).values[:, : most - 1].float()
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ _RULES: dict[str, _Calibrated] = {
     "top-p": _Calibrated(_top_p, lambda level: 1 - level),
     "entropy": _Calibrated(_entropy, lambda level: 1 / level),
     "null": _Calibrated(_null, lambda level: level, n_fixed=0),
-    "fitted": _Calibrated(_skip, lambda level: level),  # with scores of its fit
+    "fitted": _Calibrated(_fitted, lambda level: level),
     "odp": _Calibrated(_skip, lambda level: level, whole=RoutingRule(rule="odp").share),
 }
 
@@ -89,13 +94,18 @@ class GateSample:
     scores_by_layer: dict[int, Tensor]  # (T · X,)
     n_places: int
 
+    @property
+    def n_most(self) -> int:
+        """The most experts that a token may use."""
+        return _RULES[self.rule].n_fixed + self.n_places
+
     def thresholds(self, experts: float) -> dict[int, float]:
         """By layer the `at` with which these tokens use so many experts in the mean.
 
         A few more where scores are tied at the end of what the rule takes, as of two equal weights.
         """
-        own, kind = _RULES[self.rule], RULES[self.rule]
-        n_all = own.n_fixed + self.n_places
+        own, kind = _RULES[self.rule], RULE_KINDS[self.rule]
+        n_all = self.n_most
         of_others = (experts - own.whole * n_all) / (1 - own.whole)
         share = (of_others - own.n_fixed) / max(self.n_places, 1)
         if not 0 <= share <= 1:
@@ -125,22 +135,19 @@ def sample_gates(
     tuning: CalibrationSet,
     rules: Sequence[str],
     n_most: int | None,
-    fits: Mapping[int, Fit] | None = None,
+    fits: Mapping[int, ErrorCoefficients] | None = None,
 ) -> dict[str, GateSample]:
     """The samples of several rules, from one pass; `fits` are those of rule fitted."""
-    scores_of = {rule: _RULES[rule].scores for rule in rules}
-    if "fitted" in rules:
-        scores_of["fitted"] = partial(_fitted, fits or {})
     blocks = engine.moe.blocks
     few, layers = round_robin(tuning, CALIBRATION_QUESTIONS), {block.layer for block in blocks}
     reservoir, widths = Reservoir(MOST_TOKENS), dict[str, int]()
+    fit_by_layer = {i: torch.tensor(fit, dtype=torch.float64) for i, fit in (fits or {}).items()}
 
     def see(routing: Routing, _is_answer_T: Tensor) -> None:
-        block = blocks[routing.layer]
-        alpha_TE, parts = block.alpha(routing.logits_TE), []
-        alpha_TE = alpha_TE / alpha_TE.sum(dim=1, keepdim=True)  # 1 already for a softmax
+        block, parts = blocks[routing.layer], []
+        tokens = tokens_of(block, routing, fit_by_layer.get(routing.layer))
         for rule in rules:
-            parts.append(scores_of[rule](routing, alpha_TE, most_experts(block, rule, n_most)))
+            parts.append(_RULES[rule].scores(tokens, most_experts(block, rule, n_most)))
             widths[rule] = parts[-1].shape[1]
         reservoir.add(routing.layer, torch.cat(parts, dim=1))
 
@@ -162,4 +169,4 @@ def most_experts(block: MoeBlock, rule: str, n_most: int | None) -> int:
     0 is all; rules that only leave out never go beyond K.
     """
     wanted = block.top_k if n_most is None else n_most or block.n_experts
-    return min(wanted, block.n_experts if RULES[rule].may_widen else block.top_k)
+    return min(wanted, block.n_experts if RULE_KINDS[rule].may_widen else block.top_k)

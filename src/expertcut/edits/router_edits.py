@@ -14,7 +14,7 @@ from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
 from expertcut.edits.reweight_select import Chooser, QuestionOutcomes, SelectedExpert, right
 from expertcut.errors import PlanError, SettingsError
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
 from expertcut.stats import Array, gained_lost, wilson_interval
@@ -335,7 +335,7 @@ def route_draft(
     at_by_layer: Mapping[int, float],
     layout: Layout = "routed",
     *,
-    fit_by_layer: Mapping[int, Fit] | None = None,
+    fit_by_layer: Mapping[int, ErrorCoefficients] | None = None,
     action: str = "",
     is_tuned: bool = False,
 ) -> EditPlan:
@@ -353,7 +353,7 @@ def with_routing(
     draft: EditPlan,
     rule: RoutingRule,
     at_by_layer: Mapping[int, float],
-    fit_by_layer: Mapping[int, Fit],
+    fit_by_layer: Mapping[int, ErrorCoefficients],
 ) -> EditPlan:
     """A plan whose routers choose by a rule; layers without a threshold keep their routing."""
     names = list(draft.edits)

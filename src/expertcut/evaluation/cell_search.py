@@ -17,6 +17,7 @@ from expertcut.scoring.passes import OnPass
 
 Document = TypeVar("Document", Sweep, RouteSweep)
 Search = TypeVar("Search", Sweep, Audit, RouteSweep)
+_NOUNS: dict[type[Record], str] = {RouteSweep: "sweep of routing rules"}
 
 
 class Step(NamedTuple):
@@ -61,5 +62,6 @@ def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | No
     """The search of an earlier run of this request, None in a new or empty folder."""
     earlier = load_unfinished(file, kind)
     if earlier is not None:
-        check_same(file.parent, earlier.asked, request, kind.__name__.lower())
+        noun = _NOUNS.get(kind, kind.__name__.lower())
+        check_same(file.parent, earlier.asked, request, noun)
     return earlier

@@ -20,7 +20,7 @@ from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import RULES, Fit, RoutingRule
+from expertcut.models.routing_rule import RULE_KINDS, ErrorCoefficients, RoutingRule
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
@@ -46,7 +46,7 @@ class Rules:
         return sample_gates(self.engine, self._tuning, rules, self.settings.n_most, self.fits)
 
     @cached_property
-    def fits(self) -> dict[int, Fit]:
+    def fits(self) -> dict[int, ErrorCoefficients]:
         """By layer the fit of rule fitted, if it is one of them."""
         if "fitted" not in self.settings.rules:
             return {}
@@ -91,7 +91,7 @@ def with_controls(
 ) -> tuple[RouteSetting, ...]:
     """The settings, draws of those that leave experts out, and draws of rule `random`."""
     own = [setting for setting in settings if setting.rule != "random"]
-    dropping = [setting for setting in own if RULES[setting.rule].way != "chooses"]
+    dropping = [setting for setting in own if RULE_KINDS[setting.rule].effect != "chooses"]
     return (
         *own,
         *(s.model_copy(update={"draw": i}) for s in dropping for i in range(matched)),

@@ -8,7 +8,7 @@ from pydantic import Field, FiniteFloat, ValidationError
 from expertcut.documents import Record, first_fault
 from expertcut.errors import ContractError, ModelError
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 
 ROUTING_KEY = "expert_routing"
 TYPE_PREFIX = "routed_"  # of config.model_type: whatever knows the family only would drop the rule
@@ -47,7 +47,7 @@ class ExpertRouting(RoutingRule):
     gate: RoutedGate
     places: int  # per token (M), that routers give
     layers: dict[_Layer, FiniteFloat] = Field(min_length=1)
-    fits: dict[_Layer, Fit] | None = None  # of rule fitted
+    fits: dict[_Layer, ErrorCoefficients] | None = None  # of rule fitted
 
     @classmethod
     def of(
@@ -55,7 +55,7 @@ class ExpertRouting(RoutingRule):
         blocks: Sequence[MoeBlock],
         rule: RoutingRule,
         at_by_layer: Mapping[int, float],
-        fit_by_layer: Mapping[int, Fit],
+        fit_by_layer: Mapping[int, ErrorCoefficients],
     ) -> Self:
         """The declaration for a loaded model; ContractError if its gates differ."""
         gates = {b.name: RoutedGate.of(b) for b in blocks if b.layer in at_by_layer}
@@ -83,8 +83,3 @@ def routing_in(config: Mapping[str, Any]) -> ExpertRouting | None:
     except ValidationError as error:
         fault = first_fault(error)
         raise ModelError(f"config.json declares no valid {ROUTING_KEY}: {fault}") from None
-
-
-def family_type(config: Mapping[str, Any]) -> str:
-    """`model_type` of the family, also for a checkpoint with a rule."""
-    return str(config.get("model_type")).removeprefix(TYPE_PREFIX)

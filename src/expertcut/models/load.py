@@ -28,10 +28,12 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
 MODELLING_FILE, ROUTED_FILE = "modeling_exact.py", "modeling_routed.py"
-# SHA-256 of earlier files, whose constants are called `experts.<id>.approx_value`.
+# SHA-256 of earlier files: two whose constants are called `experts.<id>.approx_value`, and one
+# whose rule skip compares with the largest gate weight even where `most` leaves that expert out.
 _EARLIER_FILES = (
     "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
     "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
+    "1352bf2af53294bdcf077135903930292b063b5c1aaf64e846944006fb67b8c4",
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

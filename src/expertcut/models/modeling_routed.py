@@ -124,7 +124,7 @@ def skip(tokens: Tokens, at: float, options: Options) -> Chosen:
     NAEE (arXiv:2402.14800, method/dynamic_skipping.py) compares the second of two; here each is
     compared with the first.
     """
-    return kept(tokens, _is_large(tokens, at), options)
+    return kept(tokens, _is_large(tokens, at, options), options)
 
 
 def top_p(tokens: Tokens, at: float, options: Options) -> Chosen:
@@ -136,7 +136,7 @@ def top_p(tokens: Tokens, at: float, options: Options) -> Chosen:
     most = options.most or tokens.top_k
     if at >= 1:  # a sum of probabilities may exceed 1 by rounding
         return best(tokens, torch.full_like(tokens.experts_TK[:, 0], most), most, options)
-    probability_TM = tokens.probability_TE.gather(1, _best_first(tokens, most)).cumsum(dim=1)
+    probability_TM = tokens.probability_TE.gather(1, best_first(tokens, most)).cumsum(dim=1)
     return best(tokens, 1 + (probability_TM[:, :-1] <= at).sum(dim=1), most, options)
 
 
@@ -168,7 +168,7 @@ def odp(tokens: Tokens, at: float, options: Options) -> Chosen:
     importance_T = size_T * attention_T
     first_N = importance_T.topk(math.ceil(options.share * len(importance_T))).indices
     is_first_T = torch.zeros_like(importance_T, dtype=torch.bool).index_fill(0, first_N, True)
-    return kept(tokens, _is_large(tokens, at) | is_first_T[:, None], options)
+    return kept(tokens, _is_large(tokens, at, options) | is_first_T[:, None], options)
 
 
 def fitted(tokens: Tokens, at: float, options: Options) -> Chosen:
@@ -237,7 +237,7 @@ def rank(tokens: Tokens, at: float, options: Options) -> Chosen:
 
     The weak run of rule contrast (SCMoE, arXiv:2405.14507).
     """
-    expert_T1 = _best_first(tokens, int(at) + 1)[:, int(at) :]
+    expert_T1 = best_first(tokens, int(at) + 1)[:, int(at) :]
     total_T1 = tokens.weights_TK.double().sum(dim=1, keepdim=True).to(tokens.weights_TK.dtype)
     is_cut_T1 = tokens.logits_TE.gather(1, expert_T1).isneginf()  # by a mask
     weights_T1 = total_T1.masked_fill(is_cut_T1, 0)
@@ -261,8 +261,11 @@ def mixed(key: Tensor) -> Tensor:
     return key ^ (key >> 31 & (1 << 33) - 1)
 
 
-def _is_large(tokens: Tokens, at: float) -> Tensor:
+def _is_large(tokens: Tokens, at: float, options: Options) -> Tensor:
+    """Against the largest weight of those that `most` allows."""
     weights_TK = tokens.weights_TK.double()
+    if options.most is not None:
+        weights_TK = weights_TK.masked_fill(tokens.rank_TK >= options.most, 0)
     largest_T1 = weights_TK.amax(dim=1, keepdim=True)
     return (weights_TK >= at * largest_T1) | (weights_TK == largest_T1)
 
@@ -275,13 +278,13 @@ def best(tokens: Tokens, n_T: Tensor, most: int, options: Options) -> Chosen:
     n_T1 = n_T.clamp(max=most)[:, None]
     if most <= tokens.top_k:
         return kept(tokens, tokens.rank_TK < n_T1, options)
-    experts_TM = _best_first(tokens, most)
+    experts_TM = best_first(tokens, most)
     is_cut_TM = tokens.logits_TE.gather(1, experts_TM).isneginf()  # by a mask
     is_left_out_TM = is_cut_TM | (torch.arange(most, device=n_T.device) >= n_T1)
     return chosen(tokens, experts_TM.masked_fill(is_left_out_TM, tokens.n_experts), options)
 
 
-def _best_first(tokens: Tokens, most: int) -> Tensor:
+def best_first(tokens: Tokens, most: int) -> Tensor:
     """Ids of the `most` best experts: of the router's own choices, or of all if that is more."""
     if most <= tokens.top_k:
         return tokens.experts_TK.gather(1, tokens.rank_TK.argsort(dim=1))[:, :most]
@@ -335,7 +338,7 @@ def chosen(
     return weights_TM, torch.where(is_same_T1, before_TM, experts_TM)
 
 
-def with_idle(weights_TM: Tensor, experts_TM: Tensor, n_experts: int) -> Chosen:
+def fill_empty_slots(weights_TM: Tensor, experts_TM: Tensor, n_experts: int) -> Chosen:
     """Nobody becomes an expert that the token does not use, with weight 0: for loops without E."""
     is_nobody_TM = experts_TM >= n_experts
     used_TE = torch.zeros(len(experts_TM), n_experts + 1, device=experts_TM.device)
@@ -343,7 +346,7 @@ def with_idle(weights_TM: Tensor, experts_TM: Tensor, n_experts: int) -> Chosen:
     return weights_TM.masked_fill(is_nobody_TM, 0), torch.where(is_nobody_TM, idle_T1, experts_TM)
 
 
-RULES: dict[str, Rule] = {
+RULE_FUNCTIONS: dict[str, Rule] = {
     "top-k": top_k,
     "skip": skip,
     "top-p": top_p,
@@ -381,7 +384,7 @@ class RoutedRouter(nn.Module):
         tokens = Tokens(gate, logits_TE, score_TE, weights_TK, experts_TK, fit_KK=fit_KK)
         options = Options(**{field.name: said[field.name] for field in fields(Options)})
         at = said["layers"][str(self.layer)]
-        return logits_TE, *RULES[said["rule"]](tokens, at, options)
+        return logits_TE, *RULE_FUNCTIONS[said["rule"]](tokens, at, options)
 
     def family_forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the family's router gives, before the rule."""
@@ -411,7 +414,7 @@ class RoutedExperts(nn.Module):
         # The eager loop of some families counts E experts only.
         is_skipping = self.config._experts_implementation not in ("eager", None)
         if not is_skipping or not hasattr(self, "_is_expert_parallel"):
-            weights_TM, experts_TM = with_idle(weights_TM, experts_TM, self.num_experts)
+            weights_TM, experts_TM = fill_empty_slots(weights_TM, experts_TM, self.num_experts)
         y_TD: Tensor = super().forward(x_TD, experts_TM, weights_TM)
         return y_TD
 

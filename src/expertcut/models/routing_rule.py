@@ -18,125 +18,75 @@ if TYPE_CHECKING:
 
 Weights = Literal["gate", "renormalised"]
 Level = Literal["token", "prompt"]
-Fit = tuple[tuple[FiniteFloat, ...], ...]  # coefficients (K - 1, K) of rule fitted
+ErrorCoefficients = tuple[tuple[FiniteFloat, ...], ...]  # coefficients (K - 1, K) of rule fitted
 MOST_EXPERTS = 65_535
 
 
 @dataclass(frozen=True)
 class RuleKind:
-    """What a rule does, and which thresholds it takes."""
+    """What a rule does, and which thresholds it takes; sources are in `modeling_routed.py`."""
 
-    help: str
     threshold: str  # what the threshold of a layer means; empty if there is none
     low: float = 0.0  # the least threshold
     high: float = 0.0
     is_whole: bool = False  # the threshold is a whole number
     # drops: leaves out some of the router's choices; widens: or takes more of the best, if `most`
     # allows it; chooses: takes others.
-    way: Literal["drops", "widens", "chooses"] = "drops"
+    effect: Literal["drops", "widens", "chooses"] = "drops"
     keeps_weights: bool = True  # of the router, as long as it takes K experts
     needs_prompt: bool = False  # whole prompts, one at a time
     needs_attention: bool = False
     is_exportable: bool = True  # needs nothing but what a router has
-    paper: str = ""
 
     @property
     def may_widen(self) -> bool:
         """Whether it takes more than the router's K experts if `most` allows it."""
-        return self.way == "widens"
+        return self.effect == "widens"
 
 
 _INF = float("inf")
-RULES: Mapping[str, RuleKind] = {
+RULE_KINDS: Mapping[str, RuleKind] = {
     "top-k": RuleKind(
-        help="The k best experts.",
-        threshold="experts per token",
-        low=1,
-        high=MOST_EXPERTS,
-        is_whole=True,
-        way="widens",
+        threshold="experts per token", low=1, high=MOST_EXPERTS, is_whole=True, effect="widens"
     ),
-    "skip": RuleKind(
-        help="Experts with a gate weight of at least a share of the largest.",
-        threshold="share of the largest gate weight",
-        high=1,
-        paper="2402.14800",
-    ),
-    "top-p": RuleKind(
-        help="The fewest best experts whose probability exceeds a sum.",
-        threshold="sum of probabilities",
-        high=1,
-        way="widens",
-        paper="2403.07652",
-    ),
-    "entropy": RuleKind(
-        help="As many of the best experts as the entropy of the router says.",
-        threshold="factor of exp(entropy)",
-        high=_INF,
-        way="widens",
-    ),
-    "null": RuleKind(
-        help="Experts with a logit above that of null experts.",
-        threshold="logit of null experts",
-        low=-_INF,
-        high=_INF,
-        paper="2406.13233",
-    ),
+    "skip": RuleKind(threshold="share of the largest gate weight", high=1),
+    "top-p": RuleKind(threshold="sum of probabilities", high=1, effect="widens"),
+    "entropy": RuleKind(threshold="factor of exp(entropy)", high=_INF, effect="widens"),
+    "null": RuleKind(threshold="logit of null experts", low=-_INF, high=_INF),
     "odp": RuleKind(
-        help="As skip, but all experts for the most important tokens.",
         threshold="share of the largest gate weight",
         high=1,
         needs_prompt=True,
         needs_attention=True,
         is_exportable=False,
-        paper="2410.06270",
     ),
-    "fitted": RuleKind(
-        help="The fewest best experts with a small fitted error of the output.",
-        threshold="relative error of the output",
-        high=_INF,
-    ),
+    "fitted": RuleKind(threshold="relative error of the output", high=_INF),
     "grouped": RuleKind(
-        help="Equally many best experts of each group.",
         threshold="number of groups",
         low=1,
         high=MOST_EXPERTS,
         is_whole=True,
-        way="chooses",
+        effect="chooses",
         keeps_weights=False,
-        paper="2505.21411",
     ),
     "smooth": RuleKind(
-        help="The best experts by scores shared with similar earlier tokens.",
         threshold="share of the similar tokens' scores",
         high=1,
-        way="chooses",
+        effect="chooses",
         keeps_weights=False,
         needs_prompt=True,
         is_exportable=False,
-        paper="2505.00792",
     ),
-    "random": RuleKind(
-        help="Random experts with the router's own weights: a control.",
-        threshold="",
-        way="chooses",
-        is_exportable=False,
-        paper="2110.04260",
-    ),
+    "random": RuleKind(threshold="", effect="chooses", is_exportable=False),
     "dropout": RuleKind(
-        help="All experts but random ones, the best excepted: a control.",
-        threshold="probability that an expert is left out",
-        high=1,
-        is_exportable=False,
+        threshold="probability that an expert is left out", high=1, is_exportable=False
     ),
     "contrast": RuleKind(
-        help="All K experts, contrasted with a second run by one weak expert.",
         threshold="rank of the weak run's expert, from 0",
         high=MOST_EXPERTS,
         is_whole=True,
-        way="chooses",
+        effect="chooses",
         is_exportable=False,
-        paper="2405.14507",
     ),
 }
 
@@ -155,16 +105,16 @@ class RoutingRule(Record):
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
-        if self.rule not in RULES:
-            raise ValueError(f"{self.rule[:40]!a} is not a rule: take {', '.join(RULES)}")
-        if self.shuffle and self.kind.way == "chooses":
+        if self.rule not in RULE_KINDS:
+            raise ValueError(f"{self.rule[:40]!a} is not a rule: take {', '.join(RULE_KINDS)}")
+        if self.shuffle and self.kind.effect == "chooses":
             raise ValueError(f"rule {self.rule} leaves out no experts, so none can be shuffled")
         return self
 
     @property
     def kind(self) -> RuleKind:
         """The rule in the table."""
-        return RULES[self.rule]
+        return RULE_KINDS[self.rule]
 
     @property
     def options(self) -> "Options":

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -24,9 +24,9 @@ from expertcut.models.hooks import (
     route,
 )
 from expertcut.models.kernels import BY_EXPERT
-from expertcut.models.modeling_routed import RULES, Gate, Tokens, mixed, with_idle
+from expertcut.models.modeling_routed import RULE_FUNCTIONS, Gate, Tokens, fill_empty_slots, mixed
 from expertcut.models.moe_block import MoeBlock
-from expertcut.models.routing_rule import Fit, RoutingRule
+from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 from expertcut.scoring.contrast import Contrast
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import Pass
@@ -40,7 +40,7 @@ class Rerouting:
 
     rule: RoutingRule
     at_by_layer: Mapping[int, float]
-    fit_by_layer: Mapping[int, Fit] = field(default_factory=dict)
+    fit_by_layer: Mapping[int, ErrorCoefficients] = field(default_factory=dict)
     beta: float = 0.0  # contrast: how much its weak run counts
 
     @property
@@ -53,7 +53,7 @@ class Rerouting:
         return self.rule.n_columns(top_k, self.thresholds)
 
 
-class Passes:
+class PassContext:
     """What rules must know of the current pass; call it before each, as the engine's `OnPass`."""
 
     def __init__(self, rule: RoutingRule) -> None:
@@ -121,13 +121,15 @@ def _token_keys(step: Pass, rule: RoutingRule) -> Tensor:
 
 
 @contextmanager
-def rerouted(blocks: Sequence[MoeBlock], routing: Rerouting, model: Any = None) -> Iterator[Passes]:
+def rerouted(
+    blocks: Sequence[MoeBlock], routing: Rerouting, model: Any = None
+) -> Iterator[PassContext]:
     """Applies the rule behind the routers, verified on the probe first.
 
     `model` is needed by rules that read attention. Biases on logits act before the rule; a factor
     on gate weights that `tilted` sets first does too.
     """
-    passes = Passes(routing.rule)
+    passes = PassContext(routing.rule)
     by_layer = {block.layer: block for block in blocks if block.layer in routing.at_by_layer}
     with ExitStack() as stack:
         for layer, block in by_layer.items():
@@ -143,7 +145,7 @@ def rerouted(blocks: Sequence[MoeBlock], routing: Rerouting, model: Any = None) 
 
 
 @contextmanager
-def rerouted_engine(engine: Engine, routing: Rerouting) -> Iterator[Passes]:
+def rerouted_engine(engine: Engine, routing: Rerouting) -> Iterator[PassContext]:
     """`rerouted` for an engine, which scores one prompt at a time if the rule needs it.
 
     Of rule contrast the engine does two runs of each chunk, and only the weak one has the rule.
@@ -173,7 +175,20 @@ def gate_of(block: MoeBlock) -> Gate:
     return Gate(block.scoring, block.weights.is_renormalised, factor)
 
 
-def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, passes: Passes) -> None:
+def tokens_of(block: MoeBlock, routing: Routing, fit_KK: Tensor | None = None) -> Tokens:
+    """What a router gave, as rules take it; `fit_KK` is for rule fitted."""
+    return Tokens(
+        gate_of(block),
+        routing.logits_TE,
+        block.selection_scores(routing.logits_TE),
+        routing.weights_TK,
+        routing.experts_TK,
+        input_TD=routing.input_TD,
+        fit_KK=fit_KK,
+    )
+
+
+def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, passes: PassContext) -> None:
     before = route(block.router, block.call)
     stack.enter_context(replaced_forward(block.router, _forward(block, routing, passes)))
     stack.enter_context(_allowing_nobody(block))
@@ -187,30 +202,24 @@ def _apply(stack: ExitStack, block: MoeBlock, routing: Rerouting, passes: Passes
         raise ContractError(f"{block.name}: {fault}, so no result with this rule would be true")
 
 
-def _forward(block: MoeBlock, routing: Rerouting, passes: Passes) -> Forward:
+def _forward(block: MoeBlock, routing: Rerouting, passes: PassContext) -> Forward:
     forward, layer = own_forward(block.router), block.layer
-    function, options = RULES[routing.rule.rule], routing.rule.options
-    gate, at = gate_of(block), routing.at_by_layer[layer]
-    fit = routing.fit_by_layer.get(layer)
+    function, options = RULE_FUNCTIONS[routing.rule.rule], routing.rule.options
+    at, fit = routing.at_by_layer[layer], routing.fit_by_layer.get(layer)
     fit_KK = None if fit is None else torch.tensor(fit, dtype=torch.float64)
 
     def run(*args: Any, **kwargs: Any) -> Routed:
         routed: Routed = forward(*args, **kwargs)
         if not passes.is_on:
             return routed
-        logits_TE, weights_TK, experts_TK = routed
+        logits_TE = routed[0]
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         key_T = passes.keys(layer, len(logits_TE))
-        given = Tokens(
-            gate,
-            logits_TE,
-            block.selection_scores(logits_TE),
-            weights_TK,
-            experts_TK,
-            input_TD=x.reshape(-1, x.shape[-1]),
+        seen = Routing(layer, x.reshape(-1, x.shape[-1]), *routed)
+        given = replace(
+            tokens_of(block, seen, fit_KK),
             attention_TT=passes.attention_in(block, len(logits_TE)),
             key_T=None if key_T is None else key_T.to(logits_TE.device),
-            fit_KK=fit_KK,
         )
         return (logits_TE, *function(given, at, options))
 
@@ -243,7 +252,7 @@ def _idle(block: MoeBlock) -> Forward:
     forward = own_forward(block.experts)
 
     def run(x_TD: Tensor, experts_TM: Tensor, weights_TM: Tensor) -> Any:
-        weights_TM, experts_TM = with_idle(weights_TM, experts_TM, block.n_experts)
+        weights_TM, experts_TM = fill_empty_slots(weights_TM, experts_TM, block.n_experts)
         return forward(x_TD, experts_TM, weights_TM)
 
     return run
@@ -278,7 +287,9 @@ def _eager(model: Any) -> Iterator[None]:
         model.set_attn_implementation(before)
 
 
-def _attention_hooks(model: Any, by_layer: Mapping[int, MoeBlock], passes: Passes) -> Iterator[Any]:
+def _attention_hooks(
+    model: Any, by_layer: Mapping[int, MoeBlock], passes: PassContext
+) -> Iterator[Any]:
     """Hooks on what runs beside the block in its decoder layer."""
 
     def see(layer: int, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -294,7 +305,7 @@ def _attention_hooks(model: Any, by_layer: Mapping[int, MoeBlock], passes: Passe
 
 
 @torch.inference_mode()
-def _check_attention(model: Any, passes: Passes) -> None:
+def _check_attention(model: Any, passes: PassContext) -> None:
     """Runs some tokens: a layer without attention weights is refused by its router."""
     device = runs_on(model.get_input_embeddings())
     model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
