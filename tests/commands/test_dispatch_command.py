@@ -14,10 +14,18 @@ from expertcut.checkpoints.shared_experts import expert_pieces, union_bytes
 from expertcut.data import Selection, load_quiz
 from expertcut.data.questions import Question
 from expertcut.edits.plan import load_plan
-from expertcut.evaluation.dispatch_results import DispatchResult, load_dispatch
+from expertcut.evaluation.dispatch_results import (
+    DispatchRequest,
+    DispatchResult,
+    dispatch,
+    load_dispatch,
+)
 from expertcut.evaluation.evaluate import save_answers
+from expertcut.evaluation.predictions import load_predictions, read_categories
 from expertcut.models.load import Source
 from expertcut.profiling.statistics import Answers
+from expertcut.profiling.storage import load_profile
+from expertcut.reporting.dispatch_tables import verdict_sentence
 from tests.conftest import SUBJECTS, Commands, write_quiz
 
 COUNTS = {"dev": 2, "val": 2, "test": 30}
@@ -285,19 +293,89 @@ def test_experts_that_cuts_share_are_counted_once(cuts: Path, expertcut: Command
     assert union_bytes([base]) == sizes[0]
 
 
-def test_routing_tells_the_subject(
+def test_dispatch_by_routing_is_judged_by_predicted_subjects(
+    cuts: Path, quiz: Path, tmp_path: Path, expertcut: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    models: dict[str, Knows] = {s: lambda q, s=s: q.subject == s for s in SUBJECTS}  # type: ignore[misc]
+    write_results(tmp_path / "results.json", quiz, models)
+    printed = expertcut(f"dispatch results.json --by routing --profile {cuts / 'all'}")
+    found, routing = load_dispatch(tmp_path), load_dispatch(tmp_path).by_routing
+    assert routing is not None and routing.true_subjects is not None
+    # Each model knows its subject alone, so the choice is right where the predicted one is.
+    right = sum(routing.confusion[s].get(s, 0) for s in SUBJECTS) / 90
+    assert 0.4 < right < 1 and routing.right == pytest.approx(right)
+    assert found.cross_fitted == routing.score and found.cross_fitted.accuracy == routing.right
+    assert routing.true_subjects.accuracy == 1
+    assert (
+        f"Choosing by routing helps here: +{100 * found.cross_fitted.change.delta:.1f}" in printed
+    )
+    assert "Subjects as predicted from routing" in printed and not wide_lines(printed)
+    said = expertcut("show dispatch.json --format csv")
+    assert f"cross_fitted,{right:.4f}" in said and "true_subjects,1.0" in said
+    expertcut(f"dispatch results.json --by routing --layers 1 --profile {cuts / 'all'}")
+    one = load_dispatch(tmp_path).by_routing
+    assert one is not None and one.confusion != routing.confusion
+
+
+def test_the_verdict_by_routing_is_that_of_predicted_subjects(quiz: Path, tmp_path: Path) -> None:
+    file = planted(tmp_path / "results.json", quiz)
+    predictions = load_predictions([file])
+    categories = read_categories("routing", predictions)
+    request: Any = {"results": (str(file),), "by": "routing", "way": "accuracy", "most": None}
+    asked = DispatchRequest(**request, max_bytes=None, profile="p", seed=0)
+    _, subject_N = np.unique(predictions.answered.subject_N, return_inverse=True)
+    true, wrong = (
+        dispatch(predictions, categories, asked, predicted_N)
+        for predicted_N in (subject_N, np.array([1, 0, 2])[subject_N])
+    )
+    assert true.verdict == "helps" and wrong.verdict == "hurts"
+    assert wrong.by_routing is not None and wrong.by_routing.true_subjects == true.cross_fitted
+    assert verdict_sentence(wrong).startswith("Choosing by routing hurts here: −33.3 points")
+    before = wrong.model_dump(mode="json")  # as written before the true subjects were kept apart
+    del before["by_routing"]["true_subjects"]
+    assert DispatchResult.model_validate_json(json.dumps(before)).cross_fitted == wrong.cross_fitted
+
+
+def test_a_profile_with_one_expert_a_token_tells_the_subject_too(
+    checkpoint: Callable[..., Path], quiz: Path, tmp_path: Path, expertcut: Commands
+) -> None:
+    model = checkpoint("olmoe", num_experts_per_tok=1)
+    expertcut(f"profile {model} --quiz {quiz} --shots 0 --split test --threads 1 --out one")
+    assert {block.top_k for block in load_profile(tmp_path / "one").info.model.blocks} == {1}
+    planted(tmp_path / "results.json", quiz)
+    expertcut("dispatch results.json --by routing --profile one")
+    routing = load_dispatch(tmp_path).by_routing
+    assert routing is not None and 0.4 < routing.right < 1
+
+
+def test_a_profile_of_other_questions_or_layers_is_refused(
     cuts: Path, expertcut: Commands, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(cuts)
-    printed = expertcut("dispatch results.json --by routing --profile all")
+    expertcut("dispatch results.json --by routing --profile all --layers 1")
     found = load_dispatch(cuts)
-    assert found.by_routing is not None and found.by_routing.right > 0.4  # of 3 subjects
+    assert found.by_routing is not None
     assert sum(n for told in found.by_routing.confusion.values() for n in told.values()) == 81
-    assert "by routing" in printed and "Subjects as routing tells them" in printed
     assert found.union_bytes is not None and found.union_bytes <= found.held_bytes
-    one = expertcut("dispatch results.json --by routing --profile all --layers 1")
-    assert "Routing tells the subject of" in one
     refused = expertcut("dispatch results.json --by routing --profile few", status=2)
     assert "did not ask 81 of the 81 questions" in refused
     refused = expertcut("dispatch results.json --by routing --profile all --layers 2", status=2)
     assert "has MoE layers 0 to 1" in refused
+
+
+def test_a_model_with_easy_questions_alone_does_not_win(
+    quiz: Path, tmp_path: Path, expertcut: Commands
+) -> None:
+    full: dict[str, Knows] = {"full": lambda q: q.row < 12 or q.row % 2 == 0}
+    part: dict[str, Knows] = {"part": lambda q: q.row % 6 != 0}  # of the easy ones
+    write_results(tmp_path / "full.json", quiz, full)
+    write_results(tmp_path / "part.json", quiz, part, limit=12)
+    expertcut("dispatch full.json part.json")
+    found = load_dispatch(tmp_path)
+    by_path = {model.path: model for model in found.models}
+    assert by_path["full"].accuracy == pytest.approx(0.7)
+    assert by_path["part"].accuracy == pytest.approx(10 / 12)
+    assert (by_path["part"].answered, found.questions) == (36, 90)
+    assert found.single == found.otherwise == "full" and found.verdict == "no evidence"
+    assert {path for c in found.categories.values() for path in c.models} == {"full"}

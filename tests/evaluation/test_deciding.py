@@ -15,8 +15,9 @@ from expertcut.cli.progress import Bars
 from expertcut.commands import reweight
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.data import Quiz, Selection, load_quiz
+from expertcut.edits.edit_settings import read_layers
 from expertcut.edits.plan import load_hashes, load_plan
-from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast, read_layers
+from expertcut.edits.reweight_select import TOKEN_SCORES, read_contrast
 from expertcut.edits.router_edits import RouterEdit
 from expertcut.errors import SettingsError
 from expertcut.evaluation.cross_fit import load_cross_fit
@@ -216,7 +217,7 @@ def test_parts_of_a_contrast_that_are_not_there_are_refused(profile: Profile) ->
 def test_layers_are_numbers_and_ranges() -> None:
     assert read_layers(None) == ()
     assert read_layers("0,3,8-10, 3") == (0, 3, 8, 9, 10)
-    for bad in ("", "a", "1-", "-1", "1,,2"):
+    for bad in ("", "a", "1-", "-1", "1,,2", "9-8"):
         with pytest.raises(SettingsError, match="is not a layer"):
             read_layers(bad)
 

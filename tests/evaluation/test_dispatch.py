@@ -5,21 +5,26 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
+from expertcut.errors import ProfileError
 from expertcut.evaluation.dispatch_results import verdict
 from expertcut.evaluation.dispatching import (
     Answered,
     CrossFitted,
     Routes,
-    Rule,
+    SelectionOptions,
     best_set,
     cross_fit_routes,
     fit,
-    luck,
-    read_labels,
+    impute,
+    most_right,
+    oracle_null,
+    predict_labels,
     recruit,
     shrinkage,
 )
+from expertcut.evaluation.logistic import fit_logistic
 from expertcut.stats import Array, compare
 
 SUBJECTS = 8
@@ -44,8 +49,8 @@ def by_subject(world: Answered) -> Array:
     return 1.0 * (world.subject_N[:, None] == np.unique(world.subject_N))
 
 
-def learned(world: Answered, rule: Rule) -> Routes:
-    return fit(world.right_MN, by_subject(world), world.size_M, rule, world.chance)
+def learned(world: Answered, options: SelectionOptions) -> Routes:
+    return fit(world.right_MN, by_subject(world), world.size_M, options, world.chance)
 
 
 def judged(world: Answered, crossed: CrossFitted) -> str:
@@ -55,21 +60,29 @@ def judged(world: Answered, crossed: CrossFitted) -> str:
 
 def test_one_model_changes_nothing() -> None:
     world = answered(1.0 * (np.random.default_rng(0).random((1, 200)) < 0.7))
-    for rule in (Rule(), Rule(most=2), Rule("symbolic"), Rule(max_bytes=10)):
-        crossed = cross_fit_routes(world, by_subject(world), rule)
+    for options in (
+        SelectionOptions(),
+        SelectionOptions(most=2),
+        SelectionOptions("symbolic"),
+        SelectionOptions(max_bytes=10),
+    ):
+        crossed = cross_fit_routes(world, by_subject(world), options)
         for right_N in (crossed.chosen_N, crossed.single_N, crossed.votes_N):
             assert (right_N == (world.right_MN[0] == 1)).all() and 0 < right_N.mean() < 1
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule("symbolic", most=1), Rule(max_bytes=20)])
-def test_models_right_on_disjoint_subjects_reach_their_union(rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [SelectionOptions(), SelectionOptions("symbolic", most=1), SelectionOptions(max_bytes=20)],
+)
+def test_models_right_on_disjoint_subjects_reach_their_union(options: SelectionOptions) -> None:
     n = 320
     is_first_N = np.arange(n) % SUBJECTS < 3
     world = answered(np.stack([is_first_N, ~is_first_N]) * 1.0)
-    crossed = cross_fit_routes(world, by_subject(world), rule)
+    crossed = cross_fit_routes(world, by_subject(world), options)
     assert crossed.chosen_N.all() and crossed.single_N.mean() == 5 / 8
     assert judged(world, crossed) == "helps"
-    routes = learned(world, rule)
+    routes = learned(world, options)
     weight_MS = routes.weights(np.eye(SUBJECTS), np.ones((2, SUBJECTS), dtype=bool))
     assert (weight_MS[0] > 0).tolist() == [True] * 3 + [False] * 5
     assert shrinkage(world.right_MN, by_subject(world)) == 0
@@ -86,7 +99,7 @@ def test_models_that_differ_by_shuffled_answers_are_no_evidence() -> None:
         for s in range(SUBJECTS):
             other_N[s::SUBJECTS] = rng.permutation(first_N[s::SUBJECTS])
         world = answered(np.stack([first_N, other_N]), seed)
-        crossed = cross_fit_routes(world, by_subject(world), Rule(), seed)
+        crossed = cross_fit_routes(world, by_subject(world), SelectionOptions(), seed)
         words.append(judged(world, crossed))
         assert (first_N != other_N).any()
     assert words.count("no evidence") >= 190
@@ -100,7 +113,7 @@ def test_models_of_one_accuracy_in_each_subject_are_no_evidence() -> None:
         hard_S = rng.uniform(0.3, 0.95, SUBJECTS)
         right_MN = 1.0 * (rng.random((3, 240)) < hard_S[np.arange(240) % SUBJECTS])
         world = answered(right_MN, seed)
-        crossed = cross_fit_routes(world, by_subject(world), Rule(), seed)
+        crossed = cross_fit_routes(world, by_subject(world), SelectionOptions(), seed)
         words.append(judged(world, crossed))
     assert words.count("no evidence") >= 190
 
@@ -113,11 +126,13 @@ def some_models(seed: int = 1, n_models: int = 4, n: int = 400) -> Answered:
 
 def test_infinite_kappa_is_the_best_single_model() -> None:
     world = some_models()
-    crossed = cross_fit_routes(world, by_subject(world), Rule(kappa=np.inf))
+    crossed = cross_fit_routes(world, by_subject(world), SelectionOptions(kappa=np.inf))
     assert (crossed.chosen_N == crossed.single_N).all()
-    free = cross_fit_routes(world, by_subject(world), Rule())
+    free = cross_fit_routes(world, by_subject(world), SelectionOptions())
     assert (free.chosen_N != free.single_N).any()
-    within = cross_fit_routes(world, by_subject(world), Rule(kappa=np.inf, max_bytes=20))
+    within = cross_fit_routes(
+        world, by_subject(world), SelectionOptions(kappa=np.inf, max_bytes=20)
+    )
     assert (within.chosen_N == within.single_N).all()
 
 
@@ -132,11 +147,13 @@ def test_kappa_is_that_of_the_world_and_ignores_what_is_hard_for_all() -> None:
     assert shrinkage(same_MN, category_NS) > 500
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(most=3), Rule("symbolic")])
-def test_an_unseen_category_takes_the_best_single_model(rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "options", [SelectionOptions(), SelectionOptions(most=3), SelectionOptions("symbolic")]
+)
+def test_an_unseen_category_takes_the_best_single_model(options: SelectionOptions) -> None:
     world = some_models()
     category_NS = np.column_stack([by_subject(world), np.zeros(400)])  # one without a question
-    routes = fit(world.right_MN, category_NS, world.size_M, rule, world.chance)
+    routes = fit(world.right_MN, category_NS, world.size_M, options, world.chance)
     unseen_NS = np.eye(SUBJECTS + 1)[[-1]]
     weight_M = routes.weights(unseen_NS, np.ones((4, 1), dtype=bool))[:, 0]
     assert weight_M.tolist() == np.eye(4)[routes.single].tolist()
@@ -200,7 +217,7 @@ def test_symbolic_shares_are_those_of_the_authors_draws(
 
 def test_several_vote_by_accuracy_above_chance() -> None:
     world = some_models()
-    routes = learned(world, Rule(most=2))
+    routes = learned(world, SelectionOptions(most=2))
     weight_MS = routes.weights(np.eye(SUBJECTS), np.ones((4, SUBJECTS), dtype=bool))
     for s in range(SUBJECTS):
         first, second = np.argsort(-routes.accuracy_MS[:, s])[:2]
@@ -217,19 +234,84 @@ def test_a_model_that_did_not_answer_has_no_vote() -> None:
     right_MN = some_models().right_MN.copy()
     right_MN[0, :200] = np.nan
     world = answered(right_MN)
-    for rule in (Rule(), Rule(most=2), Rule("symbolic")):
-        weight_MN = learned(world, rule).weights(by_subject(world), world.is_answered_MN)
+    for options in (SelectionOptions(), SelectionOptions(most=2), SelectionOptions("symbolic")):
+        weight_MN = learned(world, options).weights(by_subject(world), world.is_answered_MN)
         assert not weight_MN[0, :200].any() and weight_MN[0, 200:].any()
         assert weight_MN.sum(axis=0) == pytest.approx(1)
 
 
-def test_luck_is_the_union_of_as_many_lists_as_accurate() -> None:
+def partly(n: int = 2000, easy: float = 0.8, seed: int = 0) -> Answered:
+    """A model that answers all, and a worse one that answered the easier half of each subject."""
+    rng, is_easy_N = np.random.default_rng(seed), np.arange(n) // SUBJECTS % 2 == 0
+    full_N = 1.0 * (rng.random(n) < np.where(is_easy_N, 0.95, 0.45))
+    part_N = np.where(is_easy_N, 1.0 * (rng.random(n) < easy), np.nan)
+    return answered(np.stack([full_N, part_N]), seed)
+
+
+def test_a_model_that_answered_only_easy_questions_does_not_win() -> None:
+    world = partly()
+    full_N, part_N = world.right_MN
+    assert full_N.mean() < np.nanmean(part_N) < np.mean(full_N[np.isfinite(part_N)])
+    for options in (SelectionOptions(), SelectionOptions("symbolic", most=1)):
+        routes = learned(world, options)
+        weight_MS = routes.weights(np.eye(SUBJECTS), np.ones((2, SUBJECTS), dtype=bool))
+        assert routes.single == 0 and (weight_MS[0] == 1).all()
+        crossed = cross_fit_routes(world, by_subject(world), options)
+        assert (crossed.chosen_N == full_N).all() and (crossed.single_N == full_N).all()
+    within = learned(world, SelectionOptions(max_bytes=10))
+    assert within.is_held_M.tolist() == [True, False]
+    better = learned(partly(easy=1.0), SelectionOptions())
+    assert better.single == 1  # where it is the better one on the same questions
+
+
+def test_what_was_not_answered_is_told_by_questions_and_models_in_common() -> None:
+    rng = np.random.default_rng(0)
+    whole_MN = rng.random((4, 1)) + rng.random((1, 60))
+    right_MN = whole_MN.copy()
+    for m in range(4):  # a chain: only neighbours have questions in common
+        right_MN[m, [n for n in range(60) if n // 15 not in (m, m + 1)]] = np.nan
+    assert impute(right_MN) == pytest.approx(whole_MN)
+    assert impute(whole_MN) is whole_MN
+
+
+def test_a_category_that_one_model_alone_answered_takes_the_best_single_model() -> None:
+    right_MN = some_models(n_models=3).right_MN.copy()
+    right_MN[1:, 0::SUBJECTS] = np.nan
+    right_MN[0, 0::SUBJECTS] = 1.0  # it alone, and always right
+    routes = learned(answered(right_MN), SelectionOptions())
+    assert routes.accuracy_MS[:, 0] == pytest.approx(routes.overall_M)
+
+
+def test_the_bar_of_helps_is_the_best_model_with_the_best_single_one_in_its_gaps() -> None:
+    full_N = np.arange(200) % 2 == 0
+    part_N = np.where(np.arange(200) < 60, 1.0, np.nan)
+    world = answered(np.stack([full_N * 1.0, part_N]))
+    routes = learned(world, SelectionOptions())
+    assert most_right(world, routes) == 60 + 70
+    alone = learned(answered(full_N[None] * 1.0), SelectionOptions())
+    assert most_right(answered(full_N[None] * 1.0), alone) == 100
+
+
+def test_the_oracle_null_draws_no_answers_where_a_model_gave_none() -> None:
+    right_MN = some_models(n_models=2, n=4000).right_MN.copy()
+    both = answered(right_MN)
+    right_MN[1, 400:] = np.nan
+    part, alone = answered(right_MN), answered(right_MN[:1])
+    ranges = [
+        oracle_null(world, learned(world, SelectionOptions())) for world in (alone, part, both)
+    ]
+    assert ranges[0][1] < ranges[2][0] and ranges[1][1] < ranges[2][0]
+    mean_alone, mean_part, mean_both = (sum(ends) / 2 for ends in ranges)
+    assert mean_part - mean_alone == pytest.approx((mean_both - mean_alone) / 10, abs=0.01)
+
+
+def test_the_oracle_null_is_the_union_of_as_many_lists_as_accurate() -> None:
     world = some_models(n=4000)
     accuracy_M = world.right_MN.mean(axis=1)
-    low, high = luck(world, learned(world, Rule()))
+    low, high = oracle_null(world, learned(world, SelectionOptions()))
     assert accuracy_M.max() < low < high < 1
     alone = answered(world.right_MN[:1])
-    low, high = luck(alone, learned(alone, Rule()))
+    low, high = oracle_null(alone, learned(alone, SelectionOptions()))
     assert low < alone.right_MN.mean() < high
 
 
@@ -237,11 +319,32 @@ def test_a_linear_reader_tells_labels_that_features_hold_and_no_others() -> None
     rng = np.random.default_rng(0)
     label_N, fold_N = rng.integers(4, size=400), rng.integers(5, size=400)
     feature_NX = rng.random((400, 10))
-    blind_N = read_labels(feature_NX, label_N, fold_N)
+    blind_N = predict_labels(feature_NX, label_N, fold_N)
     assert (blind_N == label_N).mean() < 0.35
     feature_NX[:, :4] += np.eye(4)[label_N]
-    told_N = read_labels(feature_NX, label_N, fold_N)
-    assert (told_N == label_N).mean() > 0.95
+    predicted_N = predict_labels(feature_NX, label_N, fold_N)
+    assert (predicted_N == label_N).mean() > 0.95
     # Nothing of a fold reaches its reader.
     other_N = np.where(fold_N == 2, (label_N + 1) % 4, label_N)
-    assert (read_labels(feature_NX, other_N, fold_N) == told_N)[fold_N == 2].all()
+    assert (predict_labels(feature_NX, other_N, fold_N) == predicted_N)[fold_N == 2].all()
+    # Features of all folds but its own, and no random numbers.
+    assert (predict_labels(feature_NX, label_N, fold_N) == predicted_N).all()
+
+
+def test_the_logistic_regression_is_at_the_minimum_of_its_loss() -> None:
+    rng = np.random.default_rng(0)
+    figure_NX, label_N = rng.normal(size=(300, 5)) * [1, 9, 1, 1, 0], rng.integers(3, size=300)
+    label_N[figure_NX[:, 0] > 0.5] = 2
+    fitted = fit_logistic(figure_NX, label_N, 3, ridge=2.0)
+    p_NS = softmax(fitted.scores(figure_NX), axis=1)
+    scaled_NX = (figure_NX - fitted.mean_X) / fitted.scale_X
+    slope_XS = scaled_NX.T @ (p_NS - np.eye(3)[label_N]) + 2.0 * fitted.weight_XS[:-1]
+    assert np.abs(slope_XS).max() < 1e-3 and np.abs(fitted.weight_XS[:-1]).max() > 0.1
+    assert p_NS.mean(axis=0) == pytest.approx(np.eye(3)[label_N].mean(axis=0), abs=1e-5)
+
+
+def test_a_regression_that_does_not_converge_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("expertcut.evaluation.logistic._STEPS", 1)
+    rng = np.random.default_rng(0)
+    with pytest.raises(ProfileError, match="did not converge"):
+        fit_logistic(rng.normal(size=(50, 4)), rng.integers(3, size=50), 3)

@@ -1,20 +1,17 @@
 """`expertcut dispatch`: choose a model for each subject or skill from answers that are there."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from expertcut.commands import SILENT, UI, output_option
-from expertcut.edits.edit_settings import read_size
-from expertcut.errors import ModelError, OutputError, ProfileError, SettingsError
+from expertcut.edits.edit_settings import read_layers, read_size
+from expertcut.errors import ModelError, OutputError, SettingsError
 from expertcut.settings import Count, FilePath, Settings, Source, Texts, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.dispatch_results import DispatchResult
     from expertcut.evaluation.predictions import Predictions
-    from expertcut.profiling.storage import Profile
-    from expertcut.stats import Array
 
 DISPATCH = "dispatch.json"
 categories_option = partial(option, panel="Categories", in_recipe=False)
@@ -74,6 +71,7 @@ class DispatchSettings(Settings):
         for name in ("profile", "layers"):
             if self.by != "routing" and getattr(self, name) is not None:
                 raise SettingsError(f"--{name} is for --by routing: add it, or leave --{name} out")
+        read_layers(self.layers)
         if self.by not in ("subject", "routing") and not self.by.endswith(".csv"):
             raise SettingsError(f"--by {self.by[:80]} must be subject, routing or a .csv file")
         if not self.out.name.endswith(DISPATCH):
@@ -88,18 +86,22 @@ def run(settings: DispatchSettings, ui: UI = SILENT) -> "DispatchResult":
     if missing:  # refused before anything heavy is imported
         raise OutputError(f"{missing[0]} is not there: name results of `expertcut eval`")
     ui.quiet()
-    from expertcut.evaluation import dispatch_results as outcome
-    from expertcut.evaluation.predictions import load_predictions
+    from expertcut.evaluation import dispatch_results, predictions
     from expertcut.files import write_atomically
+    from expertcut.profiling.storage import load_profile
     from expertcut.reporting import dispatch_tables as tables
     from expertcut.reporting.tables import as_csv
 
     routes = settings.out.with_name(settings.out.name.removesuffix(DISPATCH) + "routes.csv")
     if settings.out.exists():
-        outcome.load_dispatch(settings.out)  # nothing else is overwritten
-    predictions = load_predictions([*map(Path, settings.results)], settings.quiz)
-    profile, told_N = _told_subjects(settings, predictions)
-    asked = outcome.AskedDispatch(
+        dispatch_results.load_dispatch(settings.out)  # nothing else is overwritten
+    profile = None if settings.profile is None else load_profile(settings.profile)
+    found = predictions.load_predictions([*map(Path, settings.results)], settings.quiz)
+    predicted_subject_N = None
+    if profile is not None:
+        layers = read_layers(settings.layers)
+        predicted_subject_N = predictions.predict_subjects(found, profile, layers, settings.seed)
+    asked = dispatch_results.DispatchRequest(
         results=tuple(settings.results),
         by=settings.by,
         way=settings.way,
@@ -108,64 +110,15 @@ def run(settings: DispatchSettings, ui: UI = SILENT) -> "DispatchResult":
         profile=None if profile is None else profile.info.short_hash,
         seed=settings.seed,
     )
-    result = outcome.dispatch(predictions, _categories(settings, predictions), asked, told_N)
-    result = result.model_copy(update={"union_bytes": _union_bytes(result, predictions)})
+    categories = predictions.read_categories(settings.by, found)
+    result = dispatch_results.dispatch(found, categories, asked, predicted_subject_N)
+    result = result.model_copy(update={"union_bytes": _union_bytes(result, found)})
     result.save(settings.out)
     write_atomically(routes, as_csv(tables.routes_table(result)).encode())
     ui.say(tables.dispatch_tables(result), [])
     facts = tables.dispatch_facts(result)
     ui.end(facts, f"{settings.out}, {routes}", ["report", str(settings.out)])
     return result
-
-
-def _categories(settings: DispatchSettings, predictions: "Predictions") -> Mapping[str, "Array"]:
-    """Masks of the questions of each subject or skill."""
-    import numpy as np
-
-    subject_N = predictions.answered.subject_N
-    if settings.by in ("subject", "routing"):
-        return {str(name): subject_N == name for name in np.unique(subject_N)}
-    from expertcut.evaluation.predictions import read_skills
-
-    numbers_N = np.arange(len(subject_N))
-    skills = read_skills(Path(settings.by), predictions)
-    return {skill: np.isin(numbers_N, [*own]) for skill, own in skills.items()}
-
-
-def _told_subjects(
-    settings: DispatchSettings, predictions: "Predictions"
-) -> "tuple[Profile | None, Any]":
-    """The subject of each question, as a place in name order, as a reader of α tells it."""
-    if settings.profile is None:
-        return None, None
-    import numpy as np
-
-    from expertcut.edits.reweight_select import read_layers
-    from expertcut.edits.splits import profiled_quiz
-    from expertcut.evaluation.dispatching import folds_of, read_labels
-    from expertcut.evaluation.predictions import question_keys
-    from expertcut.profiling.storage import load_profile
-
-    profile = load_profile(settings.profile)
-    asked = question_keys(profiled_quiz(profile))
-    place = {key[:3]: n for n, key in reversed([*enumerate(asked)])}
-    keys = [(q.subject, q.content_hash, q.answer) for q in predictions.questions]
-    if unknown := [key for key in keys if key not in place]:
-        raise ProfileError(
-            f"{settings.profile} did not ask {len(unknown):,} of the {len(keys):,} questions, "
-            f"first of subject {unknown[0][0]}: profile the split that was evaluated"
-        )
-    n_layers = len(profile.info.model.blocks)
-    layers = read_layers(settings.layers) or tuple(range(n_layers))
-    if max(layers) >= n_layers:
-        raise SettingsError(
-            f"--layers {max(layers)}: {settings.profile} has MoE layers 0 to {n_layers - 1}"
-        )
-    alpha_NLE = profile.array("alpha_NLE")[[place[key] for key in keys]][:, list(layers)]
-    answered = predictions.answered
-    _, label_N = np.unique(answered.subject_N, return_inverse=True)
-    feature_NX = alpha_NLE.reshape(len(keys), -1).astype(np.float64)
-    return profile, read_labels(feature_NX, label_N, folds_of(answered, settings.seed))
 
 
 def _union_bytes(result: "DispatchResult", predictions: "Predictions") -> int | None:

@@ -18,6 +18,7 @@ RouterRow = Literal["fitted", "mean", "dominant"]
 
 KEEP, RANK, ROUTER, CHECKPOINT = "What to keep", "How to rank", "Router", "Checkpoint"
 _EXPERT = r"\s*(\d{1,9}:)?\d{1,9}(=[+-]?[\d.]+([eE][+-]?\d+)?)?\s*"
+_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 CRITERIA_HERE = "{criteria}"  # replaced in help texts by the names of all criteria
 _SIZE = re.compile(
     r"(?P<number>\d{1,19}(\.\d{0,19})?|\.\d{1,19})\s*((?P<prefix>[kmgt])(?P<binary>i)?)?(b)?", re.I
@@ -241,6 +242,17 @@ def read_fractions(text: str, option: str) -> tuple[float, ...]:
             raise SettingsError(f"{option} {text} has {share:g} twice")
         shares.append(share)
     return tuple(shares)
+
+
+def read_layers(text: str | None) -> tuple[int, ...]:
+    """`0,3,8-15` as numbers, each once, none without a text; SettingsError for other forms."""
+    layers: list[int] = []
+    for part in text.split(",") if text is not None else ():
+        first, _, last = part.strip().partition("-")
+        if not _LAYERS.fullmatch(part.strip()) or int(first) > int(last or first):
+            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
+        layers += range(int(first), int(last or first) + 1)
+    return tuple(dict.fromkeys(layers))
 
 
 class RouterSettings(Settings):

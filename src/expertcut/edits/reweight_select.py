@@ -12,7 +12,7 @@ import numpy as np
 
 from expertcut.data import Quiz
 from expertcut.data.sources import hash_lines
-from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.edit_settings import ReweightSettings, read_layers
 from expertcut.edits.plan import expert_ids
 from expertcut.edits.splits import profiled_quiz
 from expertcut.errors import PlanError, ProfileError, SettingsError
@@ -25,7 +25,6 @@ from expertcut.profiling.storage import Profile, ProfilePart, load_profile
 Array = np.ndarray[Any, Any]
 MIN_APPEARANCES = 0.01
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
-_LAYERS = re.compile(r"[0-9]{1,5}(-[0-9]{1,5})?")
 _FARTHEST = 1e6  # logits; a bias beyond it reaches nothing that a smaller one does not
 _EXACT = 1e-12  # logits
 
@@ -413,14 +412,3 @@ def chooser_of(profile: Profile, settings: ReweightSettings) -> Chooser:
             for row in sorted(expert_ids(profile).constant.get(block.name, ()))
         ),
     )
-
-
-def read_layers(text: str | None) -> tuple[int, ...]:
-    """`0,3,8-15` as numbers. Raises SettingsError: another form."""
-    layers: list[int] = []
-    for part in text.split(",") if text is not None else ():
-        first, _, last = part.strip().partition("-")
-        if not _LAYERS.fullmatch(part.strip()):
-            raise SettingsError(f"--layers: {part[:80]!r} is not a layer: write them as 0,3,8-15")
-        layers += range(int(first), int(last or first) + 1)
-    return tuple(dict.fromkeys(layers))

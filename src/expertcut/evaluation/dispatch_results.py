@@ -12,11 +12,12 @@ from expertcut.errors import OutputError, QuizError
 from expertcut.evaluation.cross_fit import FOLDS, Verdict
 from expertcut.evaluation.dispatching import (
     Answered,
-    Rule,
-    Way,
+    DispatchMethod,
+    SelectionOptions,
     cross_fit_routes,
     fit,
-    luck,
+    most_right,
+    oracle_null,
 )
 from expertcut.evaluation.predictions import Predictions
 from expertcut.stats import Array, Comparison, Count, Share, compare
@@ -24,12 +25,12 @@ from expertcut.stats import Array, Comparison, Count, Share, compare
 DISPATCH_FILE = "dispatch.json"
 
 
-class AskedDispatch(Record):
+class DispatchRequest(Record):
     """The settings that the outcome depends on."""
 
     results: tuple[str, ...]
     by: str
-    way: Way
+    way: DispatchMethod
     most: Count | None
     max_bytes: Count | None
     profile: str | None  # the short hash of the profile whose routing tells the subject
@@ -54,11 +55,16 @@ class DispatchScore(Record):
     change: Comparison
 
 
-class ToldSubjects(Record):
-    """Subjects as routing tells them: `confusion` counts questions by true and told subject."""
+class SubjectClassifier(Record):
+    """Subjects as predicted from routing: `confusion` counts questions by true and predicted one.
+
+    `score` is that of the choice by predicted subjects, `true_subjects` by the true ones (null in
+    older files, whose `cross_fitted` it is).
+    """
 
     right: Share
     score: DispatchScore
+    true_subjects: DispatchScore | None = None
     confusion: dict[str, dict[str, Count]]
 
 
@@ -72,14 +78,16 @@ class DispatchCategory(Record):
 class DispatchResult(Record):
     """`dispatch.json`.
 
-    `best_single` is chosen in the same folds, `single` on all questions; `otherwise` answers other
-    categories. `null95` is the range of `oracle` if models differed by chance alone. `kappa` is
-    null (infinite) where models do not differ between categories beyond chance. `union_bytes`
-    holds experts that cuts share once; null where the checkpoint of a held model is not there.
+    `cross_fitted` and `verdict` are of the categories that were asked for: with `--by routing` of
+    predicted subjects. `best_single` is chosen in the same folds, `single` on all questions;
+    `otherwise` answers other categories. `null95` is the range of `oracle` if models differed by
+    chance alone. `kappa` is null (infinite) where models do not differ between categories beyond
+    chance. `union_bytes` holds experts that cuts share once; null where the checkpoint of a held
+    model is not there.
     """
 
     format: Format1 = 1
-    asked: AskedDispatch
+    asked: DispatchRequest
     questions: Count
     dropped: Count
     models: tuple[DispatchModel, ...] = Field(min_length=1)
@@ -89,7 +97,7 @@ class DispatchResult(Record):
     kappa: float | None
     best_single: Share
     cross_fitted: DispatchScore
-    by_routing: ToldSubjects | None
+    by_routing: SubjectClassifier | None
     votes: DispatchScore
     oracle: Share
     null95: tuple[Share, Share]
@@ -114,32 +122,39 @@ class DispatchResult(Record):
 def dispatch(
     predictions: Predictions,
     categories: Mapping[str, Array],
-    asked: AskedDispatch,
-    told_N: Array | None = None,
+    asked: DispatchRequest,
+    predicted_subject_N: Array | None = None,
 ) -> DispatchResult:
     """Chooses by category (masks (N,) of questions) and says what that gains, cross-fitted.
 
-    `told_N` are subjects as routing tells them, by their place among the categories.
+    `predicted_subject_N` are places among the categories: these are judged instead of the true
+    ones.
     """
-    answered, rule = predictions.answered, Rule(asked.way, asked.most, asked.max_bytes)
+    answered = predictions.answered
+    options = SelectionOptions(asked.way, asked.most, asked.max_bytes)
     names = [*categories]
     category_NS = np.column_stack([categories[name] for name in names]).astype(float)
-    check_budget(predictions, rule)
+    check_budget(predictions, options)
     check_repeats(answered, categories)
-    told_NS = None if told_N is None else 1.0 * (told_N[:, None] == np.arange(len(names)))
-    crossed = cross_fit_routes(answered, category_NS, rule, asked.seed, told_NS)
-    routes = fit(answered.right_MN, category_NS, answered.size_M, rule, answered.chance)
+    predicted_NS = None
+    if predicted_subject_N is not None:
+        predicted_NS = 1.0 * (predicted_subject_N[:, None] == np.arange(len(names)))
+    crossed = cross_fit_routes(answered, category_NS, options, asked.seed, predicted_NS)
+    routes = fit(answered.right_MN, category_NS, answered.size_M, options, answered.chance)
     everywhere_MS = np.ones((len(answered.size_M), len(names)), dtype=bool)
     weight_MS = routes.weights(np.eye(len(names)), everywhere_MS)
-    paths = [model.path for model in predictions.models]
-    right_MN = np.nan_to_num(answered.right_MN[routes.fits_M])
     otherwise_M = routes.weights(np.zeros((1, len(names))), everywhere_MS[:, :1])[:, 0]
     is_held_M = weight_MS.sum(axis=1) + otherwise_M > 0
-    chosen = _score(crossed.single_N, crossed.chosen_N)
-    routing = None
-    if told_N is not None and crossed.told_N is not None:
-        score = _score(crossed.single_N, crossed.told_N)
-        routing = told_subjects(category_NS.argmax(axis=1), told_N, names, score)
+    paths = [model.path for model in predictions.models]
+    chosen_N = crossed.chosen_N if crossed.predicted_N is None else crossed.predicted_N
+    chosen, routing = _score(crossed.single_N, chosen_N), None
+    if predicted_subject_N is not None:
+        routing = SubjectClassifier(
+            right=(category_NS.argmax(axis=1) == predicted_subject_N).mean(),
+            score=chosen,
+            true_subjects=_score(crossed.single_N, crossed.chosen_N),
+            confusion=_confusion(category_NS.argmax(axis=1), predicted_subject_N, names),
+        )
     return DispatchResult(
         asked=asked,
         questions=len(answered.answer_N),
@@ -158,21 +173,20 @@ def dispatch(
         cross_fitted=chosen,
         by_routing=routing,
         votes=_score(crossed.single_N, crossed.votes_N),
-        oracle=right_MN.any(axis=0).mean(),
-        null95=luck(answered, routes, asked.seed),
+        oracle=np.nan_to_num(answered.right_MN[routes.fits_M]).any(axis=0).mean(),
+        null95=oracle_null(answered, routes, asked.seed),
         held_bytes=int(answered.size_M[is_held_M].sum()),
         union_bytes=None,
-        verdict=verdict(
-            chosen.change, int(crossed.chosen_N.sum()), int(right_MN.sum(axis=1).max())
-        ),
+        verdict=verdict(chosen.change, int(chosen_N.sum()), most_right(answered, routes)),
     )
 
 
 def verdict(change: Comparison, n_right: float, most_right: float) -> Verdict:
     """Helps or hurts where the paired interval and McNemar's exact test say so.
 
-    Helps also asks for more right answers than any single model has in all: the best one of four
-    folds owes some of its lead to chance, which it lacks on the fifth.
+    Helps also asks for more right answers than any single model has in all (where it did not
+    answer, the best single one does): the best one of four folds owes some of its lead to chance,
+    which it lacks on the fifth.
     """
     if not change.is_significant:
         return "no evidence"
@@ -181,12 +195,12 @@ def verdict(change: Comparison, n_right: float, most_right: float) -> Verdict:
     return "helps" if n_right > most_right else "no evidence"
 
 
-def check_budget(predictions: Predictions, rule: Rule) -> None:
+def check_budget(predictions: Predictions, options: SelectionOptions) -> None:
     """Refuses a budget that holds no model."""
     smallest = min(predictions.models, key=lambda model: model.bytes)
-    if rule.max_bytes is not None and smallest.bytes > rule.max_bytes:
+    if options.max_bytes is not None and smallest.bytes > options.max_bytes:
         raise OutputError(
-            f"--max-bytes {rule.max_bytes:,} holds no model: the smallest, {smallest.path}, has "
+            f"--max-bytes {options.max_bytes:,} holds no model: the smallest, {smallest.path}, has "
             f"{smallest.bytes:,} bytes"
         )
 
@@ -202,18 +216,19 @@ def check_repeats(answered: Answered, categories: Mapping[str, Array]) -> None:
         )
 
 
-def told_subjects(
-    label_N: Array, told_N: Array, names: Sequence[str], score: DispatchScore
-) -> ToldSubjects:
-    """How often the told subject is the true one, and which are taken for which."""
-    confusion = {
+def _confusion(
+    subject_N: Array, predicted_subject_N: Array, names: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Questions by true and predicted subject."""
+    return {
         name: {
             names[other]: int(n)
-            for other, n in zip(*np.unique(told_N[label_N == s], return_counts=True), strict=True)
+            for other, n in zip(
+                *np.unique(predicted_subject_N[subject_N == s], return_counts=True), strict=True
+            )
         }
         for s, name in enumerate(names)
     }
-    return ToldSubjects(right=(label_N == told_N).mean(), score=score, confusion=confusion)
 
 
 def _score(single_N: Array, right_N: Array) -> DispatchScore:

@@ -5,7 +5,6 @@ Categories are subjects or skills. The choice of a model by category is Composit
 questions, C choices, S categories. An answer that is not there is NaN and has no vote.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -13,11 +12,12 @@ from typing import Literal
 import numpy as np
 
 from expertcut.evaluation.cross_fit import FOLDS, deal
+from expertcut.evaluation.logistic import fit_logistic
 from expertcut.profiling.statistics import share
 from expertcut.stats import Array, right_logprobs
 
-DRAWS = 2000  # of the luck that an oracle has
-Way = Literal["accuracy", "symbolic"]
+DRAWS = 2000  # of the oracle by chance alone
+DispatchMethod = Literal["accuracy", "symbolic"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Answered:
 
 
 @dataclass(frozen=True)
-class Rule:
+class SelectionOptions:
     """How models are chosen.
 
     `accuracy`: the most accurate `most` (1) of each category vote by accuracy above chance.
@@ -65,7 +65,7 @@ class Rule:
     Of models with `max_bytes` in all; `kappa` replaces the estimate.
     """
 
-    way: Way = "accuracy"
+    method: DispatchMethod = "accuracy"
     most: int | None = None
     max_bytes: int | None = None
     kappa: float | None = None
@@ -75,9 +75,10 @@ class Rule:
 class Routes:
     """What was learned from answers: accuracy and right − wrong answers by category."""
 
-    rule: Rule
+    options: SelectionOptions
     accuracy_MS: Array  # shrunk
     lead_MS: Array  # right − wrong
+    total_M: Array  # of all categories
     overall_M: Array
     fits_M: Array  # alone within the bytes
     is_held_M: Array
@@ -102,9 +103,9 @@ class Routes:
         """The vote of each model (M, N); the best held model's alone where no category is known."""
         known_NS = category_NS * self.is_seen_S
         n_N, open_MN = known_NS.sum(axis=1), is_answered_MN & self.is_held_M[:, None]
-        if self.rule.way == "symbolic":
-            weight_MN = recruit(self.lead_MS @ known_NS.T, self.lead_MS.sum(axis=1), open_MN)
-            weight_MN *= _top(weight_MN, self.rule.most or len(weight_MN))
+        if self.options.method == "symbolic":
+            weight_MN = recruit(self.lead_MS @ known_NS.T, self.total_M, open_MN)
+            weight_MN *= _top(weight_MN, self.options.most or len(weight_MN))
             weight_MN = share(weight_MN, weight_MN.sum(axis=0), 0.0)
         else:
             score_MN = share(self.accuracy_MS @ known_NS.T, n_N, 0.0)
@@ -113,7 +114,7 @@ class Routes:
 
     def _votes(self, score_MN: Array, open_MN: Array) -> Array:
         score_MN = np.where(open_MN, score_MN, -np.inf)
-        if (most := self.rule.most or 1) == 1:
+        if (most := self.options.most or 1) == 1:
             return self._best(score_MN, open_MN)
         above_MN = np.maximum(score_MN - self.chance, 0) * _top(score_MN, most)
         total_N = above_MN.sum(axis=0)
@@ -149,33 +150,66 @@ def recruit(lead_MN: Array, total_M: Array, open_MN: Array) -> Array:
     return share(weight_MN, weight_MN.sum(axis=0), 0.0)
 
 
-def fit(right_MN: Array, category_NS: Array, size_M: Array, rule: Rule, chance: float) -> Routes:
+def impute(right_MN: Array) -> Array:
+    """`right_MN` with what the models are expected to give where they did not answer.
+
+    By least squares a right answer is the sum of what the question and what the model adds, so that
+    models are compared on questions that several answered: one that answered only easy questions
+    is not the better for it. Where no chain of common questions joins two models, they are equal.
+    """
+    is_answered_MN = np.isfinite(right_MN)
+    if is_answered_MN.all():
+        return right_MN
+    one_MN, n_N = 1.0 * is_answered_MN, is_answered_MN.sum(axis=0)
+    right_MN = np.nan_to_num(right_MN)
+    mean_N = share(right_MN.sum(axis=0), n_N, 0.0)
+    gain_M = (one_MN * (right_MN - mean_N)).sum(axis=1)
+    laplacian_MM = np.diag(one_MN.sum(axis=1)) - share(one_MN, n_N, 0.0) @ one_MN.T
+    model_M = np.linalg.lstsq(laplacian_MM, gain_M, rcond=1e-9)[0]
+    question_N = mean_N - share(model_M @ one_MN, n_N, 0.0)
+    return np.where(is_answered_MN, right_MN, question_N + model_M[:, None])
+
+
+def fit(
+    right_MN: Array, category_NS: Array, size_M: Array, options: SelectionOptions, chance: float
+) -> Routes:
     """The routes that answers teach.
 
-    Accuracy in a category is shrunk to the model's overall: (right + κ·overall) / (n + κ).
+    Accuracy in a category is shrunk to the model's overall: (right + κ·overall) / (n + κ). All are
+    accuracies on the same questions, of which n were answered by this model and another.
     """
-    is_answered_MN, right_or_0_MN = np.isfinite(right_MN), np.nan_to_num(right_MN)
-    n_MS, right_MS = is_answered_MN @ category_NS, right_or_0_MN @ category_NS
-    overall_M = share(right_or_0_MN.sum(axis=1), is_answered_MN.sum(axis=1), 0.0)
-    kappa = shrinkage(right_MN, category_NS) if rule.kappa is None else rule.kappa
+    n_S, n_MS = category_NS.sum(axis=0), compared(right_MN) @ category_NS
+    right_MS = np.column_stack(
+        [impute(right_MN[:, own_N > 0]).sum(axis=1) for own_N in category_NS.T]
+    )
+    imputed_MN = impute(right_MN)
+    overall_M = imputed_MN.mean(axis=1)
+    kappa = shrinkage(right_MN, category_NS) if options.kappa is None else options.kappa
     own_MS = np.where(n_MS > 0, n_MS / np.maximum(n_MS + kappa, 1), 0.0)  # 0 for κ = ∞
-    accuracy_MS = own_MS * share(right_MS, n_MS, 0.0) + (1 - own_MS) * overall_M[:, None]
+    accuracy_MS = own_MS * share(right_MS, n_S, 0.0) + (1 - own_MS) * overall_M[:, None]
     fits_M, is_held_M = np.ones(len(size_M), dtype=bool), np.ones(len(size_M), dtype=bool)
-    if rule.max_bytes is not None:
-        fits_M = size_M <= rule.max_bytes
-        value_MS = accuracy_MS * category_NS.sum(axis=0)
-        is_held_M = best_set(value_MS, size_M, rule.max_bytes)
+    if options.max_bytes is not None:
+        fits_M = size_M <= options.max_bytes
+        is_held_M = best_set(accuracy_MS * n_S, size_M, options.max_bytes)
+    is_answered_MS: Array = np.isfinite(right_MN) @ category_NS > 0
     return Routes(
-        rule=rule,
+        options=options,
         accuracy_MS=accuracy_MS,
-        lead_MS=2 * right_MS - n_MS,
+        lead_MS=np.where(is_answered_MS, 2 * right_MS - n_S, 0.0),
+        total_M=(2 * imputed_MN @ category_NS - n_S).sum(axis=1),
         overall_M=overall_M,
         fits_M=fits_M,
         is_held_M=is_held_M,
-        is_seen_S=n_MS.sum(axis=0) > 0,
+        is_seen_S=np.any(is_answered_MS, axis=0),
         chance=chance,
         kappa=kappa,
     )
+
+
+def compared(right_MN: Array) -> Array:
+    """Which answers are to questions that another model answered too."""
+    is_answered_MN = np.isfinite(right_MN)
+    return np.asarray(is_answered_MN & (is_answered_MN.sum(axis=0) > 1))
 
 
 def shrinkage(right_MN: Array, category_NS: Array) -> float:
@@ -184,16 +218,16 @@ def shrinkage(right_MN: Array, category_NS: Array) -> float:
     That of a beta-binomial, of the differences of each model from the mean of all on the same
     question: categories that are hard for all models do not count as differences between models.
     """
-    is_answered_MN, right_or_0_MN = np.isfinite(right_MN), np.nan_to_num(right_MN)
-    mean_N = share(right_or_0_MN.sum(axis=0), is_answered_MN.sum(axis=0), 0.0)
-    gain_MN = np.where(is_answered_MN, right_or_0_MN - mean_N, 0.0)
-    n_MS, sum_MS = is_answered_MN @ category_NS * 1.0, gain_MN @ category_NS
+    is_compared_MN, right_MN = compared(right_MN), impute(right_MN)
+    mean_N = right_MN.sum(axis=0) / len(right_MN)
+    gain_MN = np.where(is_compared_MN, right_MN - mean_N, 0.0)
+    n_MS, sum_MS = is_compared_MN @ category_NS * 1.0, gain_MN @ category_NS
     n_M1, mean_MS = n_MS.sum(axis=1, keepdims=True), share(sum_MS, n_MS, 0.0)
     mean_M1 = share(sum_MS.sum(axis=1, keepdims=True), n_M1, 0.0)
     n_free = float((n_M1 - (n_MS > 0).sum(axis=1, keepdims=True)).sum())
     squares = float((gain_MN**2 @ category_NS).sum() - (n_MS * mean_MS**2).sum())
     within = max(squares, 0.0) / n_free if n_free > 0 else 0.0
-    k_M = (n_MS > 0).sum(axis=1) - 1
+    k_M = np.maximum((n_MS > 0).sum(axis=1) - 1, 0)
     spread = float((n_M1[:, 0] - share((n_MS**2).sum(axis=1), n_M1[:, 0], 0.0)).sum())
     excess = float((n_MS * (mean_MS - mean_M1) ** 2).sum() - k_M.sum() * within)
     return within * spread / excess if excess > 1e-9 * max(spread, 1.0) else np.inf
@@ -243,38 +277,38 @@ class CrossFitted:
     chosen_N: Array
     single_N: Array
     votes_N: Array
-    told_N: Array | None  # with categories that routing tells
+    predicted_N: Array | None  # with predicted categories
 
 
 def cross_fit_routes(
     answered: Answered,
     category_NS: Array,
-    rule: Rule,
+    options: SelectionOptions,
     seed: int = 0,
-    told_NS: Array | None = None,
+    predicted_NS: Array | None = None,
 ) -> CrossFitted:
     """Chooses on four folds and answers the fifth, for each of five; repeats share a fold."""
     n = len(answered.answer_N)
-    rights = {name: np.zeros(n, dtype=bool) for name in ("chosen", "single", "votes", "told")}
+    rights = {name: np.zeros(n, dtype=bool) for name in ("chosen", "single", "votes", "predicted")}
     fold_N = folds_of(answered, seed)
     for fold in range(FOLDS):
         own_N = fold_N == fold
         if not own_N.any():
             continue
         seen = answered.right_MN[:, ~own_N], category_NS[~own_N]
-        routes = fit(*seen, answered.size_M, rule, answered.chance)
+        routes = fit(*seen, answered.size_M, options, answered.chance)
         is_answered_MN = answered.is_answered_MN
         weights = {
             "chosen": routes.weights(category_NS, is_answered_MN),
             "single": routes.single_weights(is_answered_MN),
             "votes": routes.equal_weights(is_answered_MN),
         }
-        if told_NS is not None:
-            weights["told"] = routes.weights(told_NS, is_answered_MN)
+        if predicted_NS is not None:
+            weights["predicted"] = routes.weights(predicted_NS, is_answered_MN)
         for name, weight_MN in weights.items():
             rights[name][own_N] = answered.is_right(weight_MN)[own_N]
-    told_N = None if told_NS is None else rights["told"]
-    return CrossFitted(rights["chosen"], rights["single"], rights["votes"], told_N)
+    predicted_N = None if predicted_NS is None else rights["predicted"]
+    return CrossFitted(rights["chosen"], rights["single"], rights["votes"], predicted_N)
 
 
 def folds_of(answered: Answered, seed: int) -> Array:
@@ -282,64 +316,47 @@ def folds_of(answered: Answered, seed: int) -> Array:
     return deal(answered.subject_N.tolist(), answered.group_N.tolist(), seed)
 
 
-def luck(answered: Answered, routes: Routes, seed: int = 0) -> tuple[float, float]:
+def most_right(answered: Answered, routes: Routes) -> int:
+    """The most right answers of a model that fits: its own, else those of the best single one."""
+    is_open_MN = answered.is_answered_MN & routes.fits_M[:, None]
+    other_N = answered.is_right(routes.single_weights(answered.is_answered_MN))
+    right_MN = np.where(is_open_MN, answered.right_MN, other_N)
+    return int(right_MN[routes.fits_M].sum(axis=1).max())
+
+
+def oracle_null(answered: Answered, routes: Routes, seed: int = 0) -> tuple[float, float]:
     """95 % range of an oracle's accuracy if the models that fit differed by chance alone.
 
     One list of answers for each model, drawn from the choice probabilities of the best single one;
-    the odds of its right choices are multiplied so that each list is as accurate as its model.
+    the odds of its right choices are multiplied so that each list is as accurate as its model on
+    the questions that it answered, and has answers to these alone.
     """
     from scipy.special import expit, logit  # not needed to start
 
-    logprob_NC = answered.logprob_MNC[routes.single]
+    single_N = routes.single_weights(answered.is_answered_MN).argmax(axis=0)
+    logprob_NC = answered.logprob_MNC[single_N, np.arange(len(single_N))]
     right_N = np.exp(right_logprobs(np.nan_to_num(logprob_NC, nan=np.log(0.5)), answered.answer_N))
     odds_N = logit(np.clip(right_N, 1e-9, 1 - 1e-9))
     missed_N = np.ones(len(odds_N))
-    for accuracy in routes.overall_M[routes.fits_M]:
-        low, high = -100.0, 100.0
+    for m in np.flatnonzero(routes.fits_M):
+        own_N = answered.is_answered_MN[m]
+        accuracy, low, high = answered.right_MN[m, own_N].mean(), -100.0, 100.0
         for _ in range(60):
             middle = (low + high) / 2
-            below = expit(odds_N + middle).mean() < accuracy
+            below = expit(odds_N[own_N] + middle).mean() < accuracy
             low, high = (middle, high) if below else (low, middle)
-        missed_N *= 1 - expit(odds_N + high)
+        missed_N[own_N] *= 1 - expit(odds_N[own_N] + high)
     rng = np.random.default_rng(seed)
     drawn = [(rng.random(len(missed_N)) >= missed_N).mean() for _ in range(DRAWS)]
     least, most = np.quantile(drawn, [0.025, 0.975])
     return float(least), float(most)
 
 
-def read_labels(feature_NX: Array, label_N: Array, fold_N: Array, ridge: float = 1.0) -> Array:
-    """The label (N,) that a linear reader of the features tells, fitted without their fold.
-
-    Multinomial logistic regression, penalty ½·ridge·‖W‖² on standardised features.
-    """
-    told_N = np.zeros_like(label_N)
+def predict_labels(feature_NX: Array, label_N: Array, fold_N: Array, ridge: float = 1.0) -> Array:
+    """The label (N,) that a logistic regression predicts, fitted without the question's fold."""
+    predicted_N, n_labels = np.zeros_like(label_N), int(label_N.max()) + 1
     for fold in np.unique(fold_N):
         own_N = fold_N == fold
-        mean_X, std_X = feature_NX[~own_N].mean(axis=0), feature_NX[~own_N].std(axis=0)
-        scaled_NX = (feature_NX - mean_X) / np.where(std_X > 1e-12, std_X, 1)
-        told_N[own_N] = _reader(scaled_NX[~own_N], label_N[~own_N], ridge)(scaled_NX[own_N])
-    return told_N
-
-
-def _reader(feature_NX: Array, label_N: Array, ridge: float) -> Callable[[Array], Array]:
-    """The most likely label of features, by a fitted softmax; the last weight is the intercept."""
-    from scipy.optimize import minimize  # not needed to start
-    from scipy.special import log_softmax
-
-    classes, at_N = np.unique(label_N, return_inverse=True)
-    one_NX = np.column_stack([feature_NX, np.ones(len(feature_NX))])
-    is_label_NS = at_N[:, None] == np.arange(len(classes))
-    is_free_X1 = np.r_[np.ones(feature_NX.shape[1]), 0][:, None]  # no penalty on the intercept
-
-    def loss(flat: Array) -> tuple[float, Array]:
-        weight_XS = flat.reshape(one_NX.shape[1], -1)
-        log_NS = log_softmax(one_NX @ weight_XS, axis=1)
-        penalised_XS = ridge * is_free_X1 * weight_XS
-        value = 0.5 * float((penalised_XS * weight_XS).sum()) - float(log_NS[is_label_NS].sum())
-        slope_XS = one_NX.T @ (np.exp(log_NS) - is_label_NS) + penalised_XS
-        return value, slope_XS.ravel()
-
-    start = np.zeros(one_NX.shape[1] * len(classes))
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 200})
-    weight_XS = np.asarray(found.x).reshape(one_NX.shape[1], -1)
-    return lambda own_NX: classes[(own_NX @ weight_XS[:-1] + weight_XS[-1]).argmax(axis=1)]
+        fitted = fit_logistic(feature_NX[~own_N], label_N[~own_N], n_labels, ridge)
+        predicted_N[own_N] = fitted.scores(feature_NX[own_N]).argmax(axis=1)
+    return predicted_N

@@ -11,11 +11,11 @@ from typing import Literal
 
 import numpy as np
 
+from expertcut.evaluation.logistic import fit_logistic
 from expertcut.stats import LEVEL, Array, Comparison, bootstrap_ci95, compare
 
 OracleVerdict = Literal["more than chance", "chance"]
-_RIDGE = 1.0  # of the reader's coefficients, for standardised figures
-_STEPS = 25
+_RIDGE = 1.0  # of the log-odds by standardised figures
 
 
 @dataclass(frozen=True)
@@ -69,27 +69,10 @@ def reader_gain(base_N: Array, right_SN: Array, figures_NF: Array, fold_N: Array
     all_SN = np.concatenate([base_N[None], right_SN])
     for fold in np.unique(fold_N):
         is_own_N = fold_N == fold
-        scale_F = figures_NF[~is_own_N].std(axis=0)
-        mean_F, scale_F = figures_NF[~is_own_N].mean(axis=0), np.where(scale_F > 0, scale_F, 1.0)
-        x_NF = np.column_stack([np.ones(len(base_N)), (figures_NF - mean_F) / scale_F])
-        odds_SN = np.array(
-            [x_NF @ _logistic(x_NF[~is_own_N], right_N[~is_own_N]) for right_N in all_SN]
-        )
+        odds_SN = np.empty((len(all_SN), is_own_N.sum()))
+        for odds_N, right_N in zip(odds_SN, all_SN, strict=True):
+            fitted = fit_logistic(figures_NF[~is_own_N], 1 * right_N[~is_own_N], 2, 2 * _RIDGE)
+            odds_N[:] = np.diff(fitted.scores(figures_NF[is_own_N]))[:, 0]
         best_N = odds_SN.argmax(axis=0)  # of ties the base
-        chosen_N[is_own_N] = all_SN[best_N, np.arange(len(base_N))][is_own_N]
+        chosen_N[is_own_N] = all_SN[:, is_own_N][best_N, np.arange(len(best_N))]
     return compare(base_N, chosen_N)
-
-
-def _logistic(x_NF: Array, is_right_N: Array) -> Array:
-    """Coefficients (F,) of a logistic regression with a ridge, by Newton's method."""
-    beta_F, ridge_F = np.zeros(x_NF.shape[1]), np.full(x_NF.shape[1], _RIDGE)
-    ridge_F[0] = 1e-6  # not of the constant
-    for _ in range(_STEPS):
-        p_N = 1 / (1 + np.exp(-np.clip(x_NF @ beta_F, -30, 30)))
-        slope_F = x_NF.T @ (is_right_N - p_N) - ridge_F * beta_F
-        curve_FF = (x_NF * (p_N * (1 - p_N))[:, None]).T @ x_NF + np.diag(ridge_F)
-        step_F = np.linalg.solve(curve_FF, slope_F)
-        beta_F = beta_F + step_F
-        if np.abs(step_F).max() < 1e-9:
-            break
-    return np.asarray(beta_F)

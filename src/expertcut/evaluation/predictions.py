@@ -13,8 +13,9 @@ import numpy as np
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.data.questions import LETTERS, Question, hashes_in
 from expertcut.edits.plan import load_hashes, plan_in
-from expertcut.errors import OutputError, QuizError
-from expertcut.evaluation.dispatching import Answered
+from expertcut.edits.splits import profiled_quiz
+from expertcut.errors import OutputError, ProfileError, QuizError, SettingsError
+from expertcut.evaluation.dispatching import Answered, folds_of, predict_labels
 from expertcut.evaluation.results import (
     QuizModelResult,
     QuizResults,
@@ -22,6 +23,7 @@ from expertcut.evaluation.results import (
     predictions_file,
 )
 from expertcut.files import read_file
+from expertcut.profiling.storage import Profile
 from expertcut.stats import Array
 
 _MAX_BYTES = 1 << 30
@@ -219,6 +221,43 @@ def model_folder(model: QuizModelResult, near: Path) -> Path | None:
         return Path(cached).parent if isinstance(cached, str) else None
     folders = (above / model.path for above in (Path(), *near.resolve().parents))
     return next((folder for folder in folders if (folder / "config.json").is_file()), None)
+
+
+def read_categories(by: str, predictions: Predictions) -> Mapping[str, Array]:
+    """Masks of the questions of each subject, or of each skill of a CSV (`by`)."""
+    subject_N = predictions.answered.subject_N
+    if by in ("subject", "routing"):
+        return {str(name): subject_N == name for name in np.unique(subject_N)}
+    numbers_N, skills = np.arange(len(subject_N)), read_skills(Path(by), predictions)
+    return {skill: np.isin(numbers_N, [*own]) for skill, own in skills.items()}
+
+
+def predict_subjects(
+    predictions: Predictions, profile: Profile, layers: Sequence[int], seed: int
+) -> Array:
+    """The subject of each question (N,), by its place in name order, predicted from its routing.
+
+    A logistic regression on the router probabilities at the answer position of some layers (all
+    without), fitted without the question's fold.
+    """
+    keys = [(q.subject, q.content_hash, q.answer) for q in predictions.questions]
+    profiled = question_keys(profiled_quiz(profile))
+    place = {key[:3]: n for n, key in reversed([*enumerate(profiled)])}
+    if unknown := [key for key in keys if key not in place]:
+        raise ProfileError(
+            f"{profile.path} did not ask {len(unknown):,} of the {len(keys):,} questions, first of "
+            f"subject {unknown[0][0]}: profile the split that was evaluated"
+        )
+    n_layers = len(profile.info.model.blocks)
+    if max(layers, default=0) >= n_layers:
+        raise SettingsError(
+            f"--layers {max(layers)}: {profile.path} has MoE layers 0 to {n_layers - 1}"
+        )
+    at_N, of_layers = [place[key] for key in keys], list(layers or range(n_layers))
+    alpha_NLE = profile.array("alpha_NLE")[at_N][:, of_layers]
+    _, label_N = np.unique(predictions.answered.subject_N, return_inverse=True)
+    feature_NX = alpha_NLE.reshape(len(keys), -1).astype(np.float64)
+    return predict_labels(feature_NX, label_N, folds_of(predictions.answered, seed))
 
 
 def read_skills(file: Path, predictions: Predictions) -> Mapping[str, frozenset[int]]:

@@ -26,10 +26,11 @@ def dispatch_tables(result: DispatchResult) -> list[Table]:
 
 def dispatch_csv(result: DispatchResult) -> Table:
     """One row per procedure, as shares."""
-    routing = result.by_routing.score if result.by_routing else None
+    routing = result.by_routing
     compared: dict[str, DispatchScore | None] = {
         "cross_fitted": result.cross_fitted,
-        "routing": routing,
+        "routing": routing.score if routing else None,
+        "true_subjects": routing.true_subjects if routing else None,
         "votes": result.votes,
     }
     rows: list[list[Cell]] = [["best_single", result.best_single, *[None] * 7]]
@@ -51,6 +52,9 @@ def dispatch_facts(result: DispatchResult) -> list[tuple[str, str]]:
     if result.union_bytes is not None and result.union_bytes < result.held_bytes:
         size += f"; {unit(result.union_bytes, 'B')} with the experts that they share held once"
     facts = [("verdict", verdict_sentence(result)), ("holds", size)]
+    if result.by_routing:
+        text = f"the subject of {percent(result.by_routing.right)} of questions is predicted right"
+        facts.append(("routing", text))
     if len(result.models) > 1:
         facts.append(
             (
@@ -67,11 +71,12 @@ def dispatch_facts(result: DispatchResult) -> list[tuple[str, str]]:
 
 def verdict_sentence(result: DispatchResult) -> str:
     """Whether choosing helps, in words."""
-    c = result.cross_fitted.change
+    c, routing = result.cross_fitted.change, result.by_routing
+    how = " by routing" if routing and routing.true_subjects else ""
     if result.verdict == "no evidence":
         shown = f"{100 * c.smallest_effect:.1f} points could have been shown"
-        return f"No evidence that choosing helps here: {change_text(c)}; {shown}."
-    return f"Choosing {result.verdict} here: {change_text(c)}."
+        return f"No evidence that choosing{how} helps here: {change_text(c)}; {shown}."
+    return f"Choosing{how} {result.verdict} here: {change_text(c)}."
 
 
 def _outcome_table(result: DispatchResult) -> Table:
@@ -79,14 +84,14 @@ def _outcome_table(result: DispatchResult) -> Table:
     kind = "subject" if by == "routing" else by
     name = short_names([model.path for model in result.models])[result.single]
     rows: list[list[Cell]] = [[f"best single ({name})", result.best_single, None, None]]
-    rows.append([f"by {kind}", *_cells(result.cross_fitted)])
-    if result.by_routing:
-        rows.append(["by routing", *_cells(result.by_routing.score)])
+    routing = result.by_routing
+    of_kind = (routing.true_subjects if routing else None) or result.cross_fitted
+    rows.append([f"by {kind}", *_cells(of_kind)])
+    if routing:
+        rows.append(["by routing", *_cells(routing.score)])
     rows.append(["equal votes", *_cells(result.votes)])
     rows.append(["best per question (oracle)", result.oracle, None, None])
     note = f"Chosen on four fifths of {result.questions:,} questions, scored on the other."
-    if result.by_routing:
-        note += f" Routing tells the subject of {percent(result.by_routing.right)}."
     heads = columns(f"procedure; accuracy::.2%; {CHANGE}; McNemar p::.2g")
     return Table(f"Dispatch by {by}", heads, rows, note)
 
@@ -121,14 +126,14 @@ def short_names(paths: Sequence[str]) -> dict[str, str]:
 
 
 def _confusion_tables(result: DispatchResult) -> list[Table]:
-    """The subjects, how often routing tells them, and what it takes them for most."""
+    """The subjects, how often they are predicted from routing, and what they are taken for most."""
     if result.by_routing is None:
         return []
     rows: list[list[Cell]] = []
-    for name, told in result.by_routing.confusion.items():
-        n = sum(told.values())
-        others = sorted(((c, o) for o, c in told.items() if o != name), reverse=True)
+    for name, predicted in result.by_routing.confusion.items():
+        n = sum(predicted.values())
+        others = sorted(((c, o) for o, c in predicted.items() if o != name), reverse=True)
         taken = ", ".join(f"{other} {count:,}" for count, other in others[:3])
-        rows.append([name, n, told.get(name, 0) / n if n else None, taken or None])
-    heads = columns("subject; questions::,d; told right::.1%; taken for")
-    return [Table("Subjects as routing tells them", heads, rows)]
+        rows.append([name, n, predicted.get(name, 0) / n if n else None, taken or None])
+    heads = columns("subject; questions::,d; predicted right::.1%; taken for")
+    return [Table("Subjects as predicted from routing", heads, rows)]
