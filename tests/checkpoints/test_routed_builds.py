@@ -10,22 +10,28 @@ import pytest
 import torch
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
-from expertcut.checkpoints.export import edits_of
+from expertcut.checkpoints.export import check_export, edits_of
+from expertcut.checkpoints.held_out_check import BaseScores, score_base
+from expertcut.checkpoints.text_check import BaseTexts, score_base_texts
+from expertcut.data import Selection, load_quiz
+from expertcut.data.corpus import TextSelection, load_corpus
 from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import Layout
-from expertcut.edits.plan import load_plan
-from expertcut.edits.router_edits import route_draft
+from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
+from expertcut.edits.router_edits import route_draft, with_routing
 from expertcut.edits.splits import choosing_profile
 from expertcut.errors import ContractError
 from expertcut.hub.provenance import verified
 from expertcut.models import modeling_routed
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
-from expertcut.models.load import LoadOptions
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.models.validate import expert_count
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.scoring.engine import Engine
 from tests.conftest import WORDS, Commands, open_model
+from tests.support.routed_models import make_routed, routed_plan
 
 Checkpoints = Callable[..., Path]
 
@@ -65,10 +71,9 @@ def test_a_checkpoint_is_held_to_the_base_and_to_the_rule_at_run_time(
     assert verified(tmp_path / "made").has_family_form == (layout == "stock")
 
 
-def test_a_rule_that_does_not_reach_the_model_is_no_checkpoint(
+def test_a_file_that_runs_another_rule_is_far_from_the_rule_at_run_time(
     profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Experts are left out and every answer stays: the law of the check, not of the rule."""
 
     def nobody_leaves(tokens: Any, at: float, options: Any) -> tuple[torch.Tensor, torch.Tensor]:
         return tokens.weights_TK * 1.0, tokens.experts_TK.clone()
@@ -78,6 +83,31 @@ def test_a_rule_that_does_not_reach_the_model_is_no_checkpoint(
     assert made.proof is not None  # the file beside it is not patched, so both differ
     against = {shift.against: shift.max_abs_logprob_diff for shift in made.proof.held_out}
     assert against["the rule at run time"] > 0.1
+
+
+@pytest.mark.parametrize("by", ["questions", "texts"])
+def test_a_rule_that_does_not_reach_the_model_gives_no_result(
+    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path, by: str
+) -> None:
+    """Tokens use fewer experts and every answer stays, here because experts give nothing."""
+    (tmp_path / "words.jsonl").write_text(json.dumps({"text": " ".join(WORDS * 5)}) + "\n")
+    moe = open_model(checkpoint("qwen3_moe"))
+    engine, plan = Engine(moe, 1024), routed_plan(moe, "skip", 0.7)
+
+    def score() -> BaseScores | BaseTexts:
+        if by == "texts":
+            selection = TextSelection((str(tmp_path / "words.jsonl"),))
+            texts = load_corpus(selection, moe.tokenizer)
+            return score_base_texts(engine, texts, plan, edits_of(plan))
+        quiz = load_quiz(Selection(str(quiz_folder), "test", 0, limit=2))
+        return score_base(engine, quiz, plan, edits_of(plan))
+
+    used = score().experts_per_token
+    assert used is not None and 1 < used < 2
+    for block in moe.blocks:
+        block.experts.get_parameter("down_proj").data.zero_()
+    with pytest.raises(ContractError, match="their tokens use other numbers of experts"):
+        score()
 
 
 def test_a_checkpoint_goes_on_with_its_rule(
@@ -107,20 +137,53 @@ def test_a_checkpoint_goes_on_with_its_rule(
     assert held_out[0].max_abs_logprob_diff > 1e-2 and held_out[1].max_abs_logprob_diff < 1e-4
 
 
-def test_thresholds_of_logits_do_not_survive_a_cut(
-    profile: Profile, quiz_folder: Path, expertcut: Commands, tmp_path: Path
-) -> None:
-    built(profile, tmp_path / "made", "skip", 0.7)
-    file = tmp_path / "made" / "config.json"
+def declare(folder: Path, **changes: Any) -> None:
+    """Changes the rule that config.json declares."""
+    file = folder / "config.json"
     config = json.loads(file.read_text())
-    config["expert_routing"]["rule"] = "null"
+    config["expert_routing"] |= changes
     file.write_text(json.dumps(config))
-    from expertcut.checkpoints.stock import StockWriter
-    from expertcut.models.load import Source
 
-    source = Source("m", tmp_path / "made")
-    with pytest.raises(ContractError, match="routes by rule null"):
-        StockWriter().check(source, is_cutting=True)
+
+@pytest.mark.parametrize(
+    ("declared", "n_kept", "fault"),
+    [
+        ({"rule": "null"}, 6, "rule null has thresholds that refer to the logits of all"),
+        ({"rule": "grouped", "layers": {"0": 2.0, "1": 2.0}}, 6, "rule grouped has groups of"),
+        ({"rule": "grouped", "layers": {"0": 2.0, "1": 2.0}}, 4, "rule grouped has groups of"),
+        ({"rule": "top-p", "most": 5, "places": 5}, 4, "top-p takes up to 5 experts a token, and"),
+        ({"rule": "top-k", "layers": {"0": 1.0, "1": 6.0}}, 4, "top-k takes up to 6 experts a"),
+        ({"rule": "top-k", "layers": {"0": 1.0, "1": 6.0}}, 6, ""),
+        ({}, 4, ""),
+    ],
+)
+def test_a_rule_survives_a_cut_only_if_it_means_the_same(
+    checkpoint: Checkpoints, tmp_path: Path, declared: dict[str, Any], n_kept: int, fault: str
+) -> None:
+    """A fresh cut of a routed checkpoint, of any number of experts that the stock router takes."""
+    moe, folder = open_model(checkpoint("qwen3_moe")), tmp_path / "made"
+    make_routed(moe, routed_plan(moe, "skip", 0.7), folder)
+    declare(folder, **declared)
+    edits = {b.name: BlockEdit(keep=tuple(range(n_kept))) for b in moe.blocks}
+    plan = EditPlan("", "prune", "by hand", "answer", edits, fold="off", is_cut=True)
+    source = find_source(str(folder))
+    if not fault:
+        check_export(source, plan, 8, tmp_path)
+        return
+    with pytest.raises(ContractError, match=fault):
+        check_export(source, plan, 8, tmp_path)
+
+
+def test_a_rule_and_a_cut_in_one_plan_fit_each_other(
+    checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    moe = open_model(checkpoint("qwen3_moe"))
+    edits = {b.name: BlockEdit(keep=(0, 1, 4, 5)) for b in moe.blocks}
+    cut = EditPlan("", "prune", "by hand", "answer", edits, "routed", fold="off", is_cut=True)
+    for rule, at in (("grouped", 2), ("top-k", 5)):
+        plan = with_routing(cut, RoutingRule(rule=rule), {0: at, 1: at}, {})  # type: ignore[call-arg]
+        with pytest.raises(ContractError, match=f"rule {rule} "):
+            make_routed(moe, plan, tmp_path / rule)
 
 
 def test_texts_judge_a_rule_as_questions_do(

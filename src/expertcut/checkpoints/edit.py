@@ -165,6 +165,10 @@ class Edit(Protocol):
         """The edit of this kind in a plan, not fitted yet."""
         ...
 
+    def check(self, _layout: LayoutWriter, _source: Source, _plan: EditPlan) -> None:
+        """Raises a ContractError unless the layout can hold the edit for this model."""
+        return
+
     def needs_engine(self, _calibration: Calibration) -> bool:
         """Whether `fit` must run the model."""
         return False
@@ -185,6 +189,11 @@ class Edit(Protocol):
     def reference(self) -> str:
         """The name of what the held-out check compares with; empty for an edit without effect."""
         return ""
+
+    @property
+    def is_named_alone(self) -> bool:
+        """Whether `reference` says too little where other edits act too."""
+        return False
 
     def forms(self) -> Mapping[str, Self | None]:
         """What the held-out check simulates in place of the edit, by name; None is nothing."""

@@ -19,7 +19,6 @@ from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import RECORDS, BlockEdit, EditPlan, PlanFile, removed_experts
-from expertcut.errors import ContractError
 from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
@@ -46,13 +45,8 @@ def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:
 
 def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -> None:
     """That the layout can hold the plan for this model, and that there is room for the result."""
-    routings = [edit.rerouting for edit in edits_of(plan) if isinstance(edit, RerouteEdit)]
-    for routing in routings:
-        WRITERS[plan.layout].check_routing(source, routing)
-        if plan.is_biased and plan.apply_at == "answer":
-            raise ContractError(
-                "a routing rule goes with biases at every token only: leave --apply-at answer out"
-            )
+    for edit in edits_of(plan):
+        edit.check(WRITERS[plan.layout], source, plan)
     WRITERS[plan.layout].check(source, is_cutting=plan.is_cut)
     rewrite = cut_rewrite(source, plan, n_experts)
     shards = lay_out(source.stored, rewrite)

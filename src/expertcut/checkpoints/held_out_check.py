@@ -10,7 +10,6 @@ from torch import Tensor
 from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
 from expertcut.checkpoints.prune_edit import PruneEdit
-from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.data import Quiz
 from expertcut.data.questions import replace_questions
 from expertcut.edits.layouts import LAYOUTS
@@ -169,7 +168,7 @@ class BaseScores:
 def reference_name(edits: Sequence[Edit]) -> str:
     """What the edited model is compared with, beside the unedited one."""
     names = [edit.reference for edit in edits if edit.reference]
-    is_mixed = len(names) > 1 and any(isinstance(e, PruneEdit | RerouteEdit) for e in edits)
+    is_mixed = len(names) > 1 and any(edit.is_named_alone for edit in edits)
     return "the same plan at run time" if is_mixed else names[-1]
 
 

@@ -40,6 +40,7 @@ class PruneEdit(Edit):
     # Where routers lose rows, factors (kept,) by layer on the outputs of kept experts.
     folds: Mapping[int, np.ndarray[Any, Any]] = field(default_factory=dict)
     constants: Constants = field(default_factory=dict)  # where they keep rows: of removed experts
+    is_named_alone = True
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:

@@ -9,6 +9,7 @@ from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, PlanRouting
 from expertcut.errors import ContractError
 from expertcut.models.expert_routing import ExpertRouting
+from expertcut.models.load import Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.scoring.engine import Engine
@@ -24,6 +25,7 @@ class RerouteEdit(Edit):
     layout: Layout
     declared: ExpertRouting | None = None
     reference = "the rule at run time"
+    is_named_alone = True
 
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
@@ -36,6 +38,13 @@ class RerouteEdit(Edit):
         at_by_layer = {layer: edit.at for layer, edit in edits if edit.at is not None}
         fit_by_layer = {layer: edit.fit for layer, edit in edits if edit.fit is not None}
         return Rerouting(self.rule, at_by_layer, fit_by_layer)
+
+    def check(self, layout: LayoutWriter, source: Source, plan: EditPlan) -> None:
+        layout.check_routing(source, self.rerouting)
+        if plan.is_biased and plan.apply_at == "answer":
+            raise ContractError(
+                "a routing rule goes with biases at every token only: leave --apply-at answer out"
+            )
 
     def needs_engine(self, _calibration: Calibration) -> bool:
         return True  # only a model that runs shows its gate

@@ -40,12 +40,9 @@ class StockWriter(LayoutWriter):
                 "exact"
             )
         routing = routing_in(config)
-        if routing is not None and is_cutting and routing.rule == "null":
-            raise ContractError(
-                f"{source.id} routes by rule null, whose thresholds refer to the logits of all "
-                "experts: cut the model that it was made from, then route"
-            )
         if routing is not None:
+            if is_cutting:
+                routing.check_cut()
             logger.warning("%s keeps its routing rule: %s", source.id, routing.rule)
 
     def check_routing(self, source: Source, routing: Rerouting) -> None:
@@ -123,7 +120,10 @@ class StockWriter(LayoutWriter):
 
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         n_kept = len(next(iter(tensors.edits.values())).keep)
-        counted = with_expert_count(read_config(source.path), n_experts, n_kept)
+        config = read_config(source.path)
+        if n_kept < n_experts and (routing := tensors.routing or routing_in(config)):
+            routing.check_cut(n_kept)
+        counted = with_expert_count(config, n_experts, n_kept)
         if n_kept < n_experts and tensors.unused:
             counted = without_further_tokens(counted)
         return self._with_rule(counted, tensors.routing) if tensors.routing else counted

@@ -8,7 +8,7 @@ import torch
 
 from expertcut import stats
 from expertcut.checkpoints.edit import Edit, RunEdited, simulated
-from expertcut.checkpoints.held_out_check import NOT_REACHED, reference_name
+from expertcut.checkpoints.held_out_check import NOT_REACHED, NOT_REROUTED, reference_name
 from expertcut.data.corpus import Corpus, by_document, chunk_rows, rows_to_judge
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.edits.plan import EditPlan, removed_experts
@@ -135,8 +135,9 @@ def score_base_texts(
     removed = removed_experts(plan.edits, n_used_LE.shape[1])
     n_hit = sum(n_used_LE[b.layer, list(removed.get(b.name, ()))].sum() for b in engine.moe.blocks)
     must_change = not LAYOUTS[plan.layout].keeps_rows and n_hit >= MIN_TOKENS
-    if must_change and _are_equal(base, reference):
-        raise ContractError(NOT_REACHED.format(name))
+    is_rerouted = plan.routing is not None and counts.per_token != engine.moe.blocks[0].top_k
+    if (must_change or is_rerouted) and _are_equal(base, reference):
+        raise ContractError((NOT_REROUTED if is_rerouted else NOT_REACHED).format(name))
     return BaseTexts(base, name, reference, experts_per_token=counts.per_token)
 
 

@@ -13,6 +13,11 @@ from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 ROUTING_KEY = "expert_routing"
 TYPE_PREFIX = "routed_"  # of config.model_type: whatever knows the family only would drop the rule
 _Layer = Annotated[int, Field(ge=0)]
+# Why the thresholds of a rule mean something else once experts are removed.
+_OF_ALL_EXPERTS = {
+    "null": "has thresholds that refer to the logits of all experts",
+    "grouped": "has groups of neighbours, which a cut changes",
+}
 _ROUNDING = 1e-3  # of a measured factor, in half precision
 
 
@@ -72,6 +77,20 @@ class ExpertRouting(RoutingRule):
             options["most"] = places  # all layers give as many places
         fits = dict(fit_by_layer) or None
         return cls(**options, gate=gate, places=places, layers=dict(at_by_layer), fits=fits)
+
+    def check_cut(self, n_left: int | None = None) -> None:
+        """Raises a ContractError unless the rule goes on after a cut, to `n_left` if known."""
+        if fault := _OF_ALL_EXPERTS.get(self.rule):
+            raise ContractError(
+                f"rule {self.rule} {fault}: cut the model that it was made from, then route"
+            )
+        thresholds = self.layers.values() if self.rule == "top-k" else ()
+        asked = max(self.places, self.most or 1, *map(int, thresholds))
+        if n_left is not None and asked > n_left:
+            raise ContractError(
+                f"rule {self.rule} takes up to {asked} experts a token, and the cut leaves "
+                f"{n_left}: keep at least {asked}, or cut the model that it was made from"
+            )
 
 
 def routing_in(config: Mapping[str, Any]) -> ExpertRouting | None:
