@@ -16,7 +16,9 @@ import expertcut as package
 from expertcut.cli import app
 from expertcut.errors import ProfileError
 from expertcut.profiling.storage import TextProfile, load_profile
-from tests.conftest import WORDS, Commands
+from expertcut.reporting.text_profile_tables import text_tables
+from tests.conftest import WORDS, Commands, open_model
+from tests.support.routed_models import make_routed, routed_plan
 
 Checkpoints = Callable[..., Path]
 
@@ -178,3 +180,30 @@ def test_a_recipe_profiles_texts_and_evaluates_on_its_quiz(
     with Path("b.jsonl").open("a") as file:
         file.write(json.dumps({"text": "one more"}) + "\n")
     assert "[profile] would run: b.jsonl changed" in expertcut("run r.yaml --out run --dry-run")
+
+
+@pytest.mark.usefixtures("modules_cache")
+def test_tokens_without_an_expert_count_in_every_share(
+    checkpoint: Checkpoints, profiled: TextProfile, expertcut: Commands
+) -> None:
+    """Rule null leaves tokens without any expert; entropies over all experts are of all tokens."""
+    moe = open_model(checkpoint("olmoe"))
+    make_routed(moe, routed_plan(moe, "null", 1.0), Path("routed"))
+    expertcut("profile routed --text a.jsonl --text b.jsonl --max-tokens 32 --out q")
+    found = load_profile(Path("q"))
+    assert isinstance(found, TextProfile)
+    n = found.info.text.n_tokens
+    for layer, base in zip(found.layers, profiled.layers, strict=True):
+        assert layer.n_tokens == base.n_tokens == n
+        assert layer.moments_2X[0, 2:].sum() < 0.99 * n  # else the rule leaves nobody without
+    first, last = found.layers[0], found.layers[-1]
+    before = profiled.layers[0].routing_json()  # the first router reads what it did before
+    for kind in ("mean", "std"):
+        name = f"entropy_all_{kind}"
+        assert first.routing_json()[name] == pytest.approx(before[name], rel=1e-6)
+    for layer in (first, last):
+        shown = next(t for t in text_tables(found) if f"layer ({layer.layer}) at 1 %" in t.title)
+        tokens_E = layer.over_tokens.tokens_E
+        assert shown.rows
+        for expert, tokens, share, *_ in shown.rows:
+            assert tokens == tokens_E[int(expert)] and share == pytest.approx(tokens / n)  # type: ignore[call-overload,arg-type]

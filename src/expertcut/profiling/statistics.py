@@ -150,6 +150,7 @@ class TextLayer(LayerSums):
     X is the entropy over the chosen experts, the one over all, and the probability by rank.
     """
 
+    n_tokens: int  # that count; with a routing rule some may have no expert
     over_tokens: OverTokens
     moments_2X: Array
     next: NextTokenStatistics | None = None  # None without losses
@@ -161,9 +162,9 @@ class TextLayer(LayerSums):
 
     def routing_json(self) -> dict[str, Any]:
         """Entropies and rank probabilities, as of a quiz."""
-        n = max(float(self.moments_2X[0, 2:].sum()), 1.0)  # a token's probabilities sum to 1
-        mean_X = self.moments_2X[0] / n
-        std_X = np.sqrt(np.maximum(self.moments_2X[1] / n - mean_X**2, 0))
+        n_tokens = max(self.n_tokens, 1)
+        mean_X = self.moments_2X[0] / n_tokens
+        std_X = np.sqrt(np.maximum(self.moments_2X[1] / n_tokens - mean_X**2, 0))
         numbers: dict[str, Any] = {}
         for name, x in (
             ("entropy_top", 0),

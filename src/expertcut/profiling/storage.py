@@ -251,7 +251,7 @@ class TextProfile(Profile):
         if alpha_LE is None:
             raise ProfileError(f"{self.path} keeps losses alone, as `expertcut eval` writes them")
         moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
-        n_tokens = max(float(sum(int(chunk["tokens_N"].sum()) for chunk in self.chunks)), 1.0)
+        n_tokens = sum(int(chunk["tokens_N"].sum()) for chunk in self.chunks)
         layers = []
         for i, (block, over_tokens) in enumerate(
             zip(self.info.model.blocks, self.over_tokens(), strict=True)
@@ -264,7 +264,8 @@ class TextProfile(Profile):
                     block=block.name,
                     n_experts=block.experts,
                     top_k=block.n_places,
-                    alpha_mean_E=alpha_LE[i, : block.experts] / n_tokens,
+                    alpha_mean_E=alpha_LE[i, : block.experts] / max(n_tokens, 1),
+                    n_tokens=n_tokens,
                     over_tokens=over_tokens,
                     moments_2X=moments_2LX[:, i],
                     next=NextTokenStatistics(**after) if self.info.text.has_loss else None,

@@ -135,7 +135,7 @@ def text_tables(profile: TextProfile) -> list[Table]:
 
 
 def _expert_table(layer: TextLayer) -> Table:
-    n_tokens = max(round(float(layer.moments_2X[0, 2:].sum())), 1)  # whose ranks sum to 1
+    n_tokens = max(layer.n_tokens, 1)
     rows = [
         [*list(row.values())[:2], row["tokens"] / n_tokens, *list(row.values())[2:]]
         for row in text_experts(layer)
