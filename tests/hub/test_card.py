@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
 
 from expertcut.edits.plan import PlanModel, load_plan
+from expertcut.evaluation.holding import load_holding
 from expertcut.evaluation.results import load_results
 from expertcut.hub.card import Place, card_text, is_edited, loaders
 from expertcut.hub.provenance import evaluations, origin, verified
@@ -101,6 +102,28 @@ def test_a_card_says_what_was_done_from_which_base_and_how_it_did(
     assert not {"model-index", "metrics"} & set(metadata_of(card))
     assert "33 questions, 9 of which chose the experts; both are no better than guessing" in card
     assert "`reap` is that of [arXiv:2510.13999](https://arxiv.org/abs/2510.13999)" in card
+
+
+def test_the_card_of_a_rule_has_its_proof_and_how_to_load_it(made: Path) -> None:
+    card = card_of(made / "routed").replace("\\", "")
+    proof = load_holding(made / "routed")
+    assert proof.experts is not None and proof.random is not None
+    metadata_of(card_of(made / "routed"))
+    for sentence in (
+        f"with expertcut: `{load_plan(made / 'routed').action}`.",
+        "Routers choose by rule skip at ",
+        f"## Does the procedure hold?\n\n{proof.sentence}\n",
+        "| random (1 draws) | ",
+        f"Chosen in the folds: {proof.folds[0].experts:g}, ",
+        f"([holding.json](https://huggingface.co/{REPO}/blob/main/holding.json))",
+        "5.22 or later, with trust_remote_code=True: modeling_routed.py comes along",
+        "tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=True)",
+        'from_pretrained(name, dtype="auto", trust_remote_code=True)',
+        "No other loader is known to read this form.",
+    ):
+        assert sentence in card, sentence
+    assert "vllm" not in card and "llama.cpp" not in card
+    assert "Does the procedure help?" not in card
 
 
 def test_a_card_without_results_and_of_a_local_base_says_so(made: Path, tmp_path: Path) -> None:

@@ -21,7 +21,9 @@ sys.modules["expertcut"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 for repo, folder in zip(sys.argv[1::2], sys.argv[2::2]):
-    tokens = torch.tensor([AutoTokenizer.from_pretrained(repo)("Which of these?")["input_ids"]])
+    # As the card says: `model_type` of a routed checkpoint is of its own code.
+    tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code="routed" in repo)
+    tokens = torch.tensor([tokenizer("Which of these?")["input_ids"]])
     found = []
     for place in (repo, folder):
         model, faults = AutoModelForCausalLM.from_pretrained(
@@ -39,9 +41,10 @@ def test_what_is_published_loads_back_by_its_id_without_expertcut(
     made: Path, hub: LocalHub, publish: Publish, tmp_path: Path
 ) -> None:
     pairs = []
-    for name in ("stock", "exact"):
+    for name in ("stock", "exact", "routed"):
         folder = copied(made / name, tmp_path / name)
-        done = publish(folder, f"birds/{name}", "--results", made / "results.json")
+        results = () if name == "routed" else ("--results", made / "results.json")
+        done = publish(folder, f"birds/{name}", *results)
         assert done.status == 0, done.err
         assert f"uploaded to {hub.url}/birds/{name} (commit " in said(done)
         held = hub.files(f"birds/{name}")
@@ -55,7 +58,9 @@ def test_what_is_published_loads_back_by_its_id_without_expertcut(
         named = plan.model.model_copy(update={"id": Path(plan.model.id).name})
         sent = plan.model_copy(update={"model": named})
         assert held["plan.json"] == plan_text(sent).encode()
-        assert {"README.md", "plan.json", "chosen_on.txt", "results.json"} < set(held)
+        assert {"README.md", "plan.json", "chosen_on.txt"} < set(held)
+        assert ("results.json" in held) == bool(results)
+        assert ("modeling_routed.py" in held) == ("holding.json" in held) == (name == "routed")
         pairs += [f"birds/{name}", str(folder)]
     assert hub.uploads.bytes_put > 10_000
     loaded = subprocess.run(
@@ -70,6 +75,7 @@ def test_what_is_published_loads_back_by_its_id_without_expertcut(
     assert loaded.stdout.splitlines() == [
         "birds/stock OlmoeForCausalLM",
         "birds/exact ExactOlmoeForCausalLM",
+        "birds/routed RoutedOlmoeForCausalLM",
     ]
 
 

@@ -28,6 +28,7 @@ from expertcut.edits.plan import (
 from expertcut.edits.selection import removed_traffic
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.evaluation.cross_fit import Comparison, CrossFitResult, RandomResult
+from expertcut.evaluation.holding import HoldingFold, HoldingResult
 from expertcut.evaluation.results import ChosenOnResult
 from expertcut.evaluation.search_results import (
     AUDIT_FILE,
@@ -511,12 +512,24 @@ def test_a_proof_stands_with_its_plan_or_alone(tmp_path: Path):
     profile = make_profile(tmp_path / "p", 1)
     make_plan(tmp_path / "cut", profile)
     (tmp_path / "alone").mkdir()
+    holding = HoldingResult(
+        **proof.model_dump(exclude={"folds", "verdict", "sentence"}),
+        margin=0.01,
+        experts=2.5,
+        folds=(HoldingFold(questions=20, experts=2.5, delta=0.0),),
+        verdict="holds",
+        sentence="This procedure holds & is <sound>.",
+    )
     for folder in ("cut", "alone"):
         (tmp_path / folder / "proof.json").write_text(proof.model_dump_json())
+        (tmp_path / folder / "holding.json").write_text(holding.model_dump_json())
     text = text_of(tmp_path)
-    assert "Proof: alone" in titles(text) and "Proof: cut" not in titles(text)
-    assert text.count("This procedure helps &amp; is &lt;sound&gt;.") == 2
-    assert Outline(text).cells.count("random experts (99 draws, 90 distinct)") == 2
+    assert titles(text).count("Proof: alone") == 2 and "Proof: cut" not in titles(text)
+    for word, name in (("helps", "experts (99 draws, 90 distinct)"), ("holds", "(99 draws)")):
+        assert text.count(f"This procedure {word} &amp; is &lt;sound&gt;.") == 2
+        assert Outline(text).cells.count(f"random {name}") == 2
+    assert text.count("Chosen in the folds: 2.5 experts a token.") == 2
+    assert "This procedure holds &amp; is" in text_of(tmp_path / "alone/holding.json")
 
 
 def test_without_all_token_sums_there_is_no_map_of_them(tmp_path: Path):

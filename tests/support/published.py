@@ -74,7 +74,7 @@ def run(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: o
 
 
 def make_checkpoints(model: Path, quiz: Path, root: Path) -> Path:
-    """Profile, two cuts and a tilt of a model, and their evaluation, in a new folder."""
+    """Profile, two cuts, a tilt and a rule of a model, and the evaluation of the cuts."""
     from expertcut.cli import app
 
     asked = ("--quiz", quiz, "--shots", 1)
@@ -84,12 +84,14 @@ def make_checkpoints(model: Path, quiz: Path, root: Path) -> Path:
         ("prune", "--profile", profile, "--keep", 5, "--out", root / "stock"),
         ("prune", "--profile", profile, "--keep", 5, *EXACT, "--out", root / "exact"),
         ("reweight", "--profile", profile, "--boost", "0:1=1", "--out", root / "tilted"),
+        ("route", "--profile", profile, *TUNED, "--out", root / "routed"),
         ("eval", model, root / "stock", root / "exact", *asked, "--out", root / "results.json"),
     ):
         app([str(word) for word in words], standalone_mode=False)
     return root
 
 
+TUNED = ("--tune", "--cross-fit", "--random-draws", 1, "--margin", 100)
 EXACT = ("--layout", "exact", "--removed", "mean", "--no-verify")
 
 

@@ -23,7 +23,14 @@ from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.load import MODELLING_FILE, ROUTED_FILE
-from expertcut.reporting import edit_tables, eval_tables, page_sections, tables, text_tables
+from expertcut.reporting import (
+    edit_tables,
+    eval_tables,
+    page_sections,
+    route_tables,
+    tables,
+    text_tables,
+)
 from expertcut.reporting.tables import Markdown, Table, columns, escaped, one_line
 from expertcut.reporting.views import NamedDocument
 
@@ -77,13 +84,14 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
     is_stock, family = checkpoint.has_family_form, str(checkpoint.config.get("model_type"))
     branch = f", revision={json.dumps(revision)}" if revision else ""
     own = "" if is_stock else ", trust_remote_code=True"
+    is_routed = ROUTING_KEY in checkpoint.config  # then `model_type` is of the code too
     lines = Markdown(
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"name = {json.dumps(repo)}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(name{branch})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained(name{branch}{own if is_routed else ''})\n"
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
     )
-    code = ROUTED_FILE if ROUTING_KEY in checkpoint.config else MODELLING_FILE
+    code = ROUTED_FILE if is_routed else MODELLING_FILE
     needs = f"5.22 or later, with trust_remote_code=True: {code} comes along"
     if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
@@ -135,7 +143,7 @@ def card_text(
     )
     environment.globals.update(code=tables.code, table=tables.markdown_table, Markdown=Markdown)
     environment.globals.update(eval_tables=eval_tables, text_tables=text_tables)
-    environment.globals.update(page_sections=page_sections)
+    environment.globals.update(page_sections=page_sections, proof_table=route_tables.proof_table)
     template = files("expertcut.hub").joinpath("card.md.jinja").read_text(encoding="utf-8")
     body = environment.from_string(template).render(_facts(checkpoint, origin, evaluated, place))
     text = re.sub(r"\n{3,}", "\n\n", f"---\n{metadata.to_yaml()}\n---\n\n{body.strip()}\n")
@@ -190,7 +198,7 @@ def card_metadata(origin: Origin, evaluated: Sequence[Evaluated], place: Place) 
 def _facts(
     checkpoint: Checkpoint, origin: Origin, evaluated: Sequence[Evaluated], place: Place
 ) -> dict[str, Any]:
-    plan, proof, config = checkpoint.plan, checkpoint.proof, checkpoint.config
+    plan, config = checkpoint.plan, checkpoint.config
     name = place.repo.split("/")[-1]
     document = NamedDocument(checkpoint.folder / PLAN_FILE, name, plan)
     is_judged = plan.proof.answered or plan.proof.text
@@ -212,7 +220,6 @@ def _facts(
         "scored_on": read_scored_split(plan, checkpoint.folder),
         "limits": _limits(plan, evaluated),
         "judged": found,
-        "proof_table": edit_tables.cross_fit_table(proof) if proof else None,
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
         "is_misread": has_constants(config) and "biased_gates" not in config,

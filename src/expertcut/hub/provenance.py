@@ -18,7 +18,6 @@ from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits import plan as plans
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
-from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.results import ModelResult, QuizResults, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ROUTING_KEY
@@ -26,6 +25,7 @@ from expertcut.models.load import MODELLING_FILE, ROUTED_FILE, Source, find_sour
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
 from expertcut.reporting.tables import one_line
+from expertcut.reporting.views import Proof, proofs_in
 
 CARD_FILE = "README.md"
 REPORT_FILE = "report.html"
@@ -48,7 +48,7 @@ class Checkpoint:
     source: Source
     config: Mapping[str, Any]
     plan: plans.PlanFile
-    proof: CrossFitResult | None
+    proofs: Mapping[str, Proof]  # by file name
     tensors: Mapping[str, StoredTensor]
 
     @property
@@ -119,8 +119,7 @@ def verified(folder: Path) -> Checkpoint:
     lost = [file for file, is_it in needed.items() if is_it and not (folder / file).is_file()]
     if lost:
         raise ModelError(f"{folder} lacks {lost[0]}, which config.json names: export it again")
-    proof = load_cross_fit(folder) if (folder / plans.PROOF_FILE).is_file() else None
-    return Checkpoint(source, config, plan, proof, tensors)
+    return Checkpoint(source, config, plan, proofs_in(folder), tensors)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from expertcut.checkpoints import export
 from expertcut.edits.plan import BlockEdit, PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
-from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
@@ -258,8 +257,8 @@ def change_sections(run: Run) -> list[Section]:
     return plans + _sections("Proof", alone, "proof-", lambda proof, _: _proof_parts(proof.content))
 
 
-def _proof_parts(proof: CrossFitResult) -> list[Part]:
-    return [proof.sentence, edit_tables.cross_fit_table(proof)]
+def _proof_parts(proof: views.Proof) -> list[Part]:
+    return [proof.sentence, routing.proof_table(proof)]
 
 
 def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:

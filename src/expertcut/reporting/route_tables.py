@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from expertcut.evaluation.cross_fit import CrossFitResult
 from expertcut.evaluation.holding import HoldingResult
 from expertcut.evaluation.route_results import OracleResult, RouteCell, RouteSweep, RouteTextCell
 from expertcut.evaluation.search_results import SweptModel, SweptTexts
@@ -337,9 +338,16 @@ def holding_table(proof: HoldingResult) -> Table:
         text = f"{edits.points(r.delta_mean)} ({edits.span(r.range95)})"
         rows.append([f"random ({r.draws} draws)", text, None, None, r.p])
     means = ", ".join("K" if f.experts is None else f"{f.experts:g}" for f in proof.folds)
-    note = f"{proof.sentence} Chosen in the folds: {means} experts a token."
+    note = f"Chosen in the folds: {means} experts a token."
     heads = columns(f"questions; {edits.CHANGE}; gained; lost; p::.3g")
     return Table(f"Cross-fit of {proof.procedure}", heads, rows, note)
+
+
+def proof_table(proof: CrossFitResult | HoldingResult) -> Table:
+    """The estimates of either proof."""
+    if isinstance(proof, HoldingResult):
+        return holding_table(proof)
+    return edits.cross_fit_table(proof)
 
 
 def holding_csv(proof: HoldingResult) -> Table:

@@ -20,7 +20,7 @@ from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation import search_results as searches
 from expertcut.evaluation.cross_fit import CrossFitResult, load_cross_fit
 from expertcut.evaluation.dispatch_results import DISPATCH_FILE, DispatchResult, load_dispatch
-from expertcut.evaluation.holding import load_holding
+from expertcut.evaluation.holding import HoldingResult, load_holding
 from expertcut.evaluation.results import Results, load_results
 from expertcut.evaluation.route_results import (
     ORACLE_FILE,
@@ -50,7 +50,15 @@ RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 RESULTS = "results*.json"
-KINDS = (PROFILE_FILE, PLAN_FILE, PROOF_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE)
+Proof = CrossFitResult | HoldingResult
+PROOFS: dict[str, Callable[[Path], Proof]] = {
+    PROOF_FILE: load_cross_fit,
+    HOLDING_FILE: load_holding,
+}
+KINDS = (
+    *(PROFILE_FILE, PLAN_FILE, *PROOFS),
+    *(SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE),
+)
 _WITH_CHUNKS = {PROFILE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
 T = TypeVar("T")
 Document = TypeVar("Document", bound=BaseModel)
@@ -73,7 +81,7 @@ class Run:
     profiles: list[NamedDocument[Findings]]
     texts: list[NamedDocument[TextProfile]]
     plans: list[NamedDocument[PlanFile]]
-    proofs: list[NamedDocument[CrossFitResult]]
+    proofs: list[NamedDocument[Proof]]
     results: list[NamedDocument[Results]]
     sweeps: list[NamedDocument[Sweep]]
     routes: list[NamedDocument[RouteSweep]]
@@ -116,7 +124,11 @@ def gather(path: Path) -> Run:
             if isinstance(found.content, TextProfile)
         ],
         plans=read(PLAN_FILE, load_plan),
-        proofs=read(PROOF_FILE, lambda file: load_cross_fit(file.parent)),
+        proofs=[
+            proof
+            for kind in PROOFS
+            for proof in read(kind, lambda file: PROOFS[file.name](file.parent))
+        ],
         results=read(RESULTS, load_results),
         sweeps=read(SWEEP_FILE, searches.load_sweep),
         routes=read(ROUTE_FILE, load_route_sweep),
@@ -124,6 +136,11 @@ def gather(path: Path) -> Run:
         audits=read(AUDIT_FILE, searches.load_audit),
         dispatches=read(DISPATCH_FILE, load_dispatch),
     )
+
+
+def proofs_in(folder: Path) -> dict[str, Proof]:
+    """The proofs of a procedure that lie in a folder, by file name."""
+    return {name: load(folder) for name, load in PROOFS.items() if (folder / name).is_file()}
 
 
 def notes_in(file: Path) -> dict[str, Any]:
@@ -281,12 +298,11 @@ def _plan(path: Path, margin: float) -> Shown:
     plan, folder = load_plan(path), path if path.is_dir() else path.parent
     tables = [eval_tables.plan_table(plan)]
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
-    if (path / PROOF_FILE).is_file():
-        tables.append(edit_tables.cross_fit_table(load_cross_fit(path)))
-    if (path / HOLDING_FILE).is_file():
-        tables.append(route_tables.holding_table(load_holding(path)))
+    proofs = proofs_in(path)
+    tables += [route_tables.proof_table(proof) for proof in proofs.values()]
+    said = [proof.sentence for proof in proofs.values()]
     shown = _shown(plan, tables, eval_tables.plan_csv)
-    return replace(shown, sentences=lambda: _checkpoint_lines(plan, folder, margin))
+    return replace(shown, sentences=lambda: said + _checkpoint_lines(plan, folder, margin))
 
 
 def _checkpoint_lines(plan: PlanFile, folder: Path, margin: float) -> list[str]:
@@ -386,7 +402,8 @@ def _oracle(path: Path, _margin: float) -> Shown:
 
 def _holding(path: Path, _margin: float) -> Shown:
     proof = load_holding(path if path.is_dir() else path.parent)
-    return _shown(proof, [route_tables.holding_table(proof)], route_tables.holding_csv)
+    tables = [route_tables.holding_table(proof)]
+    return _shown(proof, tables, route_tables.holding_csv, proof.sentence)
 
 
 def _audit(path: Path, margin: float) -> Shown:
