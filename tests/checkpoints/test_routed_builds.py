@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from expertcut.checkpoints.build import BuildOptions, Built, build
 from expertcut.checkpoints.export import check_export, edits_of
@@ -31,7 +32,9 @@ from expertcut.models.validate import expert_count
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine
 from tests.conftest import WORDS, Commands, open_model
-from tests.support.routed_models import make_routed, routed_plan
+from tests.support.exact_models import logprobs
+from tests.support.healed_models import healed, settings_for
+from tests.support.routed_models import load_plainly, make_routed, routed_plan
 
 Checkpoints = Callable[..., Path]
 
@@ -135,6 +138,45 @@ def test_a_checkpoint_goes_on_with_its_rule(
     assert expert_count(config) == 6
     held_out = load_plan(tmp_path / "cut").proof.held_out
     assert held_out[0].max_abs_logprob_diff > 1e-2 and held_out[1].max_abs_logprob_diff < 1e-4
+
+
+def test_healing_trains_through_the_rule_and_keeps_it(
+    profile: Profile, quiz_folder: Path, tmp_path: Path
+) -> None:
+    """As the stock checkpoint with as many experts, which runs without a rule; as no other."""
+    for layout in ("routed", "stock"):
+        built(profile, tmp_path / layout, "top-k", 3, layout)  # type: ignore[arg-type]
+    targets = ("experts", "gate")
+    settings = settings_for(quiz_folder, targets=targets, objective="answer", steps=2)
+    base = Path(profile.info.model.id)
+    losses, tensors = {}, {}
+    for name, folder in (
+        ("routed", tmp_path / "routed"),
+        ("stock", tmp_path / "stock"),
+        ("base", base),
+    ):
+        out = tmp_path / f"{name}-healed"
+        losses[name] = torch.tensor(healed(folder, settings, out).curve.losses)
+        tensors[name] = load_file(out / "model.safetensors")
+    assert torch.allclose(losses["routed"], losses["stock"], atol=1e-4)
+    assert not torch.allclose(losses["routed"], losses["base"], atol=1e-2)
+    changed = {
+        n
+        for n, t in load_file(base / "model.safetensors").items()
+        if not torch.equal(t, tensors["routed"][n])
+    }
+    assert any("experts" in name for name in changed) and any("gate.w" in name for name in changed)
+    for name in changed:
+        assert torch.allclose(tensors["routed"][name], tensors["stock"][name], atol=1e-3), name
+    before, after = tmp_path / "routed", tmp_path / "routed-healed"
+    for file in ("config.json", "modeling_routed.py", "tokenizer_config.json"):
+        assert (after / file).read_bytes() == (before / file).read_bytes()
+    plan = load_plan(after)
+    assert (plan.layout, plan.routing) == ("routed", load_plan(before).routing)
+    assert {edit.at for edit in plan.blocks.values()} == {3}
+    own, plain = open_model(after), load_plainly(after)
+    assert (logprobs(own.model) - logprobs(plain)).abs().max() < 1e-4
+    assert verified(after).plan == plan
 
 
 def declare(folder: Path, **changes: Any) -> None:
