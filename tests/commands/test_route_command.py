@@ -63,6 +63,16 @@ def test_a_calibrated_checkpoint_answers_as_its_rule_at_run_time(
     assert not np.allclose(ask(engine, quiz).numpy(), written, atol=1e-3), "the rule did nothing"
 
 
+def test_the_profile_of_a_model_with_a_rule_is_refused(world: Path, expertcut: Commands) -> None:
+    """Whatever is asked: its router has empty places, of which no rule knows."""
+    expertcut("route --profile p --rule skip --at 0.6 --no-verify --out routed")
+    line = "profile routed --quiz quiz --split val --shots 1 --threads 1 --out routed-profile"
+    expertcut(f"{line} --trust-remote-code")
+    for words in ("--at 0.5", "--tune", "--sweep", "--oracle", "--experts 1.5"):
+        said = expertcut(f"route --profile routed-profile --rule skip {words}", status=2)
+        assert "has a routing rule already: route the model that it was made from" in said
+
+
 def test_top_k_in_layout_stock_changes_the_config_alone(world: Path, expertcut: Commands) -> None:
     """The model is profiled first."""
     line = "route model --quiz quiz --split val --shots 1 --threads 1"
@@ -132,6 +142,13 @@ def test_an_oracle_stands_beside_its_noise(world: Path, expertcut: Commands) -> 
         ("--rule dare", "no rule 'dare'"),
         ("--rule skip --at 0.5 --text t.jsonl", "--text judges a sweep"),
         ("--rule skip --sweep model", "--sweep reads a profile"),
+        ("--rule skip,top-p --tune", "one rule and one threshold"),
+        ("--rule skip --tune --layout stock", "no place for a threshold"),
+        ("--rule skip --sweep --seed 4294967296", "--seed"),
+        ("--rule skip --most 0", "must be a number from 1 to 65535, or all"),
+        ("--rule top-p --sweep --most 9", "has 8 experts, rule top-p asks for 9: take fewer"),
+        ("--rule top-p --sweep --most 4 --matched-draws 1", "leaves out none to shuffle"),
+        ("--rule random --sweep --random-draws 0", "--random-draws 0 leaves nothing"),
         ("--rule contrast", "which a router alone cannot hold"),
         ("--rule contrast --sweep --text t.jsonl", "texts have no perplexity with"),
         ("--rule contrast --sweep --weak rank:8 --random-draws 0", "asks for 9: take fewer"),

@@ -174,8 +174,11 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
         ({"sweep": False, "rule": "skip", "layout": "stock"}, "no place for a threshold"),
         ({"sweep": False, "prove": True}, "add --tune"),
         ({"sweep": False, "matched": 5}, "controls of a sweep"),
-        ({"rule": "contrast", "at": "2"}, "give --weak rank:R"),
-        ({"rule": "contrast", "experts": "2"}, "contrast has none"),
+        ({"rule": "contrast", "at": "2"}, "--at is no setting of contrast: give --weak rank:R"),
+        ({"rule": "contrast", "experts": "2"}, "--experts is no setting of contrast"),
+        ({"rule": "skip,grouped", "experts": "2"}, "grouped has none"),
+        ({"rule": "skip", "level": "prompt"}, "of --rule random"),
+        ({"sweep": False, "oracle": True, "rule": "skip", "draws": 0}, "give at least 1"),
         ({"rule": "contrast", "weak": "top-1"}, "'top-1' is not a weak run: write rank:2"),
         ({"rule": "skip", "beta": 0.3}, "--beta sets --rule contrast"),
         ({"sweep": False, "rule": "contrast"}, "a router alone cannot hold"),
@@ -208,9 +211,40 @@ def test_contrast_is_a_cell_whose_tokens_run_twice(
     assert '"beta"' not in RouteSetting(rule="skip", at=0.5).model_dump_json()
 
 
-def test_more_experts_than_the_rule_may_use_are_refused(
-    profile: Profile, quiz: Quiz, tmp_path: Path
+@pytest.mark.parametrize(
+    ("top_k", "given", "told"),
+    [
+        (2, {"rule": "skip", "experts": "3"}, "skip only leaves out, take at most 2"),
+        (2, {"rule": "skip", "experts": "3", "most": "all"}, "skip only leaves out"),
+        (2, {"rule": "skip,top-p", "experts": "2.5"}, "skip only leaves out"),
+        (2, {"rule": "top-p", "experts": "3"}, "add --most N"),
+        (4, {"rule": "top-p", "experts": "3", "most": "2"}, "above 2, the most"),
+        (1, {"rule": "skip"}, "the model lets a token use 1 expert"),
+        (4, {"rule": "fitted", "most": "1"}, "--most lets a token use 1 expert"),
+    ],
+)
+def test_means_that_a_rule_cannot_reach_are_refused_before_the_model_is_loaded(
+    top_k: int, given: dict[str, object], told: str
 ) -> None:
-    with pytest.raises(SettingsError, match="add --most"):
-        swept(profile, quiz, tmp_path, rule="skip", experts="3")
-    assert not torch.is_grad_enabled() or not (tmp_path / "cells").exists()
+    asked = settings(**given)
+    asked.check()
+    with pytest.raises(SettingsError, match=told):
+        asked.choices(top_k)
+
+
+def test_contrast_and_random_keep_their_own_settings_beside_other_rules() -> None:
+    for given in ({"experts": "1.5,2"}, {"at": "0.3"}):
+        asked = settings(rule="skip,contrast,random", **given)
+        asked.check()
+        found = asked.choices(2)
+        assert [one for one in found if one.rule != "skip"] == [
+            RouteSetting(rule="contrast", at=2, beta=0.5),
+            RouteSetting(rule="random"),
+        ]
+        assert sum(one.rule == "skip" for one in found) == (2 if "experts" in given else 1)
+
+
+def test_without_thresholds_a_sweep_spreads_over_what_most_allows() -> None:
+    assert [one.experts for one in settings(rule="skip").choices(4)] == [3, 2, 1]
+    assert [one.experts for one in settings(rule="skip", most="2").choices(4)] == [1.5, 1]
+    assert [one.at for one in settings(rule="top-k", most="2").choices(4)] == [2, 1]

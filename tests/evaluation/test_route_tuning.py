@@ -2,7 +2,10 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -10,15 +13,18 @@ from safetensors.torch import load_file, save_file
 
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.route_settings import RouteSettings
+from expertcut.errors import SettingsError
 from expertcut.evaluation.holding import HoldingResult
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.route_results import ORACLE_FILE, load_oracle
-from expertcut.evaluation.route_sweep import RouteSweepRun
-from expertcut.evaluation.route_tuning import candidates, score_oracle, shares_for, tune
+from expertcut.evaluation.route_sweep import RouteSweepRun, _digest
+from expertcut.evaluation.route_tuning import RuleScorer, score_oracle, shares_for, tune
 from expertcut.models.load import LoadOptions
+from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine
+from expertcut.scoring.rerouting import Rerouting
 from tests.conftest import open_model
 
 
@@ -58,9 +64,10 @@ def test_tuning_goes_down_to_what_holds_and_resumes(
     settings = RouteSettings.read(rule="skip", tune=True, prove=True, draws=2)
     loose = tune(profile, settings, 1.0, LoadOptions(), lambda _done, _all: None, tmp_path)
     top_k = profile.info.model.blocks[0].top_k
-    assert candidates(4) == (3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
+    assert settings.candidates(4) == (3.5, 3.0, 2.5, 2.0, 1.5, 1.0)
+    assert settings.updated(most="2").candidates(4) == (2.0, 1.5, 1.0)
     assert loose.chosen is not None and loose.chosen.experts == 1.0, "all holds within 100 points"
-    assert tuple(loose.tried) == candidates(top_k)
+    assert tuple(loose.tried) == settings.candidates(top_k)
     assert loose.routing is not None and all(at > 0.5 for at in loose.routing.thresholds)
     proof = loose.proof
     assert isinstance(proof, HoldingResult) and proof.verdict == "holds"
@@ -76,6 +83,29 @@ def test_tuning_goes_down_to_what_holds_and_resumes(
     assert strict.chosen is None and strict.routing is None
     assert strict.proof is not None and strict.proof.verdict == "no evidence"
     assert strict.proof.random is None, "nothing was chosen, so nothing is drawn"
+
+
+def test_rules_that_differ_in_their_fit_alone_share_no_result() -> None:
+    """And rules without one keep the name of earlier versions."""
+    names: list[object] = []
+    scorer: Any = SimpleNamespace(
+        engine=SimpleNamespace(moe=SimpleNamespace(blocks=())),
+        scored=lambda name, *_: names.append(name),
+    )
+    plain = Rerouting(RoutingRule(rule="fitted"), {0: 0.1, 1: 0.2})
+    fits = [{0: ((slope, 0.1),), 1: ((0.3, 0.1),)} for slope in (0.5, 0.6)]
+    routings = [plain, *(replace(plain, fit_by_layer=fit) for fit in fits)]
+    for routing in routings:
+        RuleScorer(scorer, cast("Any", None))._scored(routing)
+    assert names[0] == (plain.rule.model_dump_json(), (0, 0.1), (1, 0.2))
+    assert len({*names}) == len({*map(_digest, routings)}) == 3
+
+
+def test_a_search_without_fewer_experts_is_refused() -> None:
+    for top_k, given in ((1, {}), (4, {"most": "1", "rule": "top-p", "oracle": True})):
+        settings = RouteSettings.read(**({"rule": "skip", "tune": True} | given))
+        with pytest.raises(SettingsError, match="1 expert" if given else "than the 1"):
+            settings.choices(top_k) if given else settings.candidates(top_k)
 
 
 def test_an_oracle_counts_the_flips_of_settings_and_variants(

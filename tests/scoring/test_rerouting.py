@@ -328,6 +328,39 @@ def test_random_experts_are_the_routers_own_where_all_are_alike(olmoe: MoeModel)
     assert (scored(0) - own).abs().max() < 1e-5 * own.abs().max()
 
 
+@pytest.mark.parametrize(
+    ("rule", "at", "options"),
+    [
+        ("random", 0.0, {}),
+        ("dropout", 0.5, {}),
+        ("skip", 0.7, {"shuffle": True, "level": "prompt"}),
+    ],
+)
+def test_equal_tokens_of_two_prompts_draw_experts_of_their_own(
+    olmoe: MoeModel, rule: str, at: float, options: Any
+) -> None:
+    """Which tokens came before decides, so draws of prompts of one length are independent."""
+    prompts = ((5, 6, 7, *range(20, 60)), (5, 6, 8, *range(20, 60)))
+    asked, engine = Encoded(prompts, ((1, 2),) * 2, ("a", "b")), Engine(olmoe, 400)
+    with rerouted_engine(engine, set_to(olmoe, rule, at, **options)) as passes:
+        keys = []
+
+        def begin(step: Pass) -> None:
+            passes(step)
+            if not step.is_prefix:
+                keys.extend(passes.keys(0, len(step.question_T)).view(len(step.questions), -1))
+
+        engine.score(asked, begin)
+        one, other = keys
+        engine.is_trusted = False
+        keys.clear()
+        engine.score(asked, begin)
+    assert len(one) == 41 and (one != other).all() and len({*one.tolist()}) == 41
+    for packed, alone in zip((one, other), keys, strict=True):
+        assert torch.equal(packed, alone[2:])
+    assert torch.equal(keys[0][:2], keys[1][:2]), "what came before is the same there"
+
+
 @pytest.mark.parametrize("rule", ["smooth", "odp", "random"])
 def test_rules_of_whole_prompts_run_one_at_a_time(
     olmoe: MoeModel, quiz_folder: Path, rule: str

@@ -71,6 +71,10 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
                 f"--sweep reads a profile, not a model: profile {self.model} first, or leave it out"
             )
 
+    def check_profile(self, profile: "Profile") -> None:
+        """Refuses what no rule can change, before a quiz is read."""
+        self.check_blocks(profile.info.model)
+
 
 @dataclass(frozen=True)
 class Choice:

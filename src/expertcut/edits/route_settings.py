@@ -2,15 +2,26 @@
 
 import math
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, FiniteFloat
 
 from expertcut.documents import Record
 from expertcut.edits.edit_settings import CHECKPOINT, RANK, ROUTER
-from expertcut.errors import SettingsError
-from expertcut.models.routing_rule import RULE_KINDS, Level, RoutingRule, Weights
+from expertcut.errors import ContractError, SettingsError
+from expertcut.models.routing_rule import (
+    MOST_EXPERTS,
+    RULE_KINDS,
+    SEEDS,
+    Level,
+    ProfiledBlock,
+    RoutingRule,
+    Weights,
+)
 from expertcut.settings import Settings, option, refuse
+
+if TYPE_CHECKING:
+    from expertcut.profiling.schema import BlockInfo, ModelInfo
 
 CALIBRATED = ("skip", "top-p", "entropy", "null", "odp", "fitted")
 """Rules whose thresholds follow from a mean number of experts."""
@@ -108,6 +119,11 @@ class RouteSetting(Record):
         return "-".join([self.rule, *self.label.split()])
 
 
+def _profiled(block: "BlockInfo") -> ProfiledBlock:
+    groups = (block.groups, block.top_groups)
+    return ProfiledBlock(block.name, block.experts, block.top_k, *groups, block.is_hashed)
+
+
 class RouteSettings(Settings):
     """Which experts a token uses, by which rule."""
 
@@ -161,7 +177,7 @@ class RouteSettings(Settings):
         0, "With --sweep, draws for each setting that leave out as many experts of each token, but "
         "random ones.", flags=("--matched-draws",), ge=0, le=10**4,
     )  # fmt: skip
-    seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0)
+    seed: int = _router(0, "Seed of random experts, folds and draws.", ge=0, lt=SEEDS)
 
     @property
     def is_judging(self) -> bool:
@@ -178,8 +194,11 @@ class RouteSettings(Settings):
         """`most` as a number; 0 is all, None the model's K."""
         if self.most is None:
             return None
-        if self.most != "all" and not (self.most.isdigit() and int(self.most) > 0):
-            raise SettingsError(f"--most {self.most[:60]} must be a number above 0, or all")
+        is_number = self.most.isdecimal() and 0 < int(self.most[:9]) <= MOST_EXPERTS
+        if self.most != "all" and not (is_number and len(self.most) < 10):
+            raise SettingsError(
+                f"--most {self.most[:60]} must be a number from 1 to {MOST_EXPERTS}, or all"
+            )
         return 0 if self.most == "all" else int(self.most)
 
     def check(self) -> None:
@@ -191,23 +210,37 @@ class RouteSettings(Settings):
             raise SettingsError("--cross-fit judges how --tune chooses: add --tune")
         if self.matched and not self.sweep:
             raise SettingsError("--matched-draws are controls of a sweep: add --sweep")
+        if self.level != "token" and "random" not in self.rules:
+            raise SettingsError(f"--level {self.level} is of --rule random: add it to the rules")
         if self.at is not None and self.experts is not None:
             raise SettingsError("--at and --experts both set the threshold: leave one of them out")
         for rule in self.rules:
             self._check_rule(rule)
         self._check_contrast()
+        if self.oracle and self.draws == 0:
+            raise SettingsError(
+                "--oracle compares with noise variants, and --random-draws 0 makes none: give at "
+                "least 1"
+            )
+        if self.sweep and self.draws == 0 and self.rules == ("random",):
+            raise SettingsError("--random-draws 0 leaves nothing of --rule random: give at least 1")
+        _ = self.n_most  # refused if it is no number
+        if not self.is_judging:
+            self._check_checkpoint()
+
+    def _check_checkpoint(self) -> None:
         n_settings = len(self.rules) * len((self.at or self.experts or "").split(","))
-        if not actions and n_settings > 1:
+        if n_settings > 1:
             raise SettingsError(
                 "a checkpoint has one rule and one threshold: give one of each, or --sweep to "
                 "score several"
             )
-        if not actions and self.layout == "stock" and self.rules != ("top-k",):
+        if self.layout == "stock" and self.rules != ("top-k",):
             raise SettingsError(
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
             )
-        if not self.is_judging and not RULE_KINDS[self.rules[0]].is_exportable:
+        if not RULE_KINDS[self.rules[0]].is_exportable:
             raise SettingsError(
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
@@ -220,6 +253,8 @@ class RouteSettings(Settings):
             )
 
     def _check_rule(self, rule: str) -> None:
+        if rule == "contrast" or (rule == "random" and len(self.rules) > 1):
+            return  # --at and --experts are those of the other rules
         for at in read_numbers(self.at) if self.at is not None else ():
             try:
                 RoutingRule(rule=rule).check_threshold(at)
@@ -249,19 +284,65 @@ class RouteSettings(Settings):
                 "--rule contrast compares two runs of the model, which a router alone cannot hold: "
                 "score it with --sweep"
             )
-        elif self.at is not None:
-            raise SettingsError("--at is no setting of contrast: give --weak rank:R and --beta B")
+        elif self.rules == ("contrast",) and (self.at or self.experts):
+            given = "--at" if self.at else "--experts"
+            raise SettingsError(
+                f"{given} is no setting of contrast: give --weak rank:R and --beta B"
+            )
 
     def choices(self, top_k: int) -> tuple[RouteSetting, ...]:
         """Every setting, rule by rule, for a model of this K; each once."""
-        most = top_k if self.n_most is None else self.n_most
-        if self.experts is not None and 0 < most < max(read_numbers(self.experts)):
-            raise SettingsError(
-                f"--experts {self.experts} is above {most}, the most that a token may use: add "
-                "--most N"
-            )
         found = [choice for rule in self.rules for choice in self._of_rule(rule, top_k)]
         return tuple(dict.fromkeys(found))
+
+    def check_blocks(self, model: "ModelInfo") -> None:
+        """Refuses what the blocks of a profiled model rule out, as far as a profile tells."""
+        if any(block.places for block in model.blocks):
+            raise SettingsError(
+                f"{model.id} has a routing rule already: route the model that it was made from"
+            )
+        top_k, n_experts = (min(getattr(b, k) for b in model.blocks) for k in ("top_k", "experts"))
+        if self.tune:
+            self.candidates(top_k)
+        found = (RouteSetting(rule=self.rule),) if self.tune else self.choices(top_k)
+        if self.matched or self.prove:
+            dropping = (one for one in found if RULE_KINDS[one.rule].effect != "chooses")
+            found += tuple(one.model_copy(update={"draw": 0}) for one in dropping)
+        for setting in found:
+            rule = self.rule_of(setting, n_experts)
+            try:
+                for block in model.blocks:
+                    rule.check(_profiled(block), setting.at or 0.0)
+            except ContractError as error:
+                raise SettingsError(f"--rule {setting.rule}: {error}") from None
+
+    def candidates(self, top_k: int) -> tuple[float, ...]:
+        """Means of experts a token that `--tune` tries, below K and from the most on."""
+        steps = int(2 * min(top_k - 0.5, self.most_of(self.rule, top_k) or top_k))
+        if steps < 2:
+            raise SettingsError(
+                f"--tune looks for fewer experts than the {top_k} that a token uses, and there are "
+                "none: try other rules with --sweep"
+            )
+        return tuple(step / 2 for step in range(steps, 1, -1))
+
+    def rule_of(self, setting: RouteSetting, n_experts: int) -> RoutingRule:
+        """The rule of a setting, for blocks of at least so many experts."""
+        return RoutingRule(
+            rule=setting.rule,
+            most=n_experts if self.n_most == 0 else self.n_most,
+            weights=self.weights,
+            level=self.level,
+            seed=(self.seed + (setting.draw or 0)) % SEEDS,
+            shuffle=setting.is_matched,
+        )
+
+    def most_of(self, rule: str, top_k: int) -> int | None:
+        """The most experts that a token may use by a rule; None for all of a block."""
+        if self.n_most == 0 and RULE_KINDS[rule].may_widen:
+            return None
+        most = self.n_most or top_k
+        return most if RULE_KINDS[rule].may_widen else min(most, top_k)
 
     def _of_rule(self, rule: str, top_k: int) -> list[RouteSetting]:
         if rule == "random":
@@ -271,12 +352,8 @@ class RouteSettings(Settings):
             return [RouteSetting(rule=rule, at=rank, beta=self.beta)]
         if self.at is not None:
             return [RouteSetting(rule=rule, at=at) for at in read_numbers(self.at)]
-        if self.experts is not None:
-            means = read_numbers(self.experts)
-        elif (self.sweep or self.oracle) and rule in (*CALIBRATED, "top-k"):
-            whole = RoutingRule(rule=rule).share if rule == "odp" else 0.0  # of tokens that keep K
-            least = 1 + whole * (top_k - 1)
-            means = tuple(max(least, share * top_k) for share in _SHARES)
+        if rule in (*CALIBRATED, "top-k") and (self.experts is not None or self.is_judging):
+            means = self._means(rule, top_k)
         elif rule in USUAL:
             return [RouteSetting(rule=rule, at=USUAL[rule])]
         else:
@@ -284,3 +361,26 @@ class RouteSettings(Settings):
         if rule == "top-k":
             return [RouteSetting(rule=rule, at=float(round(mean))) for mean in means]
         return [RouteSetting(rule=rule, experts=mean) for mean in means]
+
+    def _means(self, rule: str, top_k: int) -> tuple[float, ...]:
+        """Means of experts a token to calibrate to: as given, or shares of K."""
+        most = self.most_of(rule, top_k)
+        if most == 1 and rule not in ("null", "top-k"):
+            how = "--most" if top_k > 1 else "the model"
+            raise SettingsError(
+                f"{how} lets a token use 1 expert, so --rule {rule} has no threshold to calibrate: "
+                "give --at F, or rule top-p or entropy with --most above 1"
+            )
+        if self.experts is None:
+            whole = RoutingRule(rule=rule).share if rule == "odp" else 0.0  # of tokens that keep K
+            n_all = min(top_k, most or top_k)
+            least = 1 + whole * (n_all - 1)
+            return tuple(max(least, share * n_all) for share in _SHARES)
+        means = read_numbers(self.experts)
+        if most is not None and max(means) > most:
+            may_widen = RULE_KINDS[rule].may_widen
+            how = "add --most N" if may_widen else f"{rule} only leaves out, take at most {most}"
+            raise SettingsError(
+                f"--experts {max(means):g} is above {most}, the most that a token may use: {how}"
+            )
+        return means

@@ -20,7 +20,7 @@ from expertcut.evaluation.ablation import correlation
 from expertcut.evaluation.cell_search import CellSearch, Step
 from expertcut.evaluation.results import ChosenOnResult, Scoring, profile_hash
 from expertcut.evaluation.sweep_judges import TextScoring, judge_of
-from expertcut.models.routing_rule import RULE_KINDS, ErrorCoefficients, RoutingRule
+from expertcut.models.routing_rule import RULE_KINDS, ErrorCoefficients
 from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile, read_chunk
 from expertcut.profiling.workers import Progress
@@ -63,7 +63,8 @@ class Rules:
             at_by_layer = self.samples[setting.rule].thresholds(setting.experts)
         else:
             at_by_layer = dict.fromkeys(layers, 0.0 if setting.at is None else setting.at)
-        rule = self._rule(setting)
+        n_experts = min(block.n_experts for block in self.engine.moe.blocks)
+        rule = self.settings.rule_of(setting, n_experts)
         try:
             for block in self.engine.moe.blocks:
                 rule.check_threshold(at_by_layer[block.layer])
@@ -72,18 +73,6 @@ class Rules:
             raise SettingsError(f"--rule {setting.rule}: {error}") from None
         fits = self.fits if setting.rule == "fitted" else {}
         return Rerouting(rule, at_by_layer, fits, setting.beta or 0.0)
-
-    def _rule(self, setting: RouteSetting) -> RoutingRule:
-        settings, n_most = self.settings, self.settings.n_most
-        n_experts = min(block.n_experts for block in self.engine.moe.blocks)
-        return RoutingRule(
-            rule=setting.rule,
-            most=n_experts if n_most == 0 else n_most,
-            weights=settings.weights,
-            level=settings.level,
-            seed=settings.seed + (setting.draw or 0),
-            shuffle=setting.is_matched,
-        )
 
 
 def with_controls(
@@ -147,8 +136,7 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
             experts, _, _ = used_experts(store / "base")
             self.note(folder, {"base_experts": experts})
         for setting, routing in routings.items():
-            content = repr((routing.rule, sorted(routing.at_by_layer.items()))).encode()
-            name = f"{setting.slug}-{hashlib.sha256(content).hexdigest()[:8]}"
+            name = f"{setting.slug}-{_digest(routing)}"
             title = " ".join(filter(None, (setting.rule, setting.label)))
             yield Step(title, partial(self._run, routing, store, name))
             if self.waits:
@@ -190,6 +178,13 @@ class RouteSweepRun(CellSearch[schema.RouteSweep]):
         together_S = np.zeros(len(right_S))  # one group
         found = correlation(experts_S.round(12), 1 - right_S, together_S, self.rules.settings.seed)
         return schema.RouteCell(**figures, accuracy_by_subject=accuracies, difficulty=found)
+
+
+def _digest(routing: Rerouting) -> str:
+    """A hash of all that answers with a rule depend on, besides the model."""
+    content = repr((routing.rule, sorted(routing.at_by_layer.items())))
+    content += repr(sorted(routing.fit_by_layer.items())) if routing.fit_by_layer else ""
+    return hashlib.sha256(content.encode()).hexdigest()[:8]
 
 
 def used_experts(folder: Path, n_runs: int = 1) -> tuple[float, Array, dict[str, float]]:

@@ -26,7 +26,7 @@ from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.evaluation.route_results import OracleResult, OracleSetting
 from expertcut.evaluation.route_sweep import DRAWS, Rules
 from expertcut.models.load import LoadOptions
-from expertcut.models.routing_rule import RoutingRule
+from expertcut.models.routing_rule import SEEDS, RoutingRule
 from expertcut.profiling.measure import engine_settings
 from expertcut.profiling.schema import ProfileInfo, quiz_info
 from expertcut.profiling.storage import Profile
@@ -34,7 +34,6 @@ from expertcut.scoring.engine import Engine
 from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from expertcut.stats import Array, Comparison, compare
 
-_STEP = 0.5  # experts a token between two candidates of a search
 _SHARES = (0.02, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of dropped experts, for their number of flips
 Report = Callable[[int, int], None]
 
@@ -58,16 +57,20 @@ class RuleScorer:
     def left_out(self, setting: RouteSetting, seed: int) -> Array:
         """Log p (N, C) with as many experts as a rule keeps, but random ones of the K."""
         routing = self.rules.rerouting(setting)
-        rule = routing.rule.model_copy(update={"shuffle": True, "seed": seed})
+        rule = routing.rule.model_copy(update={"shuffle": True, "seed": seed % SEEDS})
         return self._scored(replace(routing, rule=rule))
 
     def dropped(self, share: float, seed: int) -> Array:
         """Log p (N, C) with a share of the experts left out at random, but not the best."""
-        rule = RoutingRule(rule="dropout", weights=self.rules.settings.weights, seed=seed)
+        rule = RoutingRule(rule="dropout", weights=self.rules.settings.weights, seed=seed % SEEDS)
         return self._scored(Rerouting(rule, {block.layer: share for block in self.blocks}))
 
     def _scored(self, routing: Rerouting) -> Array:
-        name = (routing.rule.model_dump_json(), *sorted(routing.at_by_layer.items()))
+        parts = (routing.at_by_layer, routing.fit_by_layer)
+        name = (
+            routing.rule.model_dump_json(),
+            *(one for own in parts for one in sorted(own.items())),
+        )
         return self.scorer.scored(name, 0, rerouted_engine(self.scorer.engine, routing))
 
 
@@ -92,6 +95,7 @@ def tune(
     report: Report, folder: Path,
 ) -> RouteTuning:  # fmt: skip
     """Chooses the fewest experts that hold on the tuning questions, and cross-fits if asked."""
+    means = settings.candidates(profile.info.model.blocks[0].top_k)
     tuning = as_quiz(questions_for(profile, is_fitting=True).tuning)
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     rules = Rules(profile, engine, settings)
@@ -115,7 +119,6 @@ def tune(
         records.is_correct_N, records.subject_N.tolist(), records.hash_N.tolist(), margin,
         settings.seed,
     )  # fmt: skip
-    means = candidates(engine.moe.blocks[0].top_k)
     base_accuracy, proof = float(records.is_correct_N.mean()), None
     if settings.prove:
         draws = DRAWS if settings.draws is None else settings.draws
@@ -142,11 +145,6 @@ def calibrated(profile: Profile, settings: RouteSettings, load_as: LoadOptions) 
     engine = engine_as_profiled(profile, profiled_source(profile), load_as)
     (choice,) = settings.choices(engine.moe.blocks[0].top_k)
     return Rules(profile, engine, settings).rerouting(choice)
-
-
-def candidates(top_k: int) -> tuple[float, ...]:
-    """Means of experts a token below K, from the most to 1."""
-    return tuple(float(mean) for mean in np.arange(top_k - _STEP, 1 - 1e-9, -_STEP))
 
 
 def score_oracle(

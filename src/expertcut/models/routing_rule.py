@@ -5,7 +5,7 @@ The functions are in `modeling_routed.py`, under the same names. This file needs
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from pydantic import Field, FiniteFloat, model_validator
 
@@ -20,6 +20,8 @@ Weights = Literal["gate", "renormalised"]
 Level = Literal["token", "prompt"]
 ErrorCoefficients = tuple[tuple[FiniteFloat, ...], ...]  # coefficients (K - 1, K) of rule fitted
 MOST_EXPERTS = 65_535
+SEEDS = 1 << 32
+"""Seeds of random rules; those of further draws start again at 0."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,18 @@ RULE_KINDS: Mapping[str, RuleKind] = {
 }
 
 
+class ProfiledBlock(NamedTuple):
+    """What a rule must know of a MoE block; the law of its weights is not known to a profile."""
+
+    name: str
+    n_experts: int
+    top_k: int
+    n_groups: int
+    top_groups: int
+    is_hashed: bool
+    weights: object = True
+
+
 class RoutingRule(Record):
     """A rule and its options; thresholds are set for each layer."""
 
@@ -101,7 +115,7 @@ class RoutingRule(Record):
     temperature: FiniteFloat = Field(default=1.0, gt=0)  # smooth
     level: Level = "token"  # random: what gets experts of its own
     shuffle: bool = False  # a control: leaves out as many experts, but random ones of the K
-    seed: int = Field(default=0, ge=0, lt=1 << 32)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
 
     @model_validator(mode="after")
     def _is_known(self) -> Self:
@@ -148,7 +162,7 @@ class RoutingRule(Record):
                 f": take {number} from {kind.low:g} to {kind.high:g}"
             )
 
-    def check(self, block: "MoeBlock", at: float) -> None:
+    def check(self, block: "MoeBlock | ProfiledBlock", at: float) -> None:
         """Raises a ContractError if the gate of the block does not allow the rule."""
         most = self.n_columns(block.top_k, [at])
         if self.rule == "contrast":  # ranks experts that the router may not have chosen

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.errors import ContractError
@@ -61,6 +62,7 @@ class PassContext:
         self.is_on = True  # else routers choose as if there were no rule
         self.rows_M: Tensor | None = None
         self.key_T: Tensor | None = None
+        self.prefix_sum = torch.zeros((), dtype=torch.int64)
         self.attention: dict[int, Tensor] = {}  # by layer: mean over heads (T, T)
 
     def __call__(self, step: Pass) -> None:
@@ -72,7 +74,11 @@ class PassContext:
         self.rows_M = None
         self.attention.clear()
         if self.rule.is_random:
-            self.key_T = _token_keys(step, self.rule)
+            sum_T = _prefix_sums(step, self.prefix_sum)
+            if step.is_prefix:
+                self.prefix_sum = sum_T[-1]
+            is_by_prompt = self.rule.rule == "random" and self.rule.level == "prompt"
+            self.key_T = mixed(sum_T[-1].expand(len(sum_T)) if is_by_prompt else sum_T)
 
     def on_rows(self, rows_M: Tensor, _is_read: bool) -> None:
         """Continues the pass in the last block with these of its tokens only."""
@@ -111,13 +117,22 @@ class PassContext:
         return attention_TT
 
 
-def _token_keys(step: Pass, rule: RoutingRule) -> Tensor:
-    """A key by token id and position, so that packs do not matter; or by the whole prompt."""
+def _prefix_sums(step: Pass, before: Tensor) -> Tensor:
+    """By token the sum of hashes of its prompt's tokens up to it; `before` is that of the prefix.
+
+    So tokens of different prompts have different keys, and packs do not matter.
+    """
     ids_BT = step.input_ids
     position_T = torch.arange(ids_BT.shape[1])
     positions_BT = position_T if step.positions is None else step.positions
-    key_T = mixed(mixed(ids_BT) + positions_BT).reshape(-1)
-    return key_T.sum().expand(len(key_T)) if rule.level == "prompt" else key_T
+    sum_BT = mixed(mixed(ids_BT) + positions_BT).cumsum(dim=1)
+    if step.positions is None:  # one prompt in each row
+        return sum_BT.reshape(-1)
+    sum_T, length_N = sum_BT[0], step.question_T.unique_consecutive(return_counts=True)[1]
+    first_N = length_N.cumsum(dim=0) - length_N
+    earlier_N = F.pad(sum_T, (1, 0))[first_N]
+    own_T = sum_T - earlier_N.repeat_interleave(length_N)
+    return own_T + before if int(step.positions[0, 0]) else own_T
 
 
 @contextmanager
