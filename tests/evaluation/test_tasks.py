@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -272,6 +273,27 @@ def test_what_cannot_be_asked_is_refused_in_one_line(
     told = expertcut("eval", *world.models, *words.split(), *own, status=2)
     assert says in told and len(told.strip().splitlines()) == 1
     assert not Path("results.json").exists()
+
+
+def test_the_metric_of_code_runs_only_where_that_is_confirmed(
+    world: World, expertcut: Commands, monkeypatch: pytest.MonkeyPatch
+):
+    tasks = Path(shutil.copytree(world.tasks, "tasks"))
+    write_task(tasks, "program", output_type="generate_until", doc_to_target="0", unsafe_code=True)
+    yaml = (tasks / "program.yaml").read_text().removesuffix("}")
+    yaml += ', "generation_kwargs": {"until": ["<eos>"], "max_gen_toks": 1},'
+    yaml += ' "metric_list": [{"metric": !function code.passes, "aggregation": mean}]}'
+    (tasks / "program.yaml").write_text(yaml)
+    asks = 'import os\nif os.environ.get("HF_ALLOW_CODE_EVAL") != "1":\n'  # as code_eval does
+    asks += '    raise ValueError("set HF_ALLOW_CODE_EVAL")\n'
+    (tasks / "code.py").write_text(f"{asks}def passes(**asked): return 1.0\n")
+    monkeypatch.setattr("lm_eval.tasks.manager.TaskIndex._iter_yaml_files", only(tasks))
+    monkeypatch.delenv("HF_ALLOW_CODE_EVAL", raising=False)
+    words = ("eval", *world.models, "--tasks", "program", "--include-path", tasks)
+    told = expertcut(*words, status=2)
+    assert "runs code that the model writes" in told and len(told.strip().splitlines()) == 1
+    assert f"on {N} documents" in expertcut(*words, "--confirm-run-unsafe-code")
+    assert "HF_ALLOW_CODE_EVAL" not in os.environ
 
 
 def only(folder: Path) -> Any:

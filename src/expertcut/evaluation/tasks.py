@@ -22,6 +22,7 @@ from expertcut.files import read_file, without_secrets
 from expertcut.models.load import LoadOptions, Source, load
 
 Backend = Literal["hf", "vllm", "local-completions"]
+_ALLOW_CODE = "HF_ALLOW_CODE_EVAL"  # read by the metric when it runs
 # A missing library or data set, a wrong YAML, a server that does not answer.
 _OF_THE_USER = (ImportError, OSError, ValueError, LookupError, RuntimeError, TypeError)
 
@@ -71,9 +72,15 @@ def check_tasks(options: TaskOptions) -> None:
     if unknown := [name for name in options.names if name not in manager.all_tasks]:
         raise SettingsError(f"--tasks {unknown[0]}: no such task: {_near(unknown[0], manager)}")
     for name in options.names:
-        with _one_line(f"--tasks {name}"):
-            tasks = manager.load([name])["tasks"]
-        if not options.runs_code and (unsafe := [t for t in tasks if _is_unsafe(tasks[t])]):
+        try:
+            with _one_line(f"--tasks {name}"), _code_allowed(options):
+                tasks = manager.load([name])["tasks"]
+            unsafe = [task for task in tasks if _is_unsafe(tasks[task])]
+        except SettingsError as error:
+            if options.runs_code or _ALLOW_CODE not in str(error.__cause__):
+                raise
+            unsafe = [name]  # the metric asks before the task is loaded
+        if unsafe and not options.runs_code:
             raise SettingsError(
                 f"--tasks {name}: {unsafe[0]} runs code that the model writes: add "
                 "--confirm-run-unsafe-code, in a sandbox"
@@ -93,6 +100,20 @@ def _manager(options: TaskOptions) -> Any:
     return TaskManager(include_path=options.include_path and str(options.include_path))
 
 
+@contextmanager
+def _code_allowed(options: TaskOptions) -> Iterator[None]:
+    """Tells the metric `code_eval` of humaneval and mbpp that it may run code, if so confirmed."""
+    before = os.environ.get(_ALLOW_CODE)
+    if options.runs_code:
+        os.environ[_ALLOW_CODE] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_ALLOW_CODE, None)
+        if before is not None:
+            os.environ[_ALLOW_CODE] = before
+
+
 def _near(name: str, manager: Any) -> str:
     from difflib import get_close_matches
 
@@ -110,7 +131,11 @@ def run_tasks(tested: Tested, options: TaskOptions, folder: Path) -> Path:
     place = folder / f"{tested.short_name}-tasks-{key}"
     if place.is_dir():
         return place
-    with atomic_dir(place) as temporary, _one_line(f"lm_eval on {tested.name}"):
+    with (
+        atomic_dir(place) as temporary,
+        _one_line(f"lm_eval on {tested.name}"),
+        _code_allowed(options),
+    ):
         _ask(tested, options, temporary)
     gc.collect()
     return place
