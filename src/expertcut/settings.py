@@ -79,6 +79,9 @@ FilePath = Annotated[Path, pydantic.BeforeValidator(lambda v: Path(v) if isinsta
 Count = Annotated[int, pydantic.Field(ge=1)]
 Source = Annotated[str, in_recipe_only(_check_exists)]
 ReadPath = Annotated[FilePath, in_recipe_only(_check_is_here)]
+ReadPaths = Annotated[
+    list[Annotated[Text, in_recipe_only(_check_is_here)]], pydantic.BeforeValidator(as_list)
+]
 Folder = Annotated[str, in_recipe_only(_check_below_here)]
 WorkFolder = Annotated[FilePath, in_recipe_only(_check_below_here)]
 

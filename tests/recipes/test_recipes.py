@@ -14,6 +14,7 @@ import pytest
 
 from expertcut.commands import UI
 from expertcut.errors import OutputError, PlanError, RecipeError
+from expertcut.evaluation.dispatch_results import load_dispatch
 from expertcut.recipes import RunSettings, run
 from expertcut.recipes.recipe_schema import MAX_BYTES, MAX_DEPTH, read_recipe
 from expertcut.recipes.stage_runs import Outcome
@@ -353,6 +354,44 @@ def test_the_page_and_the_card_are_of_what_the_run_made(done: Place) -> None:
     assert card.read_text() == before
 
 
+def test_a_dispatch_chooses_between_the_models_of_the_run_and_of_other_results(
+    done: Place,
+) -> None:
+    done.change("limit: 4", "limit: 8")
+    with done.file.open("a") as file:
+        file.write("dispatch: {as: symbolic, most: 2, results: [other.json]}\nreport:\n")
+    with pytest.raises(RecipeError, match=r"'other\.json' does not exist"):
+        done.run()
+    done.change(", results: [other.json]", "")
+    assert done.run().ran == ("eval", "dispatch", "report")
+    found = load_dispatch(done.folder)
+    assert [Path(model.path).name for model in found.models] == ["model", "cut", "tilted"]
+    assert (found.questions, found.asked.way, found.asked.most) == (24, "symbolic", 2)
+    assert (done.folder / "routes.csv").is_file()
+    page = (done.folder / "report.html").read_text()
+    assert "Dispatch by subject" in page and "equal votes" in page
+    assert done.run().ran == ()
+    done.change("most: 2", "most: 1")
+    assert done.run().ran == ("dispatch", "report")
+    assert done.why["dispatch"] == "most is 1, was 2"
+    other = done.root / "other.json"
+    for name, copy in (
+        ("results.json", other),
+        ("predictions.parquet", "other.predictions.parquet"),
+    ):
+        shutil.copyfile(done.folder / name, done.root / copy)
+    done.change("most: 1", "most: 1, results: other.json")
+    assert done.run(dry_run=True).ran == ("dispatch", "report")
+    assert done.run().ran[0] == "dispatch"
+    assert load_dispatch(done.folder).asked.results == (
+        str(done.folder / "results.json"),
+        "other.json",
+    )
+    other.write_text(other.read_text() + "\n")
+    assert done.run(dry_run=True).ran == ("dispatch", "report")
+    assert done.why["dispatch"] == "other.json changed"
+
+
 def test_a_merge_is_a_variant_too(done: Place) -> None:
     done.change("prune: {keep: 5, verify: false}", "merge: {keep: 5, verify: false}")
     assert done.run().ran == ("cut", "eval")
@@ -409,6 +448,15 @@ HOSTILE = {
     "model: /nope/model": "'/nope/model' does not exist: give an existing path",
     "model: x\nquiz: nope.jsonl": "'nope.jsonl' does not exist",
     "model: x\ndtype: fp12": "'fp12' is not a dtype",
+    "model: x\ndispatch:": "dispatch requires the answers of eval to a quiz",
+    "model: x\nprofile: {text: a}\neval: {text: a}\ndispatch:": "dispatch requires the",
+    "model: x\neval:\ndispatch:": "dispatch chooses between models: add variants",
+    "model: x\neval:\nvariants: [{name: dispatch, prune: }]\ndispatch:": "taken by the run itself",
+    "model: x\neval:\ndispatch: {by: skills.csv}": "skills.csv is not there",
+    "model: x\neval:\ndispatch: {by: routing}": "--by routing reads a profile",
+    "model: x\neval:\ndispatch: {by: fish}": "must be subject, routing or a .csv file",
+    "model: x\neval:\ndispatch: {max_bytes: many}": "is not a size",
+    "model: x\neval:\ndispatch: {out: x}": "unknown key 'out'",
 }
 
 

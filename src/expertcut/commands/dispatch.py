@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from expertcut.commands import SILENT, UI, output_option
 from expertcut.edits.edit_settings import read_layers, read_size
 from expertcut.errors import ModelError, OutputError, SettingsError
-from expertcut.settings import Count, FilePath, Settings, Source, Texts, option
+from expertcut.settings import Count, FilePath, ReadPath, Settings, Source, Text, Texts, option
 
 if TYPE_CHECKING:
     from expertcut.evaluation.dispatch_results import DispatchResult
     from expertcut.evaluation.predictions import Predictions
 
 DISPATCH = "dispatch.json"
-categories_option = partial(option, panel="Categories", in_recipe=False)
-models_option = partial(option, panel="Models", in_recipe=False)
+categories_option = partial(option, panel="Categories")
+models_option = partial(option, panel="Models")
 
 
 class DispatchSettings(Settings):
@@ -29,7 +29,7 @@ class DispatchSettings(Settings):
 
     results: Texts = option(
         ..., "Results of `eval` on one quiz, each with its predictions.parquet beside it.",
-        is_argument=True, metavar="RESULTS [MORE]...", in_recipe=False, min_length=1,
+        is_argument=True, metavar="RESULTS [MORE]...", min_length=1,
     )  # fmt: skip
     by: str = categories_option(
         "subject",
@@ -37,10 +37,10 @@ class DispatchSettings(Settings):
         "the subject as the router's probabilities of a profile tell it.",
         metavar="subject|FILE.csv|routing",
     )
-    profile: FilePath | None = categories_option(
+    profile: ReadPath | None = categories_option(
         None, "Profile of the same questions, for --by routing.", metavar="PATH"
     )
-    layers: str | None = categories_option(
+    layers: Text | None = categories_option(
         None, "MoE layers that --by routing reads, as 0,3,8-15.  [default: all]", metavar="L"
     )
     way: Literal["accuracy", "symbolic"] = models_option(
@@ -52,14 +52,14 @@ class DispatchSettings(Settings):
     most: Count | None = models_option(
         None, "Models that vote on a question.  [default: 1; all with --as symbolic]", metavar="N"
     )
-    max_bytes: str | None = models_option(
+    max_bytes: Text | None = models_option(
         None, "Bytes of all models that are held, as 8GB: the best set within.", metavar="SIZE"
     )
     quiz: Source | None = option(
         None, "Where the quiz lies now.  [default: as in the results]", panel="Quiz",
         in_recipe=False,
     )  # fmt: skip
-    seed: int = option(0, "Seed of the folds.", ge=0, in_recipe=False)
+    seed: int = option(0, "Seed of the folds.", ge=0)
     out: FilePath = output_option(
         Path(DISPATCH), "File to write, with routes.csv beside it.", metavar="FILE"
     )
@@ -74,6 +74,12 @@ class DispatchSettings(Settings):
         read_layers(self.layers)
         if self.by not in ("subject", "routing") and not self.by.endswith(".csv"):
             raise SettingsError(f"--by {self.by[:80]} must be subject, routing or a .csv file")
+        if self.by.endswith(".csv") and not Path(self.by).is_file():
+            raise SettingsError(
+                f"--by {self.by[:200]} is not there: name a CSV file of questions and skills"
+            )
+        if self.max_bytes is not None:
+            read_size(self.max_bytes)
         if not self.out.name.endswith(DISPATCH):
             raise SettingsError(f"--out {self.out} must end in {DISPATCH}, as law.{DISPATCH}")
 

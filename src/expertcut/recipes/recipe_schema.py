@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertcut.commands import BatchSettings, QuizSettings
+from expertcut.commands.dispatch import DispatchSettings
 from expertcut.commands.eval import EvalSettings
 from expertcut.commands.heal import HealSettings
 from expertcut.commands.merge import MergeSettings
@@ -22,9 +23,19 @@ from expertcut.commands.publish import PublishSettings, Repo
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.commands.route import RouteSettings
 from expertcut.commands.show import ShowSettings
-from expertcut.errors import RecipeError
+from expertcut.errors import RecipeError, SettingsError
 from expertcut.files import read_file, wide_encoding, without_secrets
-from expertcut.settings import FilePath, Folder, Settings, Source, Texts, fault_text, option, refuse
+from expertcut.settings import (
+    FilePath,
+    Folder,
+    ReadPaths,
+    Settings,
+    Source,
+    Texts,
+    fault_text,
+    option,
+    refuse,
+)
 
 VariantKind = Literal["prune", "merge", "reweight", "route", "heal"]
 KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
@@ -83,6 +94,20 @@ class EvalSection(EvalSettings):
 
     models: Texts = option([], "The model and the variants.", in_recipe=False)
     backend: Literal["hf", "vllm"] = option("hf", "As of the command.", is_recorded="set")
+
+
+class DispatchSection(DispatchSettings):
+    """`expertcut dispatch` of the run's evaluation, and of `results` of others on the same quiz."""
+
+    results: ReadPaths = option([], "Results of other evaluations.")
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        try:
+            self.check()
+        except SettingsError as error:
+            refuse(str(error))
+        return self
 
 
 class ReportSection(Settings):
@@ -167,9 +192,10 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
     show: ShowSection | None = None
     variants: Annotated[list[Variant], Field(default_factory=list)]
     eval: EvalSection | None = None
+    dispatch: DispatchSection | None = None
     report: ReportSection | None = None
     publish: Annotated[list[PublishSection], Field(default_factory=list)]
-    sections: ClassVar = ("profile", "show", "eval", "report")
+    sections: ClassVar = ("profile", "show", "eval", "dispatch", "report")
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
@@ -189,6 +215,16 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
                 "eval has nothing to judge by: give it text, tasks or generate, or name a quiz "
                 "beside the model"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _has_answers_to_dispatch(self) -> Self:
+        if self.dispatch and not (self.eval and self.has_quiz):
+            refuse("dispatch requires the answers of eval to a quiz: add eval, and name a quiz")
+        if self.dispatch and not (self.variants or self.dispatch.results):
+            refuse("dispatch chooses between models: add variants, or results of other evaluations")
+        if self.dispatch and any(variant.name == "dispatch" for variant in self.variants):
+            refuse("the name dispatch is taken by the run itself: choose another")
         return self
 
     @model_validator(mode="after")

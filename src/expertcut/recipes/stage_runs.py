@@ -12,6 +12,7 @@ from typing import Any
 
 from expertcut import commands
 from expertcut.commands import (
+    dispatch,
     eval,
     heal,
     merge,
@@ -27,7 +28,15 @@ from expertcut.errors import ExpertcutError, OutputError, RecipeError
 from expertcut.files import write_atomically
 from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord, reason
 from expertcut.recipes.recipe_schema import KINDS, HealSection, Recipe
-from expertcut.recipes.stages import PROFILE, REPORT, RESULTS, Stage, stages_of, variant_folder
+from expertcut.recipes.stages import (
+    DISPATCH,
+    PROFILE,
+    REPORT,
+    RESULTS,
+    Stage,
+    stages_of,
+    variant_folder,
+)
 from expertcut.settings import Settings
 
 
@@ -223,6 +232,14 @@ def _eval(run: RecipeRun, _: Stage) -> None:
     eval.run(recipe.eval.updated(**given, models=models, out=run.folder / RESULTS), run.ui)
 
 
+def _dispatch(run: RecipeRun, _: Stage) -> None:
+    """Chooses between the models of eval, and those of other results."""
+    assert run.recipe.dispatch is not None
+    results = [str(run.folder / RESULTS), *run.recipe.dispatch.results]
+    settings = run.recipe.dispatch.updated(results=results, out=run.folder / DISPATCH)
+    dispatch.run(settings, run.ui)
+
+
 def _publish(run: RecipeRun, stage: Stage) -> None:
     recipe, name = run.recipe, stage.settings["variant"]
     section = next(p for p in recipe.publish if p.variant == name)
@@ -241,7 +258,8 @@ def _publish(run: RecipeRun, stage: Stage) -> None:
 
 
 _RUNS: dict[str, Callable[[RecipeRun, Stage], object]] = {
-    **{"profile": _profile, "show": _show, "eval": _eval, "publish": _publish},
+    **{"profile": _profile, "show": _show, "eval": _eval, "dispatch": _dispatch},
+    "publish": _publish,
     "report": lambda run, _: report.run(report.ReportSettings(run=run.folder), run.ui),
     **dict.fromkeys(KINDS, _edit),
 }

@@ -2,15 +2,23 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from expertcut.commands import SplitSettings
 from expertcut.data import Selection
 from expertcut.data.sources import Weighted
-from expertcut.recipes.recipe_schema import EvalSection, Recipe, Variant, VariantKind
+from expertcut.recipes.recipe_schema import (
+    DispatchSection,
+    EvalSection,
+    Recipe,
+    Variant,
+    VariantKind,
+)
 
-Kind = Literal["profile", "show", VariantKind, "eval", "report", "publish"]
+Kind = Literal["profile", "show", VariantKind, "eval", "dispatch", "report", "publish"]
 PROFILE, RESULTS, REPORT = "profile", "results.json", "report.html"
+DISPATCH, ROUTES = "dispatch.json", "routes.csv"
 # The recipe's keys in a stage's hash, in the order of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _QUIZ = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
@@ -54,10 +62,13 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     if recipe.eval:
         stages.append(_eval_stage(recipe, recipe.eval, after=results))
         results += ("eval",)
+    if recipe.dispatch:
+        stages.append(_dispatch_stage(recipe.dispatch))
+        results += ("dispatch",)
     if recipe.report:
         settings = recipe.report.recipe_values()
         stages.append(Stage("report", "report", settings, makes=(REPORT, "report"), after=results))
-    after = [stage.name for stage in stages if stage.kind in ("eval", "report")]
+    after = [stage.name for stage in stages if stage.kind in ("eval", "dispatch", "report")]
     for published in recipe.publish:
         folder = variant_folder(published.variant)
         stages.append(
@@ -91,6 +102,22 @@ def _eval_stage(recipe: Recipe, section: EvalSection, after: tuple[str, ...]) ->
         texts=(*_names(section.text), *(str(file) for file in files if file is not None)),
     )
     return stage if recipe.has_quiz else _without_quiz(stage)
+
+
+def _dispatch_stage(section: DispatchSection) -> Stage:
+    """Chooses from the answers of eval, and from results of other evaluations."""
+    from expertcut.evaluation.results import predictions_file  # with numpy
+
+    results = [Path(name) for name in section.results]
+    files = [*results, *map(predictions_file, results)]
+    files += [] if section.profile is None else [section.profile / "profile.json"]
+    files += [Path(section.by)] if section.by.endswith(".csv") else []
+    return Stage(
+        *("dispatch", "dispatch", section.recipe_values()),
+        makes=(DISPATCH, ROUTES),
+        after=("eval",),
+        reads=tuple(map(str, files)),
+    )
 
 
 def _without_quiz(stage: Stage) -> Stage:
