@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from expertcut.checkpoints import sequential as sequential_module
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
-from expertcut.checkpoints.sequential import calibration_chunks, rank_sequentially, relay
+from expertcut.checkpoints.sequential import Relay, calibration_chunks, rank_sequentially, relay
 from expertcut.data import Quiz, Selection, load_quiz, prompt
 from expertcut.edits.calibrate import rescaling_at_answers, rescaling_over_tokens
 from expertcut.edits.criteria import CRITERIA, after_removals, calibration_inputs
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import Ranking, cut, rank
 from expertcut.evaluation.search_results import load_sweep
+from expertcut.models import hooks, kernels
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recorder import NAMES
@@ -206,6 +208,29 @@ def test_what_does_not_fit_in_memory_runs_from_the_start_to_the_same_bits(
     assert np.array_equal(scores[0], scores[1]) and np.array_equal(scores[0], scores[2])
     assert 0 < n_runs[0] < n_runs[1] < n_runs[2]
     assert n_runs[2] == 2 * n_runs[0]
+
+
+def test_experts_run_again_only_on_tokens_that_come_from_removed_ones(
+    profile_of: Profiles, monkeypatch: pytest.MonkeyPatch
+):
+    profile, n_rows, scores = profile_of("olmoe", **deeper("olmoe")), [], []
+    once = rank(profile, CutSettings(by="reap", keep=KEEP, sequential=True, fold="off"))
+    run = kernels.own_output
+    for module in (kernels, hooks):
+        own = lambda experts, e, x_MD: n_rows.append(len(x_MD)) or run(experts, e, x_MD)  # noqa: E731
+        monkeypatch.setattr(module, "own_output", own)
+    found = []
+    for every in (1, 0):
+        monkeypatch.setattr(
+            sequential_module,
+            "relay",
+            lambda engine, chunks, room: Relay(engine, chunks, 1 << 30, every=every),  # noqa: B023
+        )
+        n_rows.clear()
+        scores.append(rank_sequentially(profile, once, KEEP, engine_of(profile)).scores)
+        found.append(sum(n_rows))
+    assert np.array_equal(np.stack(scores[0]), np.stack(scores[1]))
+    assert found[0] < 0.95 * found[1]
 
 
 def test_reconstruction_is_tried_on_inputs_behind_the_cut_layers(

@@ -29,6 +29,7 @@ from expertcut.edits.selection import Ranking, cut
 from expertcut.edits.splits import profiled_on, questions_for
 from expertcut.models import hooks
 from expertcut.models.devices import free_bytes, runs_on
+from expertcut.models.kernels import Known
 from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.recorder import NAMES, TokenSums, check_finite
 from expertcut.profiling.schema import CHUNK_QUESTIONS
@@ -42,6 +43,7 @@ from expertcut.stats import Array
 logger = logging.getLogger(__name__)
 
 _CHECKED_PROMPTS = 2
+Outputs = dict[int, tuple[Tensor, Tensor]]  # of one pass, as `kernels.Known`
 
 
 def rank_sequentially(
@@ -108,13 +110,21 @@ def _with_sums(layer: LayerSums, sums: dict[str, Array]) -> LayerSums:
 
 
 class Relay:
-    """Chunks that run layer after layer; each run starts from what the run before it stored."""
+    """Chunks that run layer after layer; each run starts from what the run before it stored.
 
-    def __init__(self, engine: Engine, chunks: Sequence[Encoded], kept_bytes: int) -> None:
+    A layer runs twice: as it is, and cut. In the second run its attention and the outputs of its
+    experts are given: an expert runs only on tokens that come to it from removed ones. Of an
+    expert's outputs every `every`-th is given, none for 0.
+    """
+
+    def __init__(
+        self, engine: Engine, chunks: Sequence[Encoded], kept_bytes: int, *, every: int = 1
+    ) -> None:
         self.engine, self.chunks, self.kept_bytes = engine, chunks, kept_bytes
         self.decoders = Decoders(engine.moe.model, engine.moe.blocks)
+        self.every = every
         self.number = 0  # of the decoder layer whose inputs are stored
-        self.stored = [_Stored([], []) for _ in chunks]
+        self.stored = [_Stored([], [], []) for _ in chunks]
 
     def sums(self, layer: int) -> dict[str, Array]:
         """All-token sums (E,) of a MoE block by name, as if every prompt had run alone.
@@ -124,42 +134,65 @@ class Relay:
         block, number = self.engine.moe.blocks[layer], self.decoders.number_of.get(layer, 0)
         room, total_AE = self.kept_bytes, np.zeros(())
         for place, chunk in enumerate(self.chunks):
-            stored = _Stored([], [])
+            stored = _Stored([], [], [])
             with ExitStack() as stack:
                 if number and self.kept_bytes:
                     self._resume(stack, self.stored[place])
                     stack.enter_context(self.decoders.storing(number, stored.inputs))
                     stack.enter_context(self.decoders.storing_attention(block, stored.attention))
                     stack.enter_context(self.decoders.ending_at(number))
-                total_AE = total_AE + _sums(self.engine, chunk, [block])[:, layer]
+                outputs = stored.outputs if self.every else None
+                total_AE = total_AE + _sums(self.engine, chunk, [block], outputs)[:, layer]
             self.stored[place] = stored.within(room)
             room -= self.stored[place].size_bytes
-        self.number = number
+        self.number, self.block, self.state = number, block, _state(block)
         return dict(zip(NAMES, total_AE, strict=True))
 
     def _resume(self, stack: ExitStack, stored: "_Stored") -> None:
         """Starts from what is stored: all before the MoE block of the layer measured last."""
-        if stored.inputs:
-            stack.enter_context(self.decoders.starting_at(self.number, stored.inputs))
-            if len(stored.attention) == len(stored.inputs):
-                stack.enter_context(self.decoders.given_attention(self.number, stored.attention))
+        n_passes = len(stored.inputs)
+        if not n_passes:
+            return
+        stack.enter_context(self.decoders.starting_at(self.number, stored.inputs))
+        if len(stored.attention) == n_passes:
+            stack.enter_context(self.decoders.given_attention(self.number, stored.attention))
+        # A cut may change the experts too: as rescaled, or as constants.
+        if len(stored.outputs) == n_passes and _state(self.block) == self.state:
+            every = self.every
+            known: Iterator[Known] = (
+                {
+                    expert: (own_M[::every], own_MD[::every])
+                    for expert, (own_M, own_MD) in by_expert.items()
+                }
+                for by_expert in stored.outputs
+            )
+            stack.enter_context(hooks.given_outputs(self.block, known))
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """Of a decoder layer its inputs and the outputs of its attention, pass by pass."""
+    """Pass by pass: inputs of a decoder layer, outputs of its attention and of its experts."""
 
     inputs: list[Any]
     attention: list[Any]
+    outputs: list[Outputs]
 
     @property
     def size_bytes(self) -> int:
-        return sum(map(_size_bytes, [*self.inputs, *self.attention]))
+        outputs = [part for by_expert in self.outputs for part in by_expert.values()]
+        return sum(map(_size_bytes, [*self.inputs, *self.attention, *outputs]))
 
     def within(self, room: int) -> "_Stored":
-        """What fits: all, the inputs alone, or nothing."""
-        tries = (self, _Stored(self.inputs, []), _Stored([], []))
+        """What fits: all, less and less of it, or nothing."""
+        tries = [self, _Stored(self.inputs, self.attention, []), _Stored(self.inputs, [], [])]
+        tries.append(_Stored([], [], []))
         return next(own for own in tries if own.size_bytes <= max(room, 0))
+
+
+def _state(block: MoeBlock) -> tuple[Any, ...]:
+    """Equal as long as the experts compute the same."""
+    places = (parameter.data_ptr() for parameter in block.experts.parameters())
+    return (hooks.own_forward(block.experts), *places)
 
 
 def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None) -> Relay:
@@ -167,10 +200,13 @@ def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = No
     if kept_bytes is None:
         kept_bytes = free_bytes(engine.moe.device) // 2
     few = chunks[0].part(range(min(_CHECKED_PROMPTS, len(chunks[0]))))
-    if kept_bytes and not _is_exact(Relay(engine, [few], kept_bytes)):
+    # The trial is given half of the outputs, and computes the others in smaller products.
+    for every in (1, 0) if kept_bytes else ():
+        if _is_exact(Relay(engine, [few], kept_bytes, every=2 * every)):
+            return Relay(engine, chunks, kept_bytes, every=every)
+    if kept_bytes:
         logger.warning("layers do not compute the same bits alone: each run starts at layer 0")
-        kept_bytes = 0
-    return Relay(engine, chunks, kept_bytes)
+    return Relay(engine, chunks, 0)
 
 
 def _is_exact(trial: Relay) -> bool:
@@ -184,8 +220,16 @@ def _is_exact(trial: Relay) -> bool:
     return np.array_equal(np.stack(alone, axis=1), together_ALE)
 
 
-def _sums(engine: Engine, chunk: Encoded, blocks: Sequence[MoeBlock]) -> Array:
-    """All-token sums (A, L, E) of a chunk in the order of `NAMES`, 0 for other blocks."""
+def _sums(
+    engine: Engine,
+    chunk: Encoded,
+    blocks: Sequence[MoeBlock],
+    outputs: list[Outputs] | None = None,
+) -> Array:
+    """All-token sums (A, L, E) of a chunk in the order of `NAMES`, 0 for other blocks.
+
+    `outputs` gets what the experts give in each pass.
+    """
     moe = engine.moe
     n_experts, device = max(b.n_experts for b in moe.blocks), runs_on(moe.blocks[0].router)
     tokens = TokenSums(moe.blocks, n_experts, device)
@@ -197,11 +241,18 @@ def _sums(engine: Engine, chunk: Encoded, blocks: Sequence[MoeBlock]) -> Array:
         if isinstance(chunk, EncodedRows):  # --assistant-only counts some tokens
             valid_T = chunk.of_pass(step)[1].to(device)
         tokens.begin(0 if step.is_prefix else 1)
+        if outputs is not None:
+            outputs.append({})
+
+    def store(call: hooks.ExpertCall) -> None:
+        if outputs is not None:
+            outputs[-1][call.expert] = call.tokens_M, call.output_MD
 
     def route(routing: hooks.Routing) -> None:
         tokens.route(routing.on(device), valid_T)
 
-    observers = [hooks.observe_routers(blocks, route), tokens.listening(blocks, lambda: valid_T)]
+    experts = tokens.listening(blocks, lambda: valid_T, store)
+    observers = [hooks.observe_routers(blocks, route), experts]
     with hooks.registered(observers):
         engine.run(chunk, begin)
     prefix_ALE, question_ALE = tokens.sums[:, :2].cpu().numpy().swapaxes(0, 1)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from expertcut.errors import ContractError
-from expertcut.models.kernels import BY_EXPERT, INNER, Own, by_expert, own_output
+from expertcut.models.kernels import BY_EXPERT, INNER, Known, Own, by_expert, own_output
 from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
 
 Change = Callable[[Any], Any]
@@ -110,6 +110,17 @@ def observe_experts(
 
     changes = (replaced_forward(b.experts, partial(run, b, own_expert(b))) for b in blocks)
     return registered(changes)
+
+
+def given_outputs(block: MoeBlock, outputs: Iterable[Known]) -> Scope:
+    """Known outputs of a block's experts, pass by pass: only what is missing is computed."""
+    left, own = iter(outputs), own_expert(block)
+
+    def run(x_TD: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        parts = (x_TD, experts_TK, weights_TK, block.n_experts)
+        return by_expert(*parts, own, known=next(left))
+
+    return replaced_forward(block.experts, run)
 
 
 def own_expert(block: MoeBlock) -> Own:

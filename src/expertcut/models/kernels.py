@@ -9,7 +9,7 @@ has the same order, but searches all assignments again for every expert.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -28,6 +28,7 @@ _HAS_DNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_
 BY_EXPERT = "by_expert"
 Own = Callable[[int, Tensor], Tensor]  # expert, its tokens (M, D) → its outputs (M, D)
 See = Callable[[int, Tensor, Tensor, Tensor], None]  # expert, tokens_M, weights_M, output_MD
+Known = Mapping[int, tuple[Tensor, Tensor]]  # expert → tokens_M, output_MD
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -65,10 +66,12 @@ def by_expert(
     n_experts: int,
     own: Own,
     see: See | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """Σ weight · output in the order of expert ids; `see` gets the outputs of each expert.
 
-    Ids from `n_experts` on mean nobody: nothing runs for them.
+    Ids from `n_experts` on mean nobody: nothing runs for them. Outputs that are `known` are not
+    computed again.
     """
     y_TD = torch.zeros_like(x_TD)
     # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
@@ -78,13 +81,33 @@ def by_expert(
     for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
         if expert >= n_experts:
             break
-        # oneDNN prepares each new number of rows for a millisecond.
-        n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
-        output_MD = own(expert, x_TD.index_select(0, F.pad(tokens_M, (0, n_more))))[: len(tokens_M)]
+        run = partial(_on_tokens, partial(own, expert), x_TD)
+        output_MD = _with_known(run, tokens_M, known.get(expert)) if known else run(tokens_M)
         if see is not None:
             see(expert, tokens_M, weights_M, output_MD)
         y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))
     return y_TD
+
+
+def _on_tokens(own: Callable[[Tensor], Tensor], x_TD: Tensor, tokens_M: Tensor) -> Tensor:
+    # oneDNN prepares each new number of rows for a millisecond.
+    n_more = -len(tokens_M) % 16 if x_TD.device.type == "cpu" else 0
+    return own(x_TD.index_select(0, F.pad(tokens_M, (0, n_more))))[: len(tokens_M)]
+
+
+def _with_known(
+    run: Callable[[Tensor], Tensor], tokens_M: Tensor, known: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """The outputs of an expert on its tokens, run on those alone whose outputs are not known."""
+    if known is None:
+        return run(tokens_M)
+    known_N, order_N = known[0].sort()
+    at_M = torch.searchsorted(known_N, tokens_M).clamp(max=len(known_N) - 1)
+    is_new_M = known_N[at_M] != tokens_M
+    output_MD = known[1].index_select(0, order_N[at_M])
+    if len(new_M := is_new_M.nonzero()[:, 0]):
+        output_MD.index_copy_(0, new_M, run(tokens_M[new_M]))
+    return output_MD
 
 
 def own_output(experts: Any, expert: int, x_MD: Tensor) -> Tensor:

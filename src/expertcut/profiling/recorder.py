@@ -216,11 +216,23 @@ class TokenSums:
         self.largest = torch.zeros(shape[1:], device=device)
         self.is_in_width = True  # False once experts have another width than the block's input
 
-    def listening(self, blocks: Sequence[MoeBlock], valid: Callable[[], Tensor | None]) -> Scope:
-        """Hooks what comes after the routers of some blocks; `valid` gives a pass's `valid_T`."""
-        experts = hooks.observe_experts(
-            blocks, lambda call: self.expert(call, valid()), self.combined
-        )
+    def listening(
+        self,
+        blocks: Sequence[MoeBlock],
+        valid: Callable[[], Tensor | None],
+        watch: Callable[[hooks.ExpertCall], None] | None = None,
+    ) -> Scope:
+        """Hooks what comes after the routers of some blocks; `valid` gives a pass's `valid_T`.
+
+        `watch` sees the calls of experts as well.
+        """
+
+        def see(call: hooks.ExpertCall) -> None:
+            self.expert(call, valid())
+            if watch is not None:
+                watch(call)
+
+        experts = hooks.observe_experts(blocks, see, self.combined)
         return hooks.registered([hooks.observe_residuals(blocks, self.read), experts])
 
     def begin(self, part: int) -> None:
