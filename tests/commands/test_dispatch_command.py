@@ -174,6 +174,12 @@ def test_skills_of_a_file_may_be_several_or_none(
     skills_csv(tmp_path / "skills.csv", [*rows, ("what is that?", "x"), ("and that?", "x")])
     refused = expertcut("dispatch results.json --by skills.csv", status=2)
     assert "names 2 questions that nobody answered, first 'what is that?'" in refused
+    skills_csv(tmp_path / "skills.csv", [("what is that?", "x")])
+    refused = expertcut("dispatch results.json --by skills.csv", status=2)
+    assert "names 1 question that nobody answered" in refused
+    skills_csv(tmp_path / "skills.csv", [])
+    refused = expertcut("dispatch results.json --by skills.csv", status=2)
+    assert "names no question" in refused
     (tmp_path / "skills.csv").write_text("text,skill\n")
     refused = expertcut("dispatch results.json --by skills.csv", status=2)
     assert "the columns question and skill" in refused
@@ -191,6 +197,8 @@ def test_what_cannot_be_dispatched_is_refused(
     (tmp_path / "other" / "test" / f"{GREEN}_test.csv").write_text("changed?,a,b,c,d,A\n")
     for words, says in (
         ("no.json", "no.json is not there"),
+        ("other", "other is a folder: name a results.json"),
+        ("results.json --by no.csv", "--by no.csv is not there"),
         ("results.json val.json", "has no question in common with results.json"),
         ("results.json shots.json", r"asked green_birds with 2 shots"),
         ("few.json", "no category has 5 different questions"),
@@ -205,6 +213,10 @@ def test_what_cannot_be_dispatched_is_refused(
     ):
         assert says in expertcut(f"dispatch {words}", status=2), words
     assert not (tmp_path / "dispatch.json").exists()
+    (tmp_path / "routes.csv").write_text("mine")
+    assert "routes.csv is not of dispatch" in expertcut("dispatch results.json", status=2)
+    assert (tmp_path / "routes.csv").read_text() == "mine"
+    (tmp_path / "routes.csv").unlink()
     (tmp_path / "dispatch.json").write_text("mine")
     assert "is not a valid dispatch" in expertcut("dispatch results.json", status=2)
     predictions = tmp_path / "predictions.parquet"
@@ -371,7 +383,7 @@ def test_a_model_with_easy_questions_alone_does_not_win(
     part: dict[str, Knows] = {"part": lambda q: q.row % 6 != 0}  # of the easy ones
     write_results(tmp_path / "full.json", quiz, full)
     write_results(tmp_path / "part.json", quiz, part, limit=12)
-    expertcut("dispatch full.json part.json")
+    printed = expertcut("dispatch full.json part.json")
     found = load_dispatch(tmp_path)
     by_path = {model.path: model for model in found.models}
     assert by_path["full"].accuracy == pytest.approx(0.7)
@@ -379,3 +391,13 @@ def test_a_model_with_easy_questions_alone_does_not_win(
     assert (by_path["part"].answered, found.questions) == (36, 90)
     assert found.single == found.otherwise == "full" and found.verdict == "no evidence"
     assert {path for c in found.categories.values() for path in c.models} == {"full"}
+    assert "part answered 36 of 90 questions" in " ".join(printed.split())
+
+
+def test_one_model_alone_is_nothing_to_choose(
+    quiz: Path, tmp_path: Path, expertcut: Commands
+) -> None:
+    write_results(tmp_path / "results.json", quiz, {"one": lambda q: q.row % 2 == 0})
+    assert "One model: there is nothing to choose" in expertcut("dispatch results.json")
+    found = load_dispatch(tmp_path)
+    assert found.verdict == "no evidence" and found.cross_fitted.change.gained == 0

@@ -88,9 +88,10 @@ def run(settings: DispatchSettings, ui: UI = SILENT) -> "DispatchResult":
     """Chooses, cross-fits, and writes `dispatch.json` and `routes.csv`."""
     settings.check()
     max_bytes = None if settings.max_bytes is None else read_size(settings.max_bytes)
-    missing = [path for path in settings.results if not Path(path).exists()]
-    if missing:  # refused before anything heavy is imported
-        raise OutputError(f"{missing[0]} is not there: name results of `expertcut eval`")
+    for path in settings.results:  # refused before anything heavy is imported
+        if not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "is not there"
+            raise OutputError(f"{path} {what}: name a results.json of `expertcut eval`")
     ui.quiet()
     from expertcut.evaluation import dispatch_results, predictions
     from expertcut.files import write_atomically
@@ -101,6 +102,8 @@ def run(settings: DispatchSettings, ui: UI = SILENT) -> "DispatchResult":
     routes = settings.out.with_name(settings.out.name.removesuffix(DISPATCH) + "routes.csv")
     if settings.out.exists():
         dispatch_results.load_dispatch(settings.out)  # nothing else is overwritten
+    if routes.exists() and not tables.are_routes(routes):
+        raise OutputError(f"{routes} is not of dispatch: move it away, or name another --out")
     profile = None if settings.profile is None else load_profile(settings.profile)
     found = predictions.load_predictions([*map(Path, settings.results)], settings.quiz)
     predicted_subject_N = None

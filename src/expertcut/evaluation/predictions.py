@@ -284,14 +284,19 @@ def read_skills(file: Path, predictions: Predictions) -> Mapping[str, frozenset[
     unknown: list[str] = []
     for cells in filter(None, rows[1:]):
         if len(cells) != len(head) or not cells[of_skill].strip():
-            raise QuizError(f"{file}: {','.join(cells)[:80]!a} is not a question and its skill")
+            raise QuizError(
+                f"{file}: {','.join(cells)[:80]!a} is not a question and its skill: write both, "
+                "in double quotes where they hold a comma"
+            )
         name = cells[of_question].strip()
         if name not in by_name:
             unknown.append(name)
         skills.setdefault(cells[of_skill].strip(), set()).update(by_name.get(name, ()))
+    if not skills:
+        raise QuizError(f"{file} names no question: add a row for each question and skill")
     if unknown:
         raise QuizError(
-            f"{file} names {len(unknown):,} questions that nobody answered, first "
-            f"{unknown[0][:80]!a}: name them by their text or content hash"
+            f"{file} names {len(unknown):,} question{'s' if unknown[1:] else ''} that nobody "
+            f"answered, first {unknown[0][:80]!a}: name questions by their text or content hash"
         )
     return {skill: frozenset(own) for skill, own in sorted(skills.items())}

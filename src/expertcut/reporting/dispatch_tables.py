@@ -8,6 +8,8 @@ from expertcut.reporting.edit_tables import CHANGE, change_text, listed, percent
 from expertcut.reporting.tables import Cell, Table, columns
 from expertcut.stats import Comparison
 
+_ROUTES = columns("category; model; weight")
+
 
 def routes_table(result: DispatchResult) -> Table:
     """One row per category and model that votes there; other categories have no name."""
@@ -16,7 +18,14 @@ def routes_table(result: DispatchResult) -> Table:
         for name, category in result.categories.items()
         for path, weight in category.models.items()
     ]
-    return Table("routes", columns("category; model; weight"), [*rows, [None, result.otherwise, 1]])
+    return Table("routes", _ROUTES, [*rows, [None, result.otherwise, 1]])
+
+
+def are_routes(file: Path) -> bool:
+    """Whether a file begins as `routes.csv` does."""
+    head = ",".join(column.name for column in _ROUTES) + "\n"
+    with file.open("rb") as stream:
+        return stream.read(len(head)) == head.encode()
 
 
 def dispatch_tables(result: DispatchResult) -> list[Table]:
@@ -52,6 +61,10 @@ def dispatch_facts(result: DispatchResult) -> list[tuple[str, str]]:
     if result.union_bytes is not None and result.union_bytes < result.held_bytes:
         size += f"; {unit(result.union_bytes, 'B')} with the experts that they share held once"
     facts = [("verdict", verdict_sentence(result)), ("holds", size)]
+    for model in result.models:
+        if model.answered < result.questions:
+            text = f"{model.path} answered {model.answered:,} of {result.questions:,} questions; "
+            facts.append(("coverage", f"{text}elsewhere the next best model was judged"))
     if result.by_routing:
         text = f"the subject of {percent(result.by_routing.right)} of questions is predicted right"
         facts.append(("routing", text))
@@ -72,6 +85,8 @@ def dispatch_facts(result: DispatchResult) -> list[tuple[str, str]]:
 def verdict_sentence(result: DispatchResult) -> str:
     """Whether choosing helps, in words."""
     c, routing = result.cross_fitted.change, result.by_routing
+    if len(result.models) == 1:
+        return "One model: there is nothing to choose. Name results of several."
     how = " by routing" if routing and routing.true_subjects else ""
     if result.verdict == "no evidence":
         shown = f"{100 * c.smallest_effect:.1f} points could have been shown"
