@@ -24,6 +24,7 @@ from expertcut.evaluation.search_results import load_sweep
 from expertcut.models import hooks, kernels
 from expertcut.models.load import LoadOptions, MoeModel
 from expertcut.models.moe_block import MoeBlock
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.recorder import NAMES
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.recipes.recipe_schema import Recipe
@@ -168,7 +169,7 @@ def scores_as_by_hand(path: Path, profile: Profile, quiz: Quiz, options: dict[st
 def test_layers_that_run_alone_give_the_sums_of_the_profile(profile_of: Profiles, family: str):
     profile = profile_of(family, **deeper(family))
     engine = engine_of(profile)
-    running = relay(engine, list(calibration_chunks(profile, engine)))
+    running = relay(engine, list(calibration_chunks(profile, engine)), 1 << 30)
     assert running.kept_bytes
     for layer in range(LAYERS):
         for name, sum_E in running.sums(layer).items():
@@ -231,6 +232,27 @@ def test_experts_run_again_only_on_tokens_that_come_from_removed_ones(
         found.append(sum(n_rows))
     assert np.array_equal(np.stack(scores[0]), np.stack(scores[1]))
     assert found[0] < 0.95 * found[1]
+
+
+def test_a_blend_by_size_is_scored_as_the_profile_of_all_its_domains(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+):
+    path, settings = checkpoint("olmoe"), CutSettings(by="reap", keep=KEEP, sequential=True)
+
+    def scores(*parts: Quiz, weights: Sequence[float] | None = None) -> list[np.ndarray]:
+        own = [profiled(path, part, tmp_path / f"{len(parts)}-{n}") for n, part in enumerate(parts)]
+        sizes = [float(np.sum(part.token_sum("tokens"))) for part in own]
+        profile = own[0] if len(own) == 1 else Blend(own, weights or sizes, "sum")
+        return list(sequential(profile, settings)[1].scores)
+
+    subjects = sorted(quiz.questions)
+    halves = [
+        load_quiz(Selection(quiz.id, shots=1, subjects=tuple(own)))
+        for own in (subjects[:1], subjects[1:])
+    ]
+    whole, blended = scores(quiz), scores(*halves)
+    np.testing.assert_allclose(blended[1], whole[1], rtol=1e-6)
+    assert not np.allclose(scores(*halves, weights=[9, 1])[1], whole[1], rtol=1e-3)
 
 
 def test_reconstruction_is_tried_on_inputs_behind_the_cut_layers(

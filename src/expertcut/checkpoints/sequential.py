@@ -31,6 +31,7 @@ from expertcut.models import hooks
 from expertcut.models.devices import free_bytes, runs_on
 from expertcut.models.kernels import Known
 from expertcut.models.moe_block import MoeBlock
+from expertcut.profiling.blend import Blend
 from expertcut.profiling.recorder import NAMES, TokenSums, check_finite
 from expertcut.profiling.schema import CHUNK_QUESTIONS
 from expertcut.profiling.statistics import LayerSums
@@ -56,24 +57,30 @@ def rank_sequentially(
     """The ranking with every layer scored after the layers before it were cut to `n_keep`.
 
     No layer is cut before the first, which keeps its scores. Up to `kept_bytes` of outputs of
-    decoder layers are stored, by default half of the free memory.
+    decoder layers are stored, by default half of the free memory. A blend runs on what each of its
+    domains was profiled on, with the weights of the blend.
     """
     by, n_layers = CRITERIA[ranking.settings.by], len(ranking.blocks)
-    running = None
+    relays: list[Relay] = []
     if by.needs == "profile":
-        chunks = list(calibration_chunks(profile, engine))
-        running = relay(engine, chunks, kept_bytes)
-        engine.n_scored, engine.n_asked = 0, (n_layers - 1) * sum(map(len, chunks))
+        if kept_bytes is None:
+            kept_bytes = free_bytes(engine.moe.device) // 2
+        for part in profile.parts:
+            chunks = list(calibration_chunks(part, engine))
+            relays.append(relay(engine, chunks, kept_bytes // len(profile.parts)))
+        n_asked = sum(len(chunk) for own in relays for chunk in own.chunks)
+        engine.n_scored, engine.n_asked = 0, (n_layers - 1) * n_asked
     edits: list[Edit] = []
     for layer in range(1, n_layers):
         edits += _cut_of_layer(profile, cut(ranking, n_keep).draft, layer - 1, engine)
         block, before = engine.moe.blocks[layer], profile.layers[layer]
         with simulated(engine.moe, edits, is_as_written=True):
-            if running is None:
+            if relays:
+                sums = _weighed(profile, [own.sums(layer) for own in relays])
+                score_E = by.of_layer(_with_sums(before, sums), "all")
+            else:
                 x_TD = calibration_inputs(profile, engine)[layer]
                 score_E = after_removals(profile, by, block, x_TD)
-            else:
-                score_E = by.of_layer(_with_sums(before, running.sums(layer)), "all")
         scores, orders = [*ranking.scores], [*ranking.orders]
         scores[layer], orders[layer] = score_E, ranked(score_E, before.alpha_mean_E)
         ranking = replace(ranking, scores=tuple(scores), orders=tuple(orders))
@@ -96,6 +103,13 @@ def _cut_of_layer(profile: Profile, draft: EditPlan, layer: int, engine: Engine)
     alone = replace(draft, edits={**whole, name: draft.edits[name]})
     questions = questions_for(profile, is_fitting=draft.asks_tuning, used=draft.used)
     return fit_edits(profile, alone, questions, engine)
+
+
+def _weighed(profile: Profile, sums_D: Sequence[dict[str, Array]]) -> dict[str, Array]:
+    """The sums of a profile, weighed as in its blend."""
+    if not isinstance(profile, Blend):
+        return sums_D[0]
+    return {name: profile.weighed([own[name] for own in sums_D]) for name in NAMES}
 
 
 def _with_sums(layer: LayerSums, sums: dict[str, Array]) -> LayerSums:
@@ -195,10 +209,8 @@ def _state(block: MoeBlock) -> tuple[Any, ...]:
     return (hooks.own_forward(block.experts), *places)
 
 
-def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int | None = None) -> Relay:
+def relay(engine: Engine, chunks: Sequence[Encoded], kept_bytes: int) -> Relay:
     """A relay that stores up to `kept_bytes`; nothing where layers compute other bits alone."""
-    if kept_bytes is None:
-        kept_bytes = free_bytes(engine.moe.device) // 2
     few = chunks[0].part(range(min(_CHECKED_PROMPTS, len(chunks[0]))))
     # The trial is given half of the outputs, and computes the others in smaller products.
     for every in (1, 0) if kept_bytes else ():

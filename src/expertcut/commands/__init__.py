@@ -347,10 +347,10 @@ class BlendedSettings(ProfiledSettings):
     def check_blend(self, criteria: Sequence[str], *, is_sequential: bool) -> None:
         """Refuses --blend with one profile, and what cannot rank a blend."""
         if len(self.weighted) > 1:
-            if is_sequential:
+            if is_sequential and self.blend == "maxmin":
                 raise SettingsError(
-                    "--sequential reads what one profile read: profile the texts together, as "
-                    "--text a=2 --text b=1, or leave --sequential out"
+                    "--blend maxmin compares the shares that the unedited model's domains keep: "
+                    "give --sequential with --blend sum"
                 )
             from expertcut.edits.selection import check_criteria
 

@@ -87,11 +87,13 @@ class Blend(Profile):
 
     def token_sum(self, name: str) -> Array | None:
         """A weighed all-token sum (L, E); None if a domain lacks it."""
-        sums_D = [part.token_sum(name) for part in self.parts]
-        tokens_D = [part.token_sum("tokens") for part in self.parts]
-        if any(found is None for found in (*sums_D, *tokens_D)):
-            return None
+        sums_D = [own for part in self.parts if (own := part.token_sum(name)) is not None]
+        return self.weighed(sums_D) if len(sums_D) == len(self.parts) else None
+
+    def weighed(self, sums_D: Sequence[Array]) -> Array:
+        """The weighed sum of what was summed over the tokens of each domain."""
         # Each token chooses equally many experts, so choices normalise as tokens do.
+        tokens_D = [part.token_sum("tokens") for part in self.parts]
         factors_D = _factors(self.weights_D, [float(np.sum(t)) for t in tokens_D if t is not None])
         return np.asarray(np.sum([f * s for f, s in zip(factors_D, sums_D, strict=True)], axis=0))
 
