@@ -344,9 +344,9 @@ def route_draft(
     `fit_by_layer` is of rule fitted, `action` the command in words; `is_tuned` says that tuning
     questions chose the thresholds.
     """
-    draft = replace(reweight_draft(profile, (), layout), action="route", is_tuned=is_tuned)
-    draft = with_routing(draft, rule, at_by_layer, fit_by_layer or {})
-    return replace(draft, action=action or draft.action)
+    draft = reweight_draft(profile, (), layout)
+    draft = replace(draft, action=action or f"route --rule {rule.rule}", is_tuned=is_tuned)
+    return with_routing(draft, rule, at_by_layer, fit_by_layer or {})
 
 
 def with_routing(
@@ -373,17 +373,7 @@ def with_routing(
         name: edit.model_copy(update={"at": at_by_layer.get(layer), "fit": fit_by_layer.get(layer)})
         for layer, (name, edit) in enumerate(draft.edits.items())
     }
-    values = sorted(set(at_by_layer.values()))
-    asked = "-".join(f"{value:.4g}" for value in dict.fromkeys((values[0], values[-1])))
-    slug = f"{rule.rule}-{asked}" if rule.kind.threshold else rule.rule
-    words = f"--rule {rule.rule}" + (f" --at {asked}" if rule.kind.threshold else "")
-    return replace(
-        draft,
-        slug="-".join(filter(None, (draft.slug, slug))),
-        action=f"{draft.action} {words}",
-        edits=edits,
-        routing=rule,
-    )
+    return replace(draft, edits=edits, routing=rule)
 
 
 def check_place(layout: Layout, apply_at: Positions | None, *, is_biased: bool) -> None:

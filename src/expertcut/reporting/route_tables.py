@@ -1,7 +1,7 @@
 """Tables, sentences and figures of routing rules: sweeps, `--tune` and oracles."""
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -21,13 +21,100 @@ if TYPE_CHECKING:  # with torch
     from expertcut.evaluation.route_tuning import RouteTuning
 
 
+class _Figure(NamedTuple):
+    """A column of a sweep: its cell of a setting, of the model as it is, and of all draws."""
+
+    heading: str
+    cell: Callable[[Any], Cell]
+    base: Callable[[Any], Cell] = lambda _: None
+    draws: Callable[[Any], Cell] = lambda _: None
+
+
+def _averaged(heading: str, of: Callable[[Any], Any], *, is_of_base: bool = False) -> _Figure:
+    """A number of every setting, of draws the mean."""
+    base = of if is_of_base else lambda _: None
+    return _Figure(heading, of, base, lambda draws: _mean(of(c) or 0.0 for c in draws))
+
+
+def _fixed(heading: str, of: Callable[[Any], Cell]) -> _Figure:
+    """A number that all draws share."""
+    return _Figure(heading, of, of, lambda draws: of(draws[0]))
+
+
+def _quiz_figures(margin: float) -> list[_Figure]:
+    def changed(draws: Sequence[RouteCell]) -> str:
+        deltas = [c.change.delta for c in draws]
+        return f"{edits.points(_mean(deltas))} ({edits.span(_range(deltas))})"
+
+    def own_interval(model: SweptModel) -> str:
+        return edits.interval_text(model.ci95)
+
+    def interval(draws: Sequence[RouteCell]) -> str:
+        return edits.interval_text(_range([c.accuracy for c in draws]))
+
+    def held(c: RouteCell) -> str:
+        return verdict(c.change.gained, c.change.lost, c.questions, margin)
+
+    return [
+        _averaged("accuracy::.2%", lambda c: c.accuracy, is_of_base=True),
+        _Figure(edits.CHANGE, lambda c: edits.change_cells(c.change)[0], draws=changed),
+        _Figure("verdict", held),
+        _Figure("flipped", lambda c: c.flipped, draws=lambda d: round(_mean(c.flipped for c in d))),
+        _Figure("95 % interval", own_interval, own_interval, interval),
+        _Figure("gained", lambda c: c.change.gained),
+        _Figure("lost", lambda c: c.change.lost),
+        _Figure("McNemar p::.3g", lambda c: edits.change_cells(c.change)[-1]),
+        _averaged("log p right::.4f", lambda c: c.right_logprob, is_of_base=True),
+        _Figure("most experts", lambda c: _extremes(c.experts_by_subject)[0]),
+        _Figure("fewest experts", lambda c: _extremes(c.experts_by_subject)[1]),
+        _Figure("ρ with errors::+.2f", lambda c: c.difficulty.rho),
+        _fixed("active parameters::,d", lambda c: c.active_parameters),
+    ]
+
+
+def _text_figures() -> list[_Figure]:
+    def spread(draws: Sequence[RouteTextCell]) -> str | None:
+        return text_span(_range([c.delta_loss for c in draws]), "+.3f")
+
+    return [
+        _averaged("perplexity::.3f", lambda c: c.total.perplexity, is_of_base=True),
+        _averaged("Δ loss::+.3f", lambda c: c.delta_loss),
+        _Figure("95 % interval", lambda c: text_span(c.change.ci95, "+.3f"), draws=spread),
+        _Figure("verdict", _text_verdict),
+        _averaged("KL::.3f", lambda c: c.change.kl),
+        _averaged("same top token::.1%", lambda c: c.change.top1_agreement),
+        _Figure("acceptance::.1%", lambda c: c.change.acceptance),
+        _fixed("tokens::,d", lambda c: c.total.tokens),
+        _fixed("documents::,d", lambda c: c.total.documents),
+        _fixed("active parameters::,d", lambda c: c.active_parameters),
+    ]
+
+
 def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
     """The model as it is, every finished setting, and the random controls in one row."""
-    is_text = sweep.asked.text is not None
-    heads, rows = (_text_rows if is_text else _quiz_rows)(sweep, margin)
-    quiz = sweep.asked.scored.quiz
-    if sweep.asked.text is not None:
-        note = f"{texts_note(sweep.asked.text)}. {judged_note(sweep.asked.text)}"
+    text, quiz = sweep.asked.text, sweep.asked.scored.quiz
+    figures, n_narrow = (_text_figures(), 4) if text is not None else (_quiz_figures(margin), 3)
+    rows: list[list[Cell]] = []
+    if sweep.base is not None:
+        base: list[Cell] = ["(base)", sweep.base_experts]
+        rows.append(base + [own.base(sweep.base) for own in figures])
+
+    def add_draws(name: str, draws: Sequence[RouteCell | RouteTextCell]) -> None:
+        if draws:
+            row: list[Cell] = [f"{name}, {len(draws)} draws"]
+            row.append(_mean(c.experts_per_token for c in draws))
+            rows.append(row + [own.draws(draws) for own in figures])
+
+    cells: list[RouteCell | RouteTextCell] = [*sweep.of_quiz, *sweep.of_texts]
+    for c in cells:
+        row: list[Cell] = [_name(c), c.experts_per_token]
+        rows.append(row + [own.cell(c) for own in figures])
+        add_draws(_name(c), sweep.matched(c.setting))
+    add_draws("random", sweep.controls)
+    names = [own.heading for own in figures]
+    narrow = "; ".join(["rule", "experts::.2f", *names[:n_narrow]])
+    if text is not None:
+        note = f"{texts_note(text)}. {judged_note(text)}"
     else:
         note = f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots."
     note += " Experts: the mean of a token in a layer."
@@ -36,73 +123,8 @@ def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
     if not sweep.is_complete:
         n_all = len(sweep.asked.settings)
         note += f" {len(sweep.cells)} of {n_all} settings: the same command does the rest."
-    return Table(f"Routing rules in {sweep.asked.scored.model.label}", columns(heads), rows, note)
-
-
-def _quiz_rows(sweep: RouteSweep, margin: float) -> tuple[str, list[list[Cell]]]:
-    heads = (
-        f"rule; experts::.2f; accuracy::.2%; {edits.CHANGE}; verdict | flipped; "
-        "95 % interval; gained; lost; McNemar p::.3g; log p right::.4f; most experts; "
-        "fewest experts; ρ with errors::+.2f; active parameters::,d"
-    )
-    rows: list[list[Cell]] = []
-    if isinstance(b := sweep.base, SweptModel):
-        base: list[Cell] = ["(base)", sweep.base_experts, b.accuracy, None, None, None]
-        base += [edits.interval_text(b.ci95), None, None, None, b.right_logprob]
-        rows.append([*base, None, None, None, b.active_parameters])
-    for c in sweep.of_quiz:
-        change, *counts = edits.change_cells(c.change)
-        word = verdict(c.change.gained, c.change.lost, c.questions, margin)
-        most, fewest = _extremes(c.experts_by_subject)
-        row: list[Cell] = [_name(c), c.experts_per_token, c.accuracy]
-        row += [change, word, c.flipped, edits.interval_text(c.ci95), *counts, c.right_logprob]
-        rows.append([*row, most, fewest, c.difficulty.rho, c.active_parameters])
-        if draws := [own for own in sweep.matched(c.setting) if isinstance(own, RouteCell)]:
-            rows.append(_quiz_draws(_name(c), draws))
-    if controls := [c for c in sweep.controls if isinstance(c, RouteCell)]:
-        rows.append(_quiz_draws("random", controls))
-    return heads, rows
-
-
-def _quiz_draws(name: str, draws: Sequence[RouteCell]) -> list[Cell]:
-    """The row of a control: means, and the range of 95 % of the draws."""
-    shares, deltas = [c.accuracy for c in draws], [c.change.delta for c in draws]
-    text = f"{edits.points(_mean(deltas))} ({edits.span(_range(deltas))})"
-    row: list[Cell] = [f"{name}, {len(draws)} draws", _mean(c.experts_per_token for c in draws)]
-    row += [_mean(shares), text, None, round(_mean(c.flipped for c in draws))]
-    row += [edits.interval_text(_range(shares)), None, None, None]
-    row += [_mean(c.right_logprob for c in draws), None, None, None]
-    return [*row, draws[0].active_parameters]
-
-
-def _text_rows(sweep: RouteSweep, _margin: float) -> tuple[str, list[list[Cell]]]:
-    heads = (
-        "rule; experts::.2f; perplexity::.3f; Δ loss::+.3f; 95 % interval of Δ; KL::.3f; verdict | "
-        "same top token::.1%; acceptance::.1%; tokens::,d; documents::,d; active parameters::,d"
-    )
-    rows: list[list[Cell]] = []
-    if isinstance(b := sweep.base, SweptTexts):
-        base: list[Cell] = ["(base)", sweep.base_experts, b.total.perplexity, *[None] * 6]
-        rows.append([*base, b.total.tokens, b.total.documents, b.active_parameters])
-    for c in sweep.of_texts:
-        row: list[Cell] = [_name(c), c.experts_per_token]
-        row += [c.total.perplexity, c.delta_loss, text_span(c.change.ci95, "+.3f"), c.change.kl]
-        row += [_text_verdict(c), c.change.top1_agreement, c.change.acceptance]
-        rows.append([*row, c.total.tokens, c.total.documents, c.active_parameters])
-        if draws := [own for own in sweep.matched(c.setting) if isinstance(own, RouteTextCell)]:
-            rows.append(_text_draws(_name(c), draws))
-    if controls := [c for c in sweep.controls if isinstance(c, RouteTextCell)]:
-        rows.append(_text_draws("random", controls))
-    return heads, rows
-
-
-def _text_draws(name: str, draws: Sequence[RouteTextCell]) -> list[Cell]:
-    losses = [c.delta_loss for c in draws]
-    row: list[Cell] = [f"{name}, {len(draws)} draws", _mean(c.experts_per_token for c in draws)]
-    row += [_mean(c.total.perplexity for c in draws), _mean(losses)]
-    row += [text_span(_range(losses), "+.3f"), _mean(c.change.kl or 0.0 for c in draws)]
-    row += [None, _mean(c.change.top1_agreement or 0.0 for c in draws), None]
-    return [*row, draws[0].total.tokens, draws[0].total.documents, None]
+    heads = columns(f"{narrow} | {'; '.join(names[n_narrow:])}")
+    return Table(f"Routing rules in {sweep.asked.scored.model.label}", heads, rows, note)
 
 
 def _text_verdict(cell: RouteTextCell) -> str | None:
@@ -132,39 +154,48 @@ def _extremes(by_subject: dict[str, float]) -> tuple[str | None, str | None]:
     return f"{most} {by_subject[most]:.2f}", f"{fewest} {by_subject[fewest]:.2f}"
 
 
+_QUIZ_CSV = (
+    "questions; accuracy; ci95_low; ci95_high; right_logprob; delta; delta_low; delta_high; "
+    "gained; lost; mcnemar_p; smallest_effect"
+)
+_TEXT_CSV = (
+    "perplexity; delta_loss; delta_low; delta_high; kl; top1_agreement; acceptance; tokens; "
+    "documents"
+)
+
+
 def sweep_csv(sweep: RouteSweep) -> Table:
     """One row per setting and control, in full precision; the model as it is has no rule."""
-    common = "rule; at; experts; draw; experts_per_token; "
-    sizes = "; parameters; active_parameters; bytes"
+    keys = ["rule", "at", "experts", "draw"]
+    if any(setting.beta is not None for setting in sweep.asked.settings):
+        keys.append("beta")
     rows: list[list[Cell]] = []
-    base, is_text = sweep.base, sweep.asked.text is not None
-    figures = (
-        "perplexity; delta_loss; delta_low; delta_high; kl; top1_agreement; acceptance; tokens; "
-        "documents"
-        if is_text
-        else "questions; accuracy; ci95_low; ci95_high; right_logprob; delta; delta_low; "
-        "delta_high; gained; lost; mcnemar_p; smallest_effect"
-    )
-    if base is not None:
-        own: list[Cell] = [None, None, None, None, sweep.base_experts]
-        if isinstance(base, SweptModel):
-            own += [base.questions, base.accuracy, *base.ci95, base.right_logprob, *[None] * 7]
-        else:
-            own += [base.total.perplexity, *[None] * 6, base.total.tokens, base.total.documents]
-        rows.append([*own, base.parameters, base.active_parameters, base.bytes])
-    for cell in sweep.cells:
-        s = cell.setting
-        own = [s.rule, s.at, s.experts, s.draw, cell.experts_per_token]
-        if isinstance(cell, RouteCell):
-            c = cell.change
-            own += [cell.questions, cell.accuracy, *cell.ci95, cell.right_logprob, c.delta]
-            own += [*c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
-        else:
-            t = cell.change
-            own += [cell.total.perplexity, t.delta_loss, *(t.ci95 or (None, None)), t.kl]
-            own += [t.top1_agreement, t.acceptance, cell.total.tokens, cell.total.documents]
-        rows.append([*own, cell.parameters, cell.active_parameters, cell.bytes])
-    return Table("route", columns(common + figures + sizes), rows)
+    if (base := sweep.base) is not None:
+        rows.append([*[None] * len(keys), sweep.base_experts, *_csv_figures(base)])
+    for c in sweep.cells:
+        own: list[Cell] = [getattr(c.setting, key) for key in keys]
+        rows.append([*own, c.experts_per_token, *_csv_figures(c)])
+    figures = _QUIZ_CSV if sweep.asked.text is None else _TEXT_CSV
+    sizes = "parameters; active_parameters; bytes"
+    heads = "; ".join([*keys, "experts_per_token", figures, sizes])
+    return Table("route", columns(heads), rows)
+
+
+def _csv_figures(model: SweptModel | SweptTexts) -> list[Cell]:
+    sizes: list[Cell] = [model.parameters, model.active_parameters, model.bytes]
+    change: list[Cell]
+    if isinstance(model, SweptModel):
+        own: list[Cell] = [model.questions, model.accuracy, *model.ci95, model.right_logprob]
+        change = [None] * 7
+        if isinstance(model, RouteCell):
+            c = model.change
+            change = [c.delta, *c.ci95, c.gained, c.lost, c.mcnemar_p, c.smallest_effect]
+        return [*own, *change, *sizes]
+    change = [None] * 6
+    if isinstance(model, RouteTextCell):
+        t = model.change
+        change = [t.delta_loss, *(t.ci95 or (None, None)), t.kl, t.top1_agreement, t.acceptance]
+    return [model.total.perplexity, *change, model.total.tokens, model.total.documents, *sizes]
 
 
 def sweep_facts(sweep: RouteSweep, margin: float = MARGIN) -> list[tuple[str, str]]:
