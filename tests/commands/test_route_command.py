@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 import expertcut as api
 from expertcut.checkpoints.build import engine_as_profiled, found_source
@@ -21,6 +23,8 @@ from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from tests.conftest import Commands, make_checkpoint, write_quiz
 from tests.hostile.running import run
 from tests.hostile.world import copied_world
+
+pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +99,19 @@ def test_tuning_writes_what_holds_and_else_the_proof_alone(
     assert not list(world.glob(".held.tuning"))
 
 
+def test_contrast_is_code_for_generate(world: Path, expertcut: Commands) -> None:
+    said = expertcut("route --profile p --rule contrast --weak rank:1 --beta 3 --out both")
+    assert "custom_generate='both', trust_remote_code=True" in " ".join(said.split())
+    assert [file.name for file in (world / "both").iterdir()] == ["custom_generate"]
+    model = AutoModelForCausalLM.from_pretrained(world / "model")
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ids_BT = torch.arange(40, 52)[None]
+    before = model.generate(ids_BT, **options)
+    also = {"custom_generate": str(world / "both"), "trust_remote_code": True}
+    assert not torch.equal(model.generate(ids_BT, **options, **also), before)
+    assert torch.equal(model.generate(ids_BT, **options), before)
+
+
 def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
     expertcut("route --profile p --plan-only --out usual")
     assert load_plan(world / "usual").action == "route --rule skip --at 0.5"
@@ -149,7 +166,8 @@ def test_an_oracle_stands_beside_its_noise(world: Path, expertcut: Commands) -> 
         ("--rule top-p --sweep --most 9", "has 8 experts, rule top-p asks for 9: take fewer"),
         ("--rule top-p --sweep --most 4 --matched-draws 1", "leaves out none to shuffle"),
         ("--rule random --sweep --random-draws 0", "--random-draws 0 leaves nothing"),
-        ("--rule contrast", "which a router alone cannot hold"),
+        ("--rule contrast --plan-only", "neither a plan nor a checkpoint"),
+        ("--rule contrast --weak rank:8", "asks for 9: take fewer"),
         ("--rule contrast --sweep --text t.jsonl", "texts have no perplexity with"),
         ("--rule contrast --sweep --weak rank:8 --random-draws 0", "asks for 9: take fewer"),
     ],

@@ -2,7 +2,7 @@
 
 import gc
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
 from expertcut.checkpoints.prune_edit import PruneEdit
+from expertcut.checkpoints.routed import check_contrast, contrast_files
 from expertcut.checkpoints.text_check import (
     BaseTexts,
     score_base_texts,
@@ -34,6 +35,7 @@ from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memo
 from expertcut.profiling.measure import model_info
 from expertcut.profiling.storage import Profile, TextProfile, once_per_profile
 from expertcut.scoring.engine import Engine
+from expertcut.scoring.rerouting import Rerouting
 from expertcut.stats import HeldOutResult
 
 logger = logging.getLogger(__name__)
@@ -129,9 +131,23 @@ def write_plan(
         add_files(temporary, options.extra_files)
 
 
+def write_contrast(
+    profile: Profile, folder: Path, options: BuildOptions, routing_of: Callable[[Engine], Rerouting]
+) -> None:
+    """Writes rule contrast for `generate` of transformers, beside no weights."""
+    source = profiled_source(profile)
+    check_contrast(source)
+    check_writable(folder, is_forced=options.is_forced, inputs=inputs_of(profile))
+    engine = engine_as_profiled(profile, source, options.load_as)
+    files = contrast_files(engine.moe, routing_of(engine))
+    with atomic_dir(folder, is_forced=options.is_forced) as temporary:
+        add_files(temporary, files)
+
+
 def add_files(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes further files, by name."""
     for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomically(folder / name, content)
 
 

@@ -3,19 +3,34 @@
 `config.json` declares the rule under `expert_routing`, and `modeling_routed.py` beside it runs it
 in transformers. `model_type` and `architectures` have names of their own: a loader that knows the
 family only would leave the rule out, so it must refuse the checkpoint.
+
+Rule contrast runs the model twice, which no router can. It becomes `custom_generate/`, which
+transformers loads for any folder of the model.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from expertcut.checkpoints.stock import StockWriter, refuse_routing_exact
 from expertcut.errors import ContractError
+from expertcut.models import contrast_generate
 from expertcut.models.checkpoint_dir import read_config, read_object
+from expertcut.models.devices import runs_on
 from expertcut.models.expert_routing import ROUTING_KEY, TYPE_PREFIX, ExpertRouting
-from expertcut.models.load import ROUTED_FILE, Source, load_tokenizer, modelling_code
-from expertcut.scoring.rerouting import Rerouting
+from expertcut.models.load import (
+    ROUTED_FILE,
+    MoeModel,
+    Source,
+    load_tokenizer,
+    modelling_code,
+)
+from expertcut.scoring.rerouting import Rerouting, rerouted
 
+_ROUNDING = 2e-2  # of logits, in half precision
 _MODULE = ROUTED_FILE.removesuffix(".py")
 
 
@@ -59,6 +74,47 @@ def routed_config(config: Mapping[str, Any], routing: ExpertRouting) -> dict[str
         "auto_map": {auto: f"{_MODULE}.Routed{name}" for auto, name in names.items()},
         ROUTING_KEY: routing.model_dump(mode="json"),
     }
+
+
+def check_contrast(source: Source) -> None:
+    """Raises a ContractError if the routers of a model are not its family's own."""
+    refuse_routing_exact(source)
+    if (routing := read_config(source.path).get(ROUTING_KEY)) is not None:
+        raise ContractError(
+            f"{source.id} has a routing rule already ({routing['rule']}): contrast the model that "
+            "it was made from"
+        )
+
+
+def contrast_files(moe: MoeModel, routing: Rerouting) -> dict[str, bytes]:
+    """`custom_generate/` for rule contrast, by name; ContractError if its weak run is another."""
+    declared = ExpertRouting.of(moe.blocks, routing.rule, routing.at_by_layer, {})
+    said = declared.model_dump(mode="json")
+    said["layers"] = {str(layer): at for layer, at in declared.layers.items()}
+    with rerouted(moe.blocks, routing):
+        wanted_TV = _last_logits(moe)
+    with contrast_generate.weakly_routed(contrast_generate.weak_routers(moe.model, said)):
+        found_TV = _last_logits(moe)
+    if not (found_TV - wanted_TV).norm() <= _ROUNDING * wanted_TV.norm():
+        raise ContractError(
+            f"{moe.source.id} does not take one expert a token behind its routers, so contrast has "
+            "no weak run in transformers: score it with --sweep"
+        )
+    code = modelling_code(f"{contrast_generate.__name__.rpartition('.')[2]}.py").decode()
+    before = f"EXPERT_ROUTING: dict[str, Any] = {{}}\nBETA = {contrast_generate.BETA}\n"
+    assert code.count(before) == 1, "it has a place for the rule"
+    after = f"EXPERT_ROUTING: dict[str, Any] = {said!r}\nBETA = {routing.beta!r}\n"
+    return {
+        "custom_generate/generate.py": code.replace(before, after).encode(),
+        f"custom_generate/{ROUTED_FILE}": modelling_code(ROUTED_FILE),
+    }
+
+
+@torch.inference_mode()
+def _last_logits(moe: MoeModel) -> Tensor:
+    ids_BT = torch.arange(8, device=runs_on(moe.model.get_input_embeddings()))[None]
+    logits_TV: Tensor = moe.model(input_ids=ids_BT, use_cache=False).logits[0].float()
+    return logits_TV
 
 
 def _tokenizer_files(source: Source) -> dict[str, bytes]:

@@ -100,7 +100,14 @@ def run(settings: RouteSettings, ui: UI = SILENT, extra_files: Files = None) -> 
         return sweep(settings, ui)
     if settings.oracle:
         return oracle(settings, ui)
+    if settings.rules == ("contrast",) and (settings.plan_only or extra_files):
+        raise SettingsError(
+            "--rule contrast writes code that runs the model twice, neither a plan nor a "
+            "checkpoint: leave out --plan-only, or the recipe's variant"
+        )
     settings = settings.updated(**profiled_first(settings, ui))
+    if settings.rules == ("contrast",):
+        return contrast(settings, ui)
     return write(choose(settings, ui), settings, ui, extra_files)
 
 
@@ -129,6 +136,25 @@ def sweep(settings: RouteSettings, ui: UI) -> "RouteSweep":
         settings.say(ui, [tables.sweep_table(found, margin)])
         ui.end(tables.sweep_facts(found, margin), folder, ["show", str(folder)])
     return found
+
+
+def contrast(settings: RouteSettings, ui: UI) -> Path:
+    """Writes two runs of the model as code for `generate` of transformers."""
+    profile = settings.choosing_profile(ui)
+    from expertcut.checkpoints.build import write_contrast
+    from expertcut.evaluation.route_sweep import Rules
+
+    (choice,) = settings.choices(profile.info.model.blocks[0].top_k)
+    folder = settings.output_folder(profile, choice.slug, ui)
+    options = settings.build_options({})
+    ui.quiet()
+    write_contrast(
+        profile, folder, options, lambda e: Rules(profile, e, settings).rerouting(choice)
+    )
+    settings.say_profile(profile, ui)
+    call = f"model.generate(**inputs, custom_generate={str(folder)!r}, trust_remote_code=True)"
+    ui.end([("use", call)], folder)
+    return folder
 
 
 def oracle(settings: RouteSettings, ui: UI) -> "OracleResult":

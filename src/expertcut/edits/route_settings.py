@@ -240,7 +240,7 @@ class RouteSettings(Settings):
                 "--layout stock has no place for a threshold by token: take --layout routed, or "
                 "--rule top-k"
             )
-        if not RULE_KINDS[self.rules[0]].is_exportable:
+        if self.rules != ("contrast",) and not RULE_KINDS[self.rules[0]].is_exportable:
             raise SettingsError(
                 f"--rule {self.rule} needs more than a router has, or is a control, so no "
                 "checkpoint can carry it: score it with --sweep"
@@ -279,10 +279,10 @@ class RouteSettings(Settings):
             for name, default in usual.items():
                 if getattr(self, name) != default:
                     raise SettingsError(f"--{name} sets --rule contrast: add it to the rules")
-        elif not self.sweep:
+        elif self.tune or self.oracle:
             raise SettingsError(
-                "--rule contrast compares two runs of the model, which a router alone cannot hold: "
-                "score it with --sweep"
+                "--rule contrast runs the model twice and leaves no expert out: score it with "
+                "--sweep"
             )
         elif self.rules == ("contrast",) and (self.at or self.experts):
             given = "--at" if self.at else "--experts"
