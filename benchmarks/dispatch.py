@@ -42,7 +42,7 @@ from expertcut.reporting.edit_tables import change_text, percent
 from expertcut.reporting.tables import Cell
 from expertcut.stats import Array, Comparison, compare
 
-PLACE = RUNS / "dispatch"
+ROOT, PLACE = Path(__file__).parents[1], RUNS / "dispatch"
 WORLDS = ((2, 2, 400), (2, 8, 240), (3, 8, 960), (3, 57, 5700), (10, 11, 2750), (20, 57, 5700))
 DRAWS = 100_000
 
@@ -51,16 +51,19 @@ def swept(threads: int) -> tuple[list[str], Answered]:
     """The answers of every cut of the sweep, and of the model itself; cuts that are made stay."""
     PLACE.mkdir(parents=True, exist_ok=True)
     profile, sweep = PLACE / "profile", PLACE / "sweep"
-    quiz = ("--quiz", BUNDLED / "quiz", "--split", "val", "--threads", threads)
+    model = BUNDLED.relative_to(ROOT)
+    quiz = ("--quiz", model / "quiz", "--split", "val", "--threads", threads)
     for words in (
-        ("profile", BUNDLED, *quiz, "--out", profile),
+        ("profile", model, *quiz, "--out", profile),
         ("sweep", "0.75,0.5,0.25", "--by", "all", "--profile", profile, "--out", sweep),
     ):
-        timed([sys.executable, "-m", "expertcut", *words], threads, PLACE / f"{words[0]}.log")
+        command = [sys.executable, "-m", "expertcut", *words]
+        timed(command, threads, PLACE / f"{words[0]}.log", ROOT)
     found = load_sweep(sweep)
     names, sizes, logprobs = ["(base)"], [found.base.bytes], [_answers(sweep / "cells" / "base")]
     for cell in found.cells:
-        (folder,) = (sweep / "cells").glob(f"keep-{cell.kept}-{cell.by}-????????")
+        by = "random-0" if cell.by == "random" else cell.by  # with its seed
+        (folder,) = (sweep / "cells").glob(f"keep-{cell.kept}-{by}-????????")
         names.append(f"{cell.by} {cell.fraction:.0%}")
         sizes.append(cell.bytes)
         logprobs.append(_answers(folder))
@@ -97,7 +100,7 @@ def at_equal_bytes(names: list[str], answered: Answered) -> list[list[Cell]]:
     quarter, half, most = sorted(cuts)
     sizes = (quarter, half, 2 * quarter, most, quarter + half, largest, 3 * quarter, 2 * half)
     rows: list[list[Cell]] = []
-    for max_bytes in sorted({*sizes, quarter + most, 2 * most, largest + most}):
+    for max_bytes in sorted({*sizes, quarter + most, 2 * most, 3 * most}):
         options = SelectionOptions(max_bytes=max_bytes)
         crossed = cross_fit_routes(answered, by_subject(answered), options)
         routes = learned(answered, options)

@@ -136,6 +136,16 @@ def test_infinite_kappa_is_the_best_single_model() -> None:
     assert (within.chosen_N == within.single_N).all()
 
 
+def test_a_budget_of_one_model_is_the_best_single_model() -> None:
+    half_N = np.arange(320) // SUBJECTS % 2 == 0
+    equal = answered(1.0 * np.stack([half_N, ~half_N, half_N ^ (np.arange(320) % 16 < 8)]))
+    for world in (equal, some_models()):
+        options = SelectionOptions(max_bytes=19)  # each has ten
+        crossed = cross_fit_routes(world, by_subject(world), options)
+        assert (crossed.chosen_N == crossed.single_N).all()
+        assert learned(world, options).is_held_M.sum() == 1
+
+
 def test_kappa_is_that_of_the_world_and_ignores_what_is_hard_for_all() -> None:
     rng = np.random.default_rng(0)
     n, n_subjects, kappa = 40_000, 200, 30

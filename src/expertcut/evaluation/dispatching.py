@@ -191,6 +191,8 @@ def fit(
     if options.max_bytes is not None:
         fits_M = size_M <= options.max_bytes
         is_held_M = best_set(accuracy_MS * n_S, size_M, options.max_bytes)
+        if is_held_M.sum() == 1:  # nothing is chosen, so it is the best single one of equals
+            is_held_M = np.arange(len(size_M)) == np.where(fits_M, overall_M, -np.inf).argmax()
     is_answered_MS: Array = np.isfinite(right_MN) @ category_NS > 0
     return Routes(
         options=options,
