@@ -199,7 +199,10 @@ def test_facility_location_equals_brute_force() -> None:
 def drawn_by_symbolic_moe(
     leads: list[float], strengths: list[float], chance: random.Random, k: int = 3
 ) -> list[int]:
-    """Recruits as the authors' script draws them, with replacement, from its description."""
+    """Recruits as the authors' script draws them, with replacement, from its description.
+
+    `benchmarks/dispatch.py recruits` asks the script itself.
+    """
     able = [m for m, lead in enumerate(leads) if lead > 0]
     values = {m: leads[m] for m in able} or {m: v - min(leads) + 1 for m, v in enumerate(leads)}
     return chance.choices([*values], [v * strengths[m] for m, v in values.items()], k=k)
