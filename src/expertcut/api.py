@@ -184,8 +184,10 @@ class Profile(_Shown):
         """Other experts at run time, by a rule, as `expertcut route`; writes nothing."""
         options = route_command.RouteSettings.read(profile=self.path, **settings)
         options.check()
-        if options.is_judging:
-            raise SettingsError("a sweep or an oracle is not a plan: run `expertcut route`")
+        if options.is_judging or options.rules == ("contrast",):
+            raise SettingsError(
+                "a sweep, an oracle or contrast is not a plan: run `expertcut route`"
+            )
         choice = route_command.choose(options, _ProgressUI())
         if choice.routing is None:
             raise SettingsError("no smaller number of experts is shown to hold")

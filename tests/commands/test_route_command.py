@@ -118,8 +118,9 @@ def test_python_has_the_same_plan(world: Path, expertcut: Commands) -> None:
     expertcut("route --profile p --rule top-p --at 0.3 --plan-only --out plan")
     plan = api.load_profile("p").route(rule="top-p", at=0.3)
     assert plan.edit.edits == load_plan(world / "plan").blocks
-    with pytest.raises(SettingsError, match="is not a plan"):
-        api.load_profile("p").route(rule="top-p", sweep=True)
+    for given in ({"rule": "top-p", "sweep": True}, {"rule": "contrast"}):
+        with pytest.raises(SettingsError, match="is not a plan"):
+            api.load_profile("p").route(**given)
 
 
 @pytest.mark.parametrize("judged", ["", "--text t.jsonl"], ids=["quiz", "texts"])
