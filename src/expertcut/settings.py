@@ -3,8 +3,9 @@
 The command line, the sections of a recipe and the Python API are all built from the fields.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -20,6 +21,16 @@ IN_RECIPE = "recipe"  # the validation context in which only fields with `in_rec
 def refuse(text: str) -> NoReturn:
     """Fails a validation with this text."""
     raise PydanticCustomError("value", "{text}", {"text": text})
+
+
+def numbers_in(text: str) -> Iterator[tuple[str, float]]:
+    """Each part of a list with commas, and its number: NaN for what is none, or not finite."""
+    for part in text.split(","):
+        try:
+            number = float(part)
+        except ValueError:
+            number = math.nan
+        yield part.strip(), number if math.isfinite(number) else math.nan
 
 
 def _as_text(value: Any) -> Any:

@@ -22,6 +22,7 @@ from expertcut.models.modeling_routed import RULE_FUNCTIONS, Options
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.page_sections import search_sections
+from expertcut.reporting.route_tables import sweep_csv
 from expertcut.reporting.views import find_shown, gather
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.rerouting import rerouted, tokens_of
@@ -174,6 +175,7 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
         ({"sweep": False, "rule": "skip", "layout": "stock"}, "no place for a threshold"),
         ({"sweep": False, "prove": True}, "add --tune"),
         ({"sweep": False, "matched": 5}, "controls of a sweep"),
+        ({"sweep": False, "tune": True, "draws": 3}, "controls of --sweep, --oracle and --cross"),
         ({"rule": "contrast", "at": "2"}, "--at is no setting of contrast: give --weak rank:R"),
         ({"rule": "contrast", "experts": "2"}, "--experts is no setting of contrast"),
         ({"rule": "skip,grouped", "experts": "2"}, "grouped has none"),
@@ -200,6 +202,10 @@ def test_contrast_is_a_cell_whose_tokens_run_twice(
     assert (cell.setting.at, cell.setting.beta, cell.setting.label) == (5, 0.5, "0.5 rank 5")
     assert cell.experts_per_token == top_k + 1, "of both runs"
     assert all(own == pytest.approx(top_k + 1) for own in cell.experts_by_subject.values())
+    table = sweep_csv(run.sweep)
+    place = [column.name for column in table.columns].index("beta")
+    betas = {row[0]: row[place] for row in table.rows}
+    assert betas["contrast"] == 0.5 and betas["skip"] is None, "of contrast alone"
     base = answers(tmp_path / "two", "base")
     found = answers(tmp_path / "two", "contrast-0.5-rank-5-")
     assert np.isfinite(found).all() and not np.allclose(base, found, atol=0.1)

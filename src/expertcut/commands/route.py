@@ -63,6 +63,11 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
     def check_model(self) -> None:
         """Options of a quiz or texts name what judges, and else a profile to make first."""
         if not self.is_judging:
+            if self.text and self.tune:
+                raise SettingsError(
+                    "--tune counts right answers, which texts do not have: leave --text out, or "
+                    "judge on them with --sweep"
+                )
             if self.text:
                 raise SettingsError("--text judges a sweep: add --sweep, or leave it out")
             super().check_model()

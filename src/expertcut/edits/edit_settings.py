@@ -10,7 +10,17 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import LAYOUTS, CutLayout, Fold, Positions, Removed
 from expertcut.errors import SettingsError
-from expertcut.settings import Count, Settings, Text, Texts, as_list, like, option, refuse
+from expertcut.settings import (
+    Count,
+    Settings,
+    Text,
+    Texts,
+    as_list,
+    like,
+    numbers_in,
+    option,
+    refuse,
+)
 
 Budget = Literal["layer", "global"]
 MergeMethod = Literal["m_smoe", "hc_smoe"]
@@ -228,16 +238,10 @@ def read_size(text: str) -> int:
 
 def read_fractions(text: str, option: str) -> tuple[float, ...]:
     """`0.75,0.5,0.25` as numbers in (0, 1], none twice."""
-    shares = []
-    for part in text.split(","):
-        try:
-            share = float(part)
-        except ValueError:
-            share = 0.0
+    shares: list[float] = []
+    for part, share in numbers_in(text):
         if not 0 < share <= 1:
-            raise SettingsError(
-                f"{option} {text}: {part.strip()!r} must be a share above 0, at most 1"
-            )
+            raise SettingsError(f"{option} {text}: {part!r} must be a share above 0, at most 1")
         if share in shares:
             raise SettingsError(f"{option} {text} has {share:g} twice")
         shares.append(share)

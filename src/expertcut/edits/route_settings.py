@@ -18,7 +18,7 @@ from expertcut.models.routing_rule import (
     RoutingRule,
     Weights,
 )
-from expertcut.settings import Settings, option, refuse
+from expertcut.settings import Settings, numbers_in, option, refuse
 
 if TYPE_CHECKING:
     from expertcut.profiling.schema import BlockInfo, ModelInfo
@@ -43,13 +43,9 @@ def _number_texts(value: Any) -> Any:
 
 
 def _check_numbers(text: str) -> str:
-    for part in text.split(","):
-        try:
-            is_finite = math.isfinite(float(part))
-        except ValueError:
-            is_finite = False
-        if not is_finite:
-            refuse(f"{part.strip()[:60]!a} is not a number: write 0.5, or 0.3,0.5 for several")
+    for part, number in numbers_in(text):
+        if math.isnan(number):
+            refuse(f"{part[:60]!a} is not a number: write 0.5, or 0.3,0.5 for several")
     return text
 
 
@@ -77,7 +73,7 @@ RoutedLayout = Literal["stock", "routed"]
 
 def read_numbers(text: str) -> tuple[float, ...]:
     """`0.3,0.5` as numbers, each once."""
-    return tuple(dict.fromkeys(map(float, text.split(","))))
+    return tuple(dict.fromkeys(number for _, number in numbers_in(text)))
 
 
 class RouteSetting(Record):
@@ -251,6 +247,10 @@ class RouteSettings(Settings):
                 f"--tune chooses the threshold of one of the rules {', '.join(tuned)}: take one of "
                 "these, without --at and --experts"
             )
+        if self.draws is not None and not self.prove:
+            raise SettingsError(
+                "--random-draws are controls of --sweep, --oracle and --cross-fit: add one of them"
+            )
 
     def _check_rule(self, rule: str) -> None:
         if rule == "contrast" or (rule == "random" and len(self.rules) > 1):
@@ -357,7 +357,8 @@ class RouteSettings(Settings):
         elif rule in USUAL:
             return [RouteSetting(rule=rule, at=USUAL[rule])]
         else:
-            raise SettingsError(f"--rule {rule} needs a threshold: give --at F, or --experts N")
+            how = ", or --experts N" if rule in (*CALIBRATED, "top-k") else ""
+            raise SettingsError(f"--rule {rule} needs a threshold: give --at F{how}")
         if rule == "top-k":
             return [RouteSetting(rule=rule, at=float(round(mean))) for mean in means]
         return [RouteSetting(rule=rule, experts=mean) for mean in means]
