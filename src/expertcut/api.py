@@ -233,17 +233,14 @@ class Plan(_Shown):
 
         `scored` selects the questions: quiz, split (default test), shots, subjects, limit; the
         defaults are the profile's. Biases act exactly, not as layout stock fits them. A merge is
-        built in a temporary folder.
+        built in a temporary folder. Texts are judged by `evaluate`.
         """
         options = ScoredSettings.read(**scored)
         quiz = options.scored_quiz(self.settings.load_profile())
+        if self.edit is None:
+            asked = {"quiz": quiz.id, "split": quiz.split, "limit": options.limit}
+            return self.evaluate(shots=quiz.shots, **asked).first
         with TemporaryDirectory(prefix="expertcut-") as folder:
-            if self.edit is None:
-                saved = self.save(Path(folder) / "merged", verify=False)
-                base = self.profile.stored.info.model.id
-                loaded = {"dtype": self.settings.dtype, "device": self.settings.device}
-                asked = {"quiz": quiz.id, "split": quiz.split, "limit": options.limit, **loaded}
-                return evaluate([base, saved], shots=quiz.shots, **asked).first
             from expertcut.evaluation.sweep_run import simulate
 
             where, watch = Path(folder), _ProgressUI().watch
@@ -251,6 +248,16 @@ class Plan(_Shown):
             before, after = simulate(*what, folder=where, watch=watch)
         change = stats.compare(before.is_correct_N, after.is_correct_N)
         return Comparison(len(quiz), before.accuracy, after.accuracy, **change.model_dump())
+
+    def evaluate(self, **settings: Any) -> "Evaluation":
+        """Scores the base and the edited model on a quiz, texts or tasks, as `expertcut eval`.
+
+        The checkpoint is built in a temporary folder.
+        """
+        loaded = {"dtype": self.settings.dtype, "device": self.settings.device}
+        with TemporaryDirectory(prefix="expertcut-") as folder:
+            saved = self.save(Path(folder) / "edited", verify=False)
+            return evaluate([self.profile.stored.info.model.id, saved], **loaded | settings)
 
     def save(
         self, out: PathLike | None = None, *, force: bool = False, verify: bool = True

@@ -89,6 +89,20 @@ def test_simulating_answers_as_the_saved_checkpoint(model, kind: str):
     assert evaluated.comparisons.delta[0] == simulated.delta
 
 
+def test_a_plan_is_judged_on_texts_as_the_saved_checkpoint(model, tmp_path: Path):
+    base, quiz = model
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(f'{{"text": "{"bees fly over heather " * n}"}}\n' for n in (3, 5, 8)))
+    plan = api.profile(base, split="val", **quiz).prune(keep=5)
+    found = plan.evaluate(text=[str(texts)])
+    saved = api.evaluate([base, plan.save("edited")], text=[str(texts)])
+    assert found.texts.value.tolist() == saved.texts.value.tolist()
+    base_row, edited_row = (
+        found.texts[found.texts.path == path].value.iloc[0] for path in found.texts.path.unique()
+    )
+    assert base_row != edited_row
+
+
 def test_a_bias_acts_while_it_is_simulated(model):
     base, quiz = model
     profile = api.profile(base, split="val", **quiz)
