@@ -237,6 +237,25 @@ def test_means_that_a_rule_cannot_reach_are_refused_before_the_model_is_loaded(
         asked.choices(top_k)
 
 
+@pytest.mark.parametrize(
+    ("block", "given", "told"),
+    [
+        ({"groups": 4, "top_groups": 2}, {"most": "all"}, "in 4 groups and picks from 2"),
+        ({"selection": "table"}, {"most": "3"}, "by a table of token ids"),
+        ({"places": 2}, {}, "has a routing rule already"),
+    ],
+)
+def test_gates_that_allow_no_rule_are_known_by_the_profile(
+    profile: Profile, block: dict[str, object], given: dict[str, object], told: str
+) -> None:
+    model = profile.info.model
+    asked = settings(rule="top-p", at="0.5", **given)
+    asked.check_blocks(model)
+    changed = tuple(own.model_copy(update=block) for own in model.blocks)
+    with pytest.raises(SettingsError, match=told):
+        asked.check_blocks(model.model_copy(update={"blocks": changed}))
+
+
 def test_contrast_and_random_keep_their_own_settings_beside_other_rules() -> None:
     for given in ({"experts": "1.5,2"}, {"at": "0.3"}):
         asked = settings(rule="skip,contrast,random", **given)
