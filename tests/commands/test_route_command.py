@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
 import expertcut as api
@@ -191,3 +192,20 @@ def test_a_recipe_routes_and_older_hashes_stay() -> None:
     first, second = Recipe.of_recipe({"model": "x/y", "variants": variants}).variants
     assert first.kind == "route" and first.recipe_values()["route"]["at"] == "0.5"
     assert "route" not in second.recipe_values()
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"rule": "contrast"}, "rule contrast writes no checkpoint"),
+        ({"rule": "random"}, "no checkpoint can carry it"),
+        ({"rule": "skip", "at": 0.5, "layout": "stock"}, "no place for a threshold"),
+    ],
+)
+def test_a_recipe_without_a_checkpoint_is_refused_as_it_is_read(
+    section: dict[str, object], told: str
+) -> None:
+    from expertcut.recipes.recipe_schema import Recipe
+
+    with pytest.raises(ValidationError, match=f"route: .*{told}"):
+        Recipe.of_recipe({"model": "x/y", "variants": [{"name": "a", "route": section}]})

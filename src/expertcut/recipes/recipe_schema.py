@@ -156,6 +156,18 @@ class Variant(_Sections):
     sections: ClassVar = (*KINDS, "prove")
 
     @model_validator(mode="after")
+    def _has_a_rule_for_a_checkpoint(self) -> Self:
+        if self.route is None:
+            return self
+        if self.route.rules == ("contrast",):
+            refuse("route: rule contrast writes no checkpoint: leave the variant out")
+        try:
+            self.route.check()
+        except SettingsError as error:
+            refuse(f"route: {error}")
+        return self
+
+    @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
         if [getattr(self, kind) is None for kind in KINDS].count(False) != 1:
             refuse("a variant does one thing: give it prune, merge, reweight, route or heal")
