@@ -94,11 +94,19 @@ def read_gguf(export: Path, folder: Path, prompts: list[str]) -> Report:
     return {"n": len(disk), "different": different, "remark": remark}
 
 
-def run_in_llama_cpp(export: Path, folder: Path, prompts: list[str]) -> Report:
+def override_in_llama_cpp(export: Path, folder: Path, prompts: list[str]) -> Report:
+    """The GGUF of a base with as many experts a token as the export has."""
+    config = json.loads((export / "config.json").read_text())
+    n_experts = {"olmoe.expert_used_count": config["num_experts_per_tok"]}
+    return run_in_llama_cpp(export, folder, prompts, kv_overrides=n_experts)
+
+
+def run_in_llama_cpp(export: Path, folder: Path, prompts: list[str], **options: object) -> Report:
     """With a cache of float32 keys and values: by default it is float16."""
     import llama_cpp
 
     how = {"n_ctx": 512, "logits_all": True, "type_k": 0, "type_v": 0, "n_threads": 1}
+    how |= options
     model = llama_cpp.Llama(str(folder.parent / "f32.gguf"), verbose=False, **how)
     ids, logits = [], []
     for prompt in prompts:
@@ -111,7 +119,8 @@ def run_in_llama_cpp(export: Path, folder: Path, prompts: list[str]) -> Report:
 
 
 LOADERS: dict[str, Callable[[Path, Path, list[str]], Report]] = {
-    f.__name__: f for f in (load_in_transformers, read_gguf, run_in_llama_cpp)
+    f.__name__: f
+    for f in (load_in_transformers, read_gguf, run_in_llama_cpp, override_in_llama_cpp)
 }
 
 

@@ -3,9 +3,10 @@
     python benchmarks/loaders.py --place BIG_DISK [--tokenizer DATA/olmoe] [--build]
 
 Each loader runs loaded.py in a Python of its own, installed once under --place from the package
-index (3 GB), and says whether what it holds equals what lies on disk, byte by byte. Logits are
-float32 and compared at every position of the prompts with those of this Python's transformers.
---build compiles llama.cpp, which takes some ten minutes of processor time.
+index (3 GB), and says whether what it holds equals what lies on disk, byte by byte. Logits and
+log p are float32 and compared at every position of the prompts with those of this Python's
+transformers. Of a route the base is asked too, with the rule at run time and in llama.cpp with the
+number of experts overridden. --build compiles llama.cpp: some ten minutes of processor time.
 """
 
 import argparse
@@ -25,14 +26,20 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import expertcut
+from expertcut.models.load import LoadOptions, find_source, load
+from expertcut.models.routing_rule import RoutingRule
 from expertcut.reporting.tables import Column, Table, as_markdown
+from expertcut.scoring.rerouting import Rerouting, rerouted
 
 BUNDLED = Path(__file__).resolve().parents[1] / "checkpoints" / "quickstart"
 QUIZ = BUNDLED / "quiz"
 LOADED = Path(__file__).with_name("loaded.py")
 LLAMA_CPP_PYTHON = "0.3.36"  # its source package holds llama.cpp as of 0c1e57098
 TORCH = f"torch=={torch.__version__.split('+')[0]}"  # the same, so that only the loader differs
+EXPERTS_A_TOKEN = 2
 EDITS = {"prune": ("--keep", "16"), "reweight": ("--boost", "0:3=0.5", "--suppress", "2:5=1")}
+EDITS["route"] = ("--rule", "top-k", "--at", str(EXPERTS_A_TOKEN), "--layout", "stock")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT |= {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
 
@@ -122,24 +129,63 @@ def failed(done: subprocess.CompletedProcess[str]) -> Report:
     return {"version": "", "n": None, "different": None, "remark": remark, "answers": {}}
 
 
-def largest_change(answers: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> float | None:
-    """Over all logits of all prompts; none where a prompt was read as other tokens."""
+def largest_change(
+    answers: Mapping[str, Tensor], reference: Mapping[str, Tensor]
+) -> tuple[float, float] | None:
+    """Of logits and of log p, over all prompts; none where a prompt was read as other tokens."""
     if not answers or not all(torch.equal(answers[n], reference[n]) for n in answers if "ids" in n):
         return None
-    return max((answers[n] - reference[n]).abs().max().item() for n in answers if "logits" in n)
+    pairs = [(answers[n], reference[n]) for n in answers if "logits" in n]
+    logits = max((ours - theirs).abs().max().item() for ours, theirs in pairs)
+    softmax = [(ours.log_softmax(-1), theirs.log_softmax(-1)) for ours, theirs in pairs]
+    return logits, max((ours - theirs).abs().max().item() for ours, theirs in softmax)
 
 
 def reports(export: Path, work: Path, args: argparse.Namespace) -> dict[str, Report]:
     """Every loader's but the reference's."""
     four = python_with(args.place / "venv-transformers4", "transformers==4.57.*", TORCH)
-    theirs, converter = llama_cpp(args.place, is_built=args.build)
-    done = run(theirs, converter, export, "--outfile", work / "f32.gguf", "--outtype", "f32")
-    gguf = failed(done) if done.returncode else ask(theirs, "read_gguf", export, work / "gguf")
     told = {"transformers 4": ask(four, "load_in_transformers", export, work / "4")}
+    theirs, done = converted(export, work, args)
+    gguf = failed(done) if done.returncode else ask(theirs, "read_gguf", export, work / "gguf")
     told["llama.cpp's converter"] = gguf | {"version": LLAMA_CPP_PYTHON}
     if args.build and not done.returncode:
         told["llama.cpp"] = ask(theirs, "run_in_llama_cpp", export, work / "llama.cpp")
     return told
+
+
+def converted(
+    checkpoint: Path, work: Path, args: argparse.Namespace
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """Writes f32.gguf; the Python that ran the converter, and what it said."""
+    python, converter = llama_cpp(args.place, is_built=args.build)
+    work.mkdir(exist_ok=True)
+    to = ("--outfile", work / "f32.gguf", "--outtype", "f32")
+    return python, run(python, converter, checkpoint, *to)
+
+
+def routed_base(
+    source: Path, export: Path, work: Path, args: argparse.Namespace
+) -> dict[str, Report]:
+    """The unedited checkpoint with as many experts a token as the routed export."""
+    told = {"base, rule at run time": at_run_time(source)}
+    theirs, done = converted(source, work, args)
+    if args.build and not done.returncode:
+        overridden = ask(theirs, "override_in_llama_cpp", export, work / "llama.cpp")
+        told["base, llama.cpp with the count overridden"] = overridden
+    return told
+
+
+def at_run_time(source: Path) -> Report:
+    """What the unedited checkpoint answers in expertcut, with the rule in the running model."""
+    moe = load(find_source(str(source)), LoadOptions(dtype="float32"))
+    at = {block.layer: float(EXPERTS_A_TOKEN) for block in moe.blocks}
+    answers = {}
+    with rerouted(moe.blocks, Rerouting(RoutingRule(rule="top-k"), at)), torch.inference_mode():
+        for i, prompt in enumerate(prompts()):
+            answers[f"ids.{i}"] = torch.tensor(moe.tokenizer(prompt).input_ids)
+            answers[f"logits.{i}"] = moe.model(answers[f"ids.{i}"][None]).logits[0]
+    version = expertcut.__version__
+    return {"version": version, "n": None, "different": None, "remark": "", "answers": answers}
 
 
 def rows(name: str, source: Path, place: Path, args: argparse.Namespace) -> list[list[Any]]:
@@ -148,17 +194,22 @@ def rows(name: str, source: Path, place: Path, args: argparse.Namespace) -> list
     for verb, export in export_all(source, place).items():
         work = place / f"{verb}-loaded"
         ours = ask(sys.executable, "load_in_transformers", export, work / "5")
-        reference, moved = ours["answers"], largest_change(base["answers"], ours["answers"])
+        reference = ours["answers"]
+        moved = largest_change(base["answers"], reference)
         highest = max(t.abs().max().item() for n, t in reference.items() if "logits" in n)
-        ours |= {"remark": f"{ours['remark']}; |logits| to {highest:.0f}, edited by {moved:.1f}"}
-        for loader, told in {"transformers 5": ours, **reports(export, work, args)}.items():
+        ours |= {"remark": f"{ours['remark']}; |logits| to {highest:.0f}, edited by {moved[0]:.1f}"}
+        told_by = {"transformers 5": ours, **reports(export, work, args)}
+        if verb == "route":
+            told_by |= routed_base(source, export, place / "base-loaded", args)
+        for loader, told in told_by.items():
             change = None if told is ours else largest_change(told["answers"], reference)
             is_misread = bool(told["answers"]) and told is not ours and change is None
             different = told["different"]
             is_equal = f"no: {len(different)}, as {different[0]}" if different else "yes"
             row = [f"{name}, {verb} {' '.join(EDITS[verb])}", loader, told["version"], told["n"]]
             remark = told["remark"] + ("; prompts become other tokens" if is_misread else "")
-            made.append([*row, None if different is None else is_equal, change, remark])
+            bits = None if different is None else is_equal
+            made.append([*row, bits, *(change or (None, None)), remark])
     return made
 
 
@@ -176,8 +227,9 @@ def main() -> None:
         made = rows("quickstart", BUNDLED, work / "quickstart", args)
         if args.tokenizer:
             made += rows("olmoe", random_olmoe(work / "m", args.tokenizer), work / "olmoe", args)
-    names = ("export", "loader", "version", "tensors", "bit-equal", "largest |Δ logit|", "remark")
-    columns = tuple(Column(name, ".1e" if "logit" in name else "") for name in names)
+    names = ("export", "loader", "version", "tensors", "bit-equal")
+    names += ("largest |Δ logit|", "largest |Δ log p|", "remark")
+    columns = tuple(Column(name, ".1e" if "Δ" in name else "") for name in names)
     print(as_markdown(Table("Stock exports in other loaders", columns, made)))
 
 

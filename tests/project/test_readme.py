@@ -45,7 +45,8 @@ LINKING = (
     *PAGES,
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
-OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only"}  # not of expertcut
+# Not of expertcut.
+OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 132
 MAX_PAGES = 16  # beside log.md
 
