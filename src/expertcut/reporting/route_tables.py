@@ -406,7 +406,7 @@ def oracle_table(oracle: OracleResult) -> Table:
     rows.append([f"of noise variants ({oracle.sets} sets)", noise, text, None, None])
     read = oracle.base_accuracy + oracle.reader.delta
     rows.append(["chosen beforehand", read, edits.change_text(oracle.reader, ""), None, None])
-    heads = f"setting; accuracy::.2%; {edits.CHANGE}; flipped; flipped by variants::.1f"
+    heads = f"setting; accuracy::.2%; {edits.CHANGE}; flipped | flipped by variants::.1f"
     quiz = oracle.scored.quiz
     note = (
         f"{oracle.questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots, base "
@@ -420,8 +420,9 @@ def oracle_table(oracle: OracleResult) -> Table:
 def oracle_facts(oracle: OracleResult) -> list[tuple[str, str]]:
     """Whether the best per question gains more than chance, and what could be used of it."""
     low, high = edits.points(oracle.ci95[0]), edits.points(oracle.ci95[1])
+    n = len(oracle.settings)
     text = (
-        f"{oracle.verdict}: the best of {len(oracle.settings)} settings per question gains "
+        f"{oracle.verdict}: the best of {n} setting{'s' * (n > 1)} per question gains "
         f"{edits.points(oracle.gain)} points, of as many noise variants "
         f"{edits.points(oracle.noise_gain)}; {edits.points(oracle.excess)} beyond them "
         f"({low} … {high}), p = {oracle.p:.2g}"
