@@ -147,7 +147,7 @@ def equally_good(seed: int, n_models: int, n_subjects: int, n: int) -> Answered:
 def chance(args: argparse.Namespace) -> None:
     """How often models that are equally good everywhere seem to gain by being chosen."""
     rows: list[list[Cell]] = []
-    for world in WORLDS:
+    for world in [WORLDS[i] for i in args.worlds]:
         found: dict[float | None, list[Comparison]] = {None: [], 0.0: []}
         helped = 0
         for seed in range(args.seeds):
@@ -159,9 +159,8 @@ def chance(args: argparse.Namespace) -> None:
                 if kappa is None:
                     bar = most_right(answered, learned(answered, options))
                     helped += verdict(changes[-1], crossed.chosen_N.sum(), bar) == "helps"
-        shares = [np.mean([c.is_significant for c in changes]) for changes in found.values()]
+        shares = [float(np.mean([c.is_significant for c in own])) for own in found.values()]
         rows.append([*world, args.seeds, shares[0], helped / args.seeds, shares[1]])
-        print(rows[-1], flush=True)
     columns = {"models": "", "subjects": "", "questions": ",d", "seeds": ""}
     columns |= {"significant": ".1%", "helps": ".1%", "significant with κ = 0": ".1%"}
     report(args.out, "Models that are equally good in every subject", columns, rows)
@@ -239,6 +238,7 @@ def main() -> None:
     options.add_argument("part", choices=parts)
     options.add_argument("--symbolic-moe", type=Path, help="their recruit_agents.py")
     options.add_argument("--seeds", type=int, default=200)
+    options.add_argument("--worlds", type=int, nargs="+", default=[*range(len(WORLDS))])
     options.add_argument("--votes", type=int, default=10, help="seeds of their draws of three")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--threads", type=int, default=1)
