@@ -1,0 +1,186 @@
+"""SRP, SCH and cache hit rates beside moe-lrc's scripts, on the same trace, in turns.
+
+    python -m benchmarks.against_moe_lrc --moe-lrc FOLDER
+
+FOLDER is a copy of github.com/ljcleo/moe-lrc (Liang et al. 2025); its scripts 30, 31, 41 and 50
+are run as they are, one sequence after another in one process. No ratio is printed where a figure
+differs by more than 1e-6. moe-lrc counts the first C experts that a cache loads as hits; they are
+taken off. Its scripts find all sizes of a cache in one pass, ours those that `show` prints: the
+experts of a token 1, 2 and 4 times. --write FILE makes tests/profiling/moe_lrc.json instead.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import RUNS, report
+from expertcut.profiling import locality
+from expertcut.profiling.trace import Sequence
+from expertcut.stats import Array
+
+SEGMENTS = (4, 16)
+ROUNDS = 3
+
+
+def scripts(folder: Path, n_experts: int, top_k: int) -> dict[str, types.ModuleType]:
+    """moe-lrc's modules by their number, told of a model with one layer."""
+    import pandas as pd
+
+    settings = {"seg_lengths": list(SEGMENTS), "num_bootstrap": 1000, "ci_confidence": 0.95}
+    misc: Any = types.ModuleType("misc")
+    model = {"type": "causal", "num_layers": 1, "num_experts": n_experts, "top_k": top_k}
+    misc.model_config = pd.DataFrame([model], index=["m"])
+    misc.get_global_config = settings.get
+    misc.print_log = lambda *_: None
+    misc.stable_hash = lambda _: 0
+    misc.get_model_keys = misc.get_model_key = None
+    sys.modules["misc"] = misc
+    found = {}
+    for name in ("30_srp_calc", "31_srp_refine", "41_sch_calc", "50_chr_calc"):
+        spec = importlib.util.spec_from_file_location(f"lrc_{name}", folder / "src" / f"{name}.py")
+        assert spec and spec.loader
+        found[name[:2]] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found[name[:2]])
+    return found
+
+
+def their_srp(theirs: dict[str, types.ModuleType], experts_STK: Array, n_experts: int) -> Array:
+    """SRP and cache size (segments, 2), through the files that the scripts read and write."""
+    import pandas as pd
+    import torch
+    from safetensors.torch import save_file
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        chosen = torch.from_numpy(experts_STK.astype(np.int64))
+        rank = torch.zeros((*experts_STK.shape[:2], n_experts), dtype=torch.int16)
+        rank.scatter_(-1, chosen, torch.full(chosen.shape, n_experts, dtype=torch.int16))
+        save_file({"d": rank}, folder / "m_00.safetensors")
+        (srp := folder / "srp").mkdir()
+        theirs["30"].seg_stat(1000, folder, srp, "m")
+        theirs["31"].refine(0.95, srp, folder, "m")
+        return np.asarray(pd.read_parquet(folder / "m_mg.parquet")[["best_f1", "best_m"]], float)
+
+
+def their_hits(theirs: dict[str, types.ModuleType], experts_STK: Array, n_experts: int) -> Array:
+    """Hits (S, policies, E) of caches of 1 to E experts, as whole numbers."""
+    import torch
+
+    lru, lfu, belady = (getattr(theirs["50"], f"calc_{n}") for n in ("lru", "lfu", "beladi"))
+    hits = []
+    for experts_TK in torch.from_numpy(experts_STK.astype(np.int64)):
+        rates = [calc(experts_TK, n_experts) for calc in (lru, lfu, belady)]
+        rates += [theirs["41"].calc_fsf(experts_TK, n_experts, m) for m in SEGMENTS]
+        free_E = np.minimum(np.arange(n_experts) + 1, len(experts_TK.unique()))
+        hits.append(np.rint(torch.stack(rates).numpy() * experts_TK.numel()) - free_E)
+    return np.stack(hits).astype(int)
+
+
+def our_srp(experts_STK: Array, n_experts: int) -> Array:
+    """The same, by ours."""
+    sequences = [Sequence(e[:, None], np.zeros(len(e))) for e in experts_STK]
+    uses = [locality.segment_uses(sequences, [n_experts], m).sum((0, 1)) for m in SEGMENTS]
+    return np.array([locality.best_f1(uses_M) for uses_M in uses])
+
+
+def our_hits(experts_STK: Array, n_experts: int, sizes: list[int]) -> Array:
+    """Hits (S, policies, sizes), by ours."""
+    sequences = [Sequence(e[:, None], np.zeros(len(e))) for e in experts_STK]
+    policies = (*locality.POLICIES, *SEGMENTS)
+    hits = [
+        [locality.cache_hits(sequences, [n_experts], p, [size])[:, 0] for size in sizes]
+        for p in policies
+    ]
+    return np.moveaxis(np.array(hits), -1, 0)
+
+
+def sticky(
+    rng: np.random.Generator, shape: tuple[int, int, int], n_experts: int, p: float
+) -> Array:
+    """Experts (S, T, K): a token keeps each choice of the one before with probability p."""
+    n_sequences, n_tokens, top_k = shape
+    experts_STK = np.empty(shape, int)
+    for s in range(n_sequences):
+        chosen_K = rng.permutation(n_experts)[:top_k]
+        for t in range(n_tokens):
+            kept_K = chosen_K[rng.random(top_k) < p]
+            rest = rng.permutation(np.setdiff1d(np.arange(n_experts), kept_K))
+            chosen_K = rng.permutation([*kept_K, *rest[: top_k - len(kept_K)]])
+            experts_STK[s, t] = chosen_K
+    return experts_STK
+
+
+def vectors(folder: Path) -> list[dict[str, Any]]:
+    """50 traces in five groups, and what moe-lrc says of them."""
+    rng, groups = np.random.default_rng(0), []
+    for n_experts, top_k, n_tokens, p in (
+        (6, 1, 40, 0.8), (8, 2, 36, 0.0), (12, 3, 30, 0.9), (16, 4, 24, 0.6), (10, 4, 30, 0.95),
+    ):  # fmt: skip
+        theirs = scripts(folder, n_experts, top_k)
+        experts_STK = sticky(rng, (10, n_tokens, top_k), n_experts, p)
+        srp = their_srp(theirs, experts_STK, n_experts)
+        hits = their_hits(theirs, experts_STK, n_experts)
+        own = {"experts": experts_STK, "srp": srp, "hits": hits}
+        groups.append({"n_experts": n_experts, **{k: v.tolist() for k, v in own.items()}})
+    return groups
+
+
+def clocked(call: Callable[..., Array], *arguments: Any) -> tuple[Array, float]:
+    """What a call returns, and its seconds."""
+    started = time.perf_counter()
+    return call(*arguments), time.perf_counter() - started
+
+
+def main() -> None:
+    """Both in turns, or the vectors."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--moe-lrc", type=Path, required=True, help="a copy of its repository")
+    options.add_argument("--sequences", type=int, default=128)
+    options.add_argument("--tokens", type=int, default=512, help="of a sequence")
+    options.add_argument("--experts", type=int, nargs=2, default=(64, 8), metavar=("E", "K"))
+    options.add_argument("--write", type=Path, help="write the vectors of the tests here")
+    options.add_argument("--out", type=Path, default=RUNS / "against_moe_lrc.json")
+    asked = options.parse_args()
+    if asked.write:
+        asked.write.write_text(json.dumps(vectors(asked.moe_lrc), separators=(",", ":")) + "\n")
+        return
+    (n_experts, top_k), rng = asked.experts, np.random.default_rng(0)
+    shape = (asked.sequences, asked.tokens, top_k)
+    experts_STK = sticky(rng, shape, n_experts, 0.8)
+    theirs, sizes = scripts(asked.moe_lrc, n_experts, top_k), [top_k, 2 * top_k, 4 * top_k]
+    rows, kinds = list[list[Any]](), "LRU, LFU, Belady, SCH 4 and 16"
+    for turn in range(ROUNDS):
+        their_f1, their_srp_s = clocked(their_srp, theirs, experts_STK, n_experts)
+        our_f1, our_srp_s = clocked(our_srp, experts_STK, n_experts)
+        hits, their_hits_s = clocked(their_hits, theirs, experts_STK, n_experts)
+        three, our_hits_s = clocked(our_hits, experts_STK, n_experts, sizes)
+        assert np.abs(their_f1 - our_f1[: len(their_f1)]).max() <= 1e-6
+        assert (hits[..., np.array(sizes) - 1] == three).all()
+        name = f"round {turn + 1}"
+        rows += [
+            [f"{name}: SRP", their_srp_s, our_srp_s, their_srp_s / our_srp_s],
+            [
+                f"{name}: {kinds}",
+                their_hits_s,
+                our_hits_s,
+                their_hits_s / our_hits_s,
+            ],
+        ]
+    title = f"moe-lrc beside expertcut: {shape[0]} sequences of {shape[1]} tokens, one layer, "
+    heads = {"what": "", "moe-lrc, s": ".2f", "expertcut, s": ".2f", "ratio": ".1f"}
+    report(asked.out, f"{title}{top_k} of {n_experts} experts", heads, rows)
+
+
+if __name__ == "__main__":
+    main()
