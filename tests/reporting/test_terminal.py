@@ -224,6 +224,10 @@ def test_the_stages_of_a_run_are_those_of_its_recipe(tmp_path: Path) -> None:
     for recipe in RECIPES:
         (tmp_path / "recipe.yaml").write_bytes(recipe.read_bytes())
         assert stage_names(tmp_path) == [stage.name for stage in stages_of(read_recipe(recipe))]
+    whole = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(f"{whole}\ndispatch: {{}}\n")
+    assert {"eval", "report"} <= {*stage_names(tmp_path)}
+    assert stage_names(tmp_path)[stage_names(tmp_path).index("eval") + 1] == "dispatch"
     deep = "a: &a [x, x]\nb: &b [*a, *a]\nvariants: [{name: *b}]"
     for text in ("", "[1]", "a: [", "variants: 3", "variants: [{prune: }]", deep, "[" * 5000):
         (tmp_path / "recipe.yaml").write_text(text)

@@ -364,7 +364,7 @@ def stage_names(folder: Path) -> list[str]:
         recipe = yaml.safe_load("\n".join(recipe_in(folder)))
         named = [variant["name"].strip() for variant in recipe.get("variants") or ()]
         published = ["publish " + section["variant"] for section in recipe.get("publish") or ()]
-        order = ["show", *named, "eval", "report"]
+        order = ["show", *named, "eval", "dispatch", "report"]
         return ["profile", *(name for name in order if name in (*recipe, *named)), *published]
     return []
 
