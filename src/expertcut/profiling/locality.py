@@ -11,13 +11,14 @@ D draws of a bootstrap.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
 import numpy as np
 
 from expertcut.profiling import trace
-from expertcut.profiling.expert_load import one_hot
+from expertcut.profiling.expert_load import one_hot, places, use_counts
 from expertcut.stats import MIN_DOCUMENTS, Array
 
 Policy = Literal["lru", "lfu", "belady"]
@@ -26,6 +27,76 @@ DRAWS = 1000
 _ROWS = 2048  # of a simulation at once
 _HIGH = 1 << 32  # a priority: a count in the upper half, the time of the last use in the lower
 _MOST = np.iinfo(np.int64).max
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of the whole model, with its interval over sequences, and of each layer (L,)."""
+
+    whole: float
+    ci95: tuple[float, float] | None
+    by_layer_L: Array
+
+
+@dataclass(frozen=True)
+class Srp(Rate):
+    """SRP, and the caches that it implies in experts of a layer: on average, and of each layer."""
+
+    size: float
+    size_L: Array
+
+
+@dataclass(frozen=True)
+class Locality:
+    """SRP by segment length, hit rates by policy (SCH: by segment length) and cache size.
+
+    Cache sizes are multiples of the experts per token; `size_CL` are experts of each layer.
+    """
+
+    srp: dict[int, Srp]
+    caches: tuple[float, ...]
+    size_CL: Array
+    hits: dict[tuple[str | int, float], Rate]
+
+
+def measure(
+    halves: Sequence[Sequence[trace.Sequence]],
+    n_experts_L: Sequence[int],
+    segments: Sequence[int],
+    caches: Sequence[float],
+) -> Locality:
+    """All of them; segments longer than every sequence are left out."""
+    sequences = [s for half in halves for s in half]
+    places_L, choices_SL = places(sequences), choices(sequences)
+    segments = [m for m in segments if m <= max(map(len, sequences))]
+    size_CL = np.minimum(np.ceil(np.outer(caches, places_L)), n_experts_L).astype(int)
+    hits: dict[tuple[str | int, float], Rate] = {}
+    for cache, size_L in zip(caches, size_CL, strict=True):
+        for policy in (*POLICIES, *segments):
+            hits_SL = cache_hits(sequences, n_experts_L, policy, size_L)
+            hits[policy, cache] = rate(hits_SL, choices_SL)
+        hits["static", cache] = rate(static_hits(halves, n_experts_L, size_L), choices_SL)
+    srp = {m: _srp(segment_uses(sequences, n_experts_L, m), places_L) for m in segments}
+    return Locality(srp, tuple(caches), size_CL, hits)
+
+
+def rate(hits_SL: Array, choices_SL: Array) -> Rate:
+    """Σ hits / Σ choices; NaN where nothing was chosen."""
+    hits_S, choices_S = hits_SL.sum(1).astype(float), choices_SL.sum(1).astype(float)
+    ends = interval(lambda w_DS: (w_DS @ hits_S) / (w_DS @ choices_S), len(hits_S))
+    with np.errstate(invalid="ignore"):
+        by_layer_L = hits_SL.sum(0) / choices_SL.sum(0)
+    ci95 = None if ends is None else (float(ends[0]), float(ends[1]))
+    return Rate(float(hits_S.sum() / choices_S.sum()), ci95, by_layer_L)
+
+
+def _srp(uses_SLM: Array, places_L: Array) -> Srp:
+    f1_L, size_L = best_f1(uses_SLM.sum(0))
+    f1, size = best_f1(uses_SLM.sum((0, 1)))
+    uses_SM = uses_SLM[uses_SLM.any((1, 2))].sum(1).astype(float)
+    ends = interval(lambda w_DS: best_f1(w_DS @ uses_SM)[0], len(uses_SM))
+    ci95 = None if ends is None else (float(ends[0]), float(ends[1]))
+    return Srp(float(f1), ci95, f1_L, float(size * places_L.mean()), size_L * places_L)
 
 
 def segment_uses(
@@ -95,13 +166,6 @@ def interval(
     return 2 * whole - draws[DRAWS - n_outside], 2 * whole - draws[n_outside]
 
 
-def places(sequences: Sequence[trace.Sequence]) -> Array:
-    """(L,) the most experts that a token has in each layer."""
-    return np.asarray(
-        np.max([(s.experts_TLK >= 0).sum(2).max(0, initial=0) for s in sequences], axis=0)
-    )
-
-
 def choices(sequences: Sequence[trace.Sequence]) -> Array:
     """(S, L) choices of all tokens."""
     return np.stack([(s.experts_TLK >= 0).sum((0, 2)) for s in sequences])
@@ -138,21 +202,13 @@ def static_hits(
     hits = []
     for own, other in zip(halves, halves[::-1], strict=True):
         is_held_LE = np.zeros((len(n_experts_L), most + 1), bool)
-        for layer, (size, uses_E) in enumerate(zip(size_L, use_counts(other, most), strict=True)):
+        for layer, (size, uses_E) in enumerate(
+            zip(size_L, use_counts(other, len(n_experts_L), most), strict=True)
+        ):
             is_held_LE[layer, np.argsort(-uses_E, kind="stable")[:size]] = True
         layers_L1 = np.arange(len(n_experts_L))[:, None]
         hits += [is_held_LE[layers_L1, s.experts_TLK].sum((0, 2)) for s in own]
     return np.stack(hits)
-
-
-def use_counts(sequences: Sequence[trace.Sequence], n_experts: int) -> Array:
-    """(L, E) tokens that chose each expert, in all sequences."""
-    layers = sequences[0].experts_TLK.shape[1]
-    counts_LE = np.zeros((layers, n_experts + 1), np.int64)
-    for s in sequences:
-        keys_TLK = s.experts_TLK.astype(np.int64) + 1 + (n_experts + 1) * np.arange(layers)[:, None]
-        counts_LE += np.bincount(keys_TLK.ravel(), minlength=counts_LE.size).reshape(layers, -1)
-    return counts_LE[:, 1:]
 
 
 def _pieces(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
