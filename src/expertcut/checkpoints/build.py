@@ -14,6 +14,7 @@ from expertcut.checkpoints.held_out_check import BaseScores, score_base, score_e
 from expertcut.checkpoints.lora import adapter_cut
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.output_dir import atomic_dir, check_writable
+from expertcut.checkpoints.permute_edit import permute_draft
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.routed import check_contrast, contrast_files
 from expertcut.checkpoints.text_check import (
@@ -268,6 +269,23 @@ def choose_groups(
     engine = engine_as_profiled(profile, source, load_as)
     evidence = gather_evidence(profile, engine, tuning, settings.by)
     return merge_draft(settings, profile, merge_edits(blocks, evidence, settings.keep, settings.by))
+
+
+def permute_checkpoint(
+    profile: Profile,
+    order: Sequence[Sequence[int]],
+    folder: Path,
+    options: BuildOptions,
+    *,
+    action: str = "place",
+) -> Built:
+    """Makes the checkpoint with each layer's experts in an order of their ids.
+
+    `profile` says the model and the questions: of a trace, `Trace.as_profile`.
+    """
+    source = profiled_source(profile)
+    plan = permute_draft(profile, source, order, action, "placed")
+    return build(profile, plan, folder, options)
 
 
 def merge(

@@ -123,6 +123,17 @@ class LayoutWriter(Protocol):
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Removes the experts that the plan does not keep."""
 
+    def reorder_experts(self, tensors: TensorChanges) -> None:
+        """Moves experts into the order of the edits: their names, and every tensor's rows."""
+        for name, block in tensors.blocks.items():
+            order = tensors.edits[name].order or ()
+            for position, expert in enumerate(order if block.by_expert else ()):
+                prefix = f"{block.name}.experts.{position}"
+                own = block.by_expert[expert]
+                tensors.renamed |= {tensor: f"{prefix}.{part}" for part, tensor in own.items()}
+            for tensor, axis in block.axes.items() if order else ():
+                tensors.keep_rows(tensor, axis, order)
+
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         """Raises ContractError if an expert has no weights of its own to change."""
         return

@@ -57,6 +57,12 @@ class ExactWriter(LayoutWriter):
                 tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
                 tensors.added[tensor_names.constant_name(name, expert)] = value_D
 
+    def reorder_experts(self, tensors: TensorChanges) -> None:
+        super().reorder_experts(tensors)
+        for tensor, (block, expert) in tensor_names.constants_in(tensors.headers).items():
+            if order := tensors.edits[block].order:
+                tensors.renamed[tensor] = tensor_names.constant_name(block, order.index(expert))
+
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         _own_tensors(tensors.blocks, block, expert)
 
@@ -79,6 +85,9 @@ class ExactWriter(LayoutWriter):
         config = read_config(source.path)
         biased = [name for name, edit in tensors.edits.items() if edit.bias]
         earlier = constants_on_disk(tensors.headers) if is_exact(config) else None
+        for name in earlier or ():
+            if earlier and (order := tensors.edits[name].order):
+                earlier[name] = tuple(sorted(map(order.index, earlier[name])))
         return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
 
     def files(self, _source: Source) -> Mapping[str, bytes]:

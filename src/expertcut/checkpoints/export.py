@@ -10,6 +10,7 @@ import torch
 from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
+from expertcut.checkpoints.permute_edit import PermuteEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.checkpoints.routed import RoutedWriter
@@ -35,7 +36,7 @@ WRITERS: Mapping[Layout, LayoutWriter] = {
     "routed": RoutedWriter(),
 }
 # A factor acts before the rescaling of a cut, which rounds anew; merged experts replace kept ones.
-EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit, RerouteEdit]
+EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit, RerouteEdit, PermuteEdit]
 
 
 def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:

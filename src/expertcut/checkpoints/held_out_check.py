@@ -30,6 +30,7 @@ NOT_REROUTED = (
     "{}: all answers equal those of the unedited model to the last digit, though their tokens use "
     "other numbers of experts: the edit did not reach the model, so no result is given"
 )
+_MOST_OFF = 0.1  # of log p in the median, where only the order of sums changes
 _MIN_GATE_SHARE = 0.01  # of a token's gate weight; less may be lost in rounding
 
 
@@ -42,6 +43,7 @@ def _renumbered(plan: EditPlan) -> Mapping[str, BlockEdit]:
             keep=tuple(range(len(edit.keep))),
             bias={edit.keep.index(e): bias for e, bias in edit.bias.items()},
             scale={edit.keep.index(e): factor for e, factor in edit.scale.items()},
+            order=edit.order,
         )
         for name, edit in plan.edits.items()
     }
@@ -58,8 +60,11 @@ class HeldOutScores:
         self.n_served = {(b.layer, e): 0 for b in blocks for e in edits[b.name].tilted}
         # By layer with a bias, for each pass: experts (T, K) of all tokens but pads, and answers.
         self.routed: dict[int, list[tuple[Tensor, Tensor]]] = {
-            b.layer: [] for b in blocks if edits[b.name].bias
+            b.layer: [] for b in blocks if edits[b.name].bias or edits[b.name].order
         }
+        # By layer whose experts lie in another order: the distance (T,) to another choice.
+        self.gaps: dict[int, list[Tensor]] = {b.layer: [] for b in blocks if edits[b.name].order}
+        self._blocks = blocks
         self.depends_on_removed = False  # a removed expert has a gate weight that counts
         self._counts = ExpertCounts(blocks, len(quiz))
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
@@ -112,6 +117,11 @@ class HeldOutScores:
             kept = slice(None) if valid_T is None else valid_T
             routed = (experts_TK[kept].to(torch.int16), is_answer_T[kept])
             self.routed[routing.layer].append(routed)
+            if routing.layer in self.gaps:
+                block = self._blocks[routing.layer]
+                score_TE = block.selection_scores(routing.logits_TE)
+                gap_T = block.selection_gap(score_TE, routing.experts_TK).cpu()
+                self.gaps[routing.layer].append(gap_T[kept])
 
 
 def _score_alone(engine: Engine, quiz: Quiz, edits: Mapping[str, BlockEdit]) -> HeldOutScores:
@@ -166,16 +176,18 @@ class BaseScores:
 
 
 def reference_name(edits: Sequence[Edit]) -> str:
-    """What the edited model is compared with, beside the unedited one."""
+    """What the edited model is compared with, beside the unedited one; empty if nothing else."""
     names = [edit.reference for edit in edits if edit.reference]
     is_mixed = len(names) > 1 and any(edit.is_named_alone for edit in edits)
-    return "the same plan at run time" if is_mixed else names[-1]
+    return "the same plan at run time" if is_mixed else ["", *names][-1]
 
 
 def score_base(engine: Engine, quiz: Quiz, plan: EditPlan, edits: Sequence[Edit]) -> BaseScores:
     """Everything that needs the unedited model, so that one model is in memory at a time."""
     base = HeldOutScores(engine, quiz, plan.edits)
     name = reference_name(edits)
+    if not name:
+        return BaseScores(base, name, base)
     for edit in edits:
         if run_edited := edit.reference_of_edited(engine.moe):
             return BaseScores(base, name, run_edited=run_edited)
@@ -222,7 +234,12 @@ def score_edited(
         with before.run_edited(engine.moe.blocks):
             reference = HeldOutScores(engine, quiz, numbered)
     assert reference is not None
-    pairs = [("the unedited base", edited, base), (before.reference_name, edited, reference)]
+    reordered = tuple(_reorderings(base, edited, plan, engine.moe))
+    if reordered:
+        _check_same(edited.logprob_NC, base.logprob_NC)
+    pairs = [("the unedited base", edited, base)]
+    if before.reference_name:
+        pairs.append((before.reference_name, edited, reference))
     if before.run_edited is not None:
         pairs.append(("these against the unedited base", reference, base))
     forms = {"unedited": base, **before.forms, "this checkpoint": edited} if before.forms else {}
@@ -253,6 +270,7 @@ def score_edited(
         outcomes=tuple(
             form_result(form, quiz, s.logprob_NC, base.logprob_NC) for form, s in forms.items()
         ),
+        rows=reordered,
     )
 
 
@@ -271,21 +289,56 @@ def _bit_exact_check(
     )
 
 
+def _check_same(edited_NC: Tensor, base_NC: Tensor) -> None:
+    off = compare_logprobs("the unedited base", edited_NC, base_NC).median_abs_logprob_diff
+    if off > _MOST_OFF:
+        raise ContractError(
+            f"with its experts in another order the model answers otherwise (log p moves by "
+            f"{off:.3g} in the median): the order did not reach every tensor, so no result is given"
+        )
+
+
+def _overlap(
+    reference: HeldOutScores, edited: HeldOutScores, edit: BlockEdit, layer: int
+) -> Tensor:
+    """The share (T,) of each token's experts that are chosen in both."""
+    # The expert in the unedited model of each row of the edited one; nobody stays nobody.
+    own = edit.order or edit.keep
+    expert_X = torch.tensor([*own, len(own)])
+    overlaps = []
+    # Passes over the same tokens.
+    for (a_TK, _), (b_TK, _) in zip(reference.routed[layer], edited.routed[layer], strict=True):
+        is_in_both_TKK = a_TK[:, :, None] == expert_X[b_TK.long()][:, None, :]
+        overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
+    return torch.cat(overlaps)
+
+
+def _reorderings(
+    base: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
+) -> Iterator[dict[str, int | float]]:
+    """Per layer in another order: tokens, those with other experts, and the widest gap of these."""
+    for block in moe.blocks:
+        if plan.edits[block.name].order is None:
+            continue
+        overlap_T = _overlap(base, edited, plan.edits[block.name], block.layer)
+        gap_T = torch.cat(base.gaps[block.layer])[overlap_T < 1]
+        yield {
+            "layer": block.layer,
+            "tokens": len(overlap_T),
+            "moved": len(gap_T),
+            "largest_gap": float(gap_T.max()) if len(gap_T) else 0.0,
+        }
+
+
 def _agreements(
     reference: HeldOutScores, edited: HeldOutScores, plan: EditPlan, moe: MoeModel
 ) -> Iterator[stats.RoutingAgreement]:
     """Layout stock, per layer with a bias: the checkpoint against the plan at run time."""
     for block in moe.blocks if LAYOUTS[plan.layout].fits_biases else ():
-        if block.layer not in reference.routed:
+        if not plan.edits[block.name].bias:
             continue
-        # The expert in the unedited model of each row of the edited one.
-        keep, passes = torch.tensor(plan.edits[block.name].keep), reference.routed[block.layer]
-        overlaps = []  # share of a token's experts that are chosen in both
-        # Passes over the same tokens.
-        for (a_TK, _), (b_TK, _) in zip(passes, edited.routed[block.layer], strict=True):
-            is_in_both_TKK = a_TK[:, :, None] == keep[b_TK.long()][:, None, :]
-            overlaps.append(is_in_both_TKK.any(dim=2).double().mean(dim=1))
-        overlap_T = torch.cat(overlaps)
+        overlap_T = _overlap(reference, edited, plan.edits[block.name], block.layer)
+        passes = reference.routed[block.layer]
         answer_N = overlap_T[torch.cat([is_answer_T for _, is_answer_T in passes])]
         yield stats.RoutingAgreement(
             layer=block.layer,

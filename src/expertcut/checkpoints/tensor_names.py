@@ -149,10 +149,17 @@ def constant_name(block: str, expert: int) -> str:
 
 def earlier_constants(headers: Headers) -> dict[str, str]:
     """Constants under their earlier names (`experts.<id>.`), and today's names."""
+    names = {name: constant_name(*of) for name, of in constants_in(headers).items()}
+    return {name: today for name, today in names.items() if name != today}
+
+
+def constants_in(headers: Headers) -> dict[str, tuple[str, int]]:
+    """The block and the expert of each constant, by its tensor under either name."""
+    found = {name: _of_one_expert(name) for name in headers}
     return {
-        name: constant_name(found["block"], int(found["expert"]))
-        for name in headers
-        if (found := _OF_ONE_EXPERT.fullmatch(name)) and found["part"] == CONSTANT
+        name: (of["block"], int(of["expert"]))
+        for name, of in found.items()
+        if of is not None and of["part"] == CONSTANT
     }
 
 

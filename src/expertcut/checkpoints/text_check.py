@@ -120,6 +120,8 @@ def score_base_texts(
     """Everything that needs the unedited model, so that one model is in memory at a time."""
     texts, name = JudgedRows(engine, corpus), reference_name(edits)
     base, n_used_LE = texts.read_base()
+    if not name:
+        return BaseTexts(base, name)
     for edit in edits:
         if run_edited := edit.reference_of_edited(engine.moe):
             return BaseTexts(base, name, run_edited=run_edited)

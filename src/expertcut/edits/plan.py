@@ -43,7 +43,10 @@ class BlockEdit(Record):
     keep: tuple[Expert, ...]
     bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # added to router logits
     scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # multiplies gate weights
-    rows: tuple[Expert, ...] | None = None  # ids of the router's rows, if earlier cuts changed them
+    rows: tuple[Expert, ...] | None = (
+        None  # ids of the router's rows, if earlier edits changed them
+    )
+    order: tuple[Expert, ...] | None = None  # ids of the new router's rows, if they moved
     # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
     at: FiniteFloat | None = None  # threshold of the plan's routing rule; None keeps the routing
@@ -55,7 +58,20 @@ class BlockEdit(Record):
             raise ValueError("keep must be ascending numbers, none of them twice")
         if others := {*self.tilted, *(self.merged or {})} - set(self.keep):
             raise ValueError(f"expert {min(others)} does not stay, but is changed")
+        own = self.order or self.keep
+        if len({*own}) < len(own) or not {*self.keep} <= {*own}:
+            raise ValueError("order must name every expert that stays, none of them twice")
         return self
+
+    def ids(self, layout: Layout) -> tuple[int, ...] | None:
+        """The ids of the new router's rows in order; None for 0, 1, …, E−1."""
+        return self.order or (self.rows if LAYOUTS[layout].keeps_rows else self.keep)
+
+    def is_reordering(self, layout: Layout) -> bool:
+        """Whether experts that stay come in another order than before."""
+        own = self.ids(layout) or ()
+        before = self.rows or sorted(own)
+        return own != tuple(expert for expert in before if expert in own)
 
     @property
     def tilted(self) -> tuple[int, ...]:
@@ -174,22 +190,27 @@ class ExpertIds:
         return self.rows[block][row] if block in self.rows else row
 
     def kept(self, block: str, rows: tuple[int, ...]) -> tuple[int, ...]:
-        """The ids of rows, without constants."""
+        """The ids of rows, ascending, without constants."""
         gone = self.constant.get(block, frozenset())
-        return tuple(self.number(block, row) for row in rows if row not in gone)
+        return tuple(sorted(self.number(block, row) for row in rows if row not in gone))
 
-    def named(self, block: str, edit: BlockEdit) -> BlockEdit:
+    def named(self, block: str, edit: BlockEdit, layout: Layout = "stock") -> BlockEdit:
         """An edit of rows as plan.json states it, by id."""
 
         def ids(values: Mapping[int, float]) -> dict[int, float]:
             return {self.number(block, row): value for row, value in values.items()}
 
         merged = {self.number(block, e): ids(own) for e, own in (edit.merged or {}).items()}
+        keep, rows = self.kept(block, edit.keep), self.rows.get(block)
+        order = edit.order or (() if LAYOUTS[layout].keeps_rows else edit.keep)
+        order = tuple(self.number(block, row) for row in order)
+        expected = BlockEdit(keep=keep, rows=rows).ids(layout) or tuple(range(len(order)))
         return BlockEdit(
-            keep=self.kept(block, edit.keep),
+            keep=keep,
             bias=ids(edit.bias),
             scale=ids(edit.scale),
-            rows=self.rows.get(block),
+            rows=rows,
+            order=None if order in ((), expected) else order,
             merged=None if edit.merged is None else merged,
             at=edit.at,
             fit=edit.fit,
@@ -326,7 +347,7 @@ def expert_ids(profile: Profile) -> ExpertIds:
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
         edit, same = plan.blocks.get(block.name, BlockEdit(keep=())), tuple(range(block.experts))
-        own = (edit.rows or same) if LAYOUTS[plan.layout].keeps_rows else edit.keep
+        own = edit.ids(plan.layout) or same
         if block.name not in plan.blocks or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "

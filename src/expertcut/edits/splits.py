@@ -260,7 +260,10 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
         ),
         blend=draft.blend,
         tuning=draft.tuning,
-        blocks={name: draft.numbers.named(name, edit) for name, edit in draft.edits.items()},
+        blocks={
+            name: draft.numbers.named(name, edit, draft.layout)
+            for name, edit in draft.edits.items()
+        },
     )
 
 

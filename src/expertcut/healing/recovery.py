@@ -164,7 +164,7 @@ def healed_plan(
     }
     for name, edit in before.blocks.items() if before else ():
         if name in blocks:
-            blocks[name] = plans.BlockEdit(keep=edit.keep, rows=edit.rows, at=edit.at, fit=edit.fit)
+            blocks[name] = edit.model_copy(update={"bias": {}, "scale": {}, "merged": None})
     config = read_config(source.path)
     layout: Layout = "exact" if is_exact(config) else "stock"
     if ROUTING_KEY in config:

@@ -103,7 +103,8 @@ def verified(folder: Path) -> Checkpoint:
     blocks, _ = match_blocks(tensors, plan.blocks)
     for name, edit in plan.blocks.items():
         block, n_experts = blocks[name], expert_count(config)
-        rows = zip(range(block.n_experts), edit.rows or range(block.n_experts), strict=False)
+        ids = edit.order or edit.rows or range(block.n_experts)
+        rows = zip(range(block.n_experts), ids, strict=False)
         # Those that are not constants.
         own = [number for row, number in rows if not block.by_expert or block.by_expert[row]]
         is_right = block.n_experts == len(edit.keep) == n_experts

@@ -240,7 +240,7 @@ def known_ids(profile: Profile) -> ExpertIds:
 
 
 def rows_tables(profile: Profile) -> list[Table]:
-    """Expert numbers of a model that was cut before."""
+    """Expert numbers of a model that was cut or put in another order before."""
     numbers = known_ids(profile)
     rows: list[list[Cell]] = [
         [layer, ids_text(numbers.rows[block.name])]
@@ -249,7 +249,9 @@ def rows_tables(profile: Profile) -> list[Table]:
     ]
     note = "The tables above count rows from 0; --boost, --suppress and --scale take the numbers."
     heads = columns("layer; numbers of its rows, in order")
-    title = "This model was cut before: its experts' numbers"
+    is_cut = any(max(own) >= len(own) for own in numbers.rows.values())
+    what = "was cut" if is_cut else "was put in another order"
+    title = f"This model {what} before: its experts' numbers"
     return [Table(title, heads, rows, note)] if rows else []
 
 

@@ -269,7 +269,7 @@ def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
         return None
     at = {number: row for row, number in enumerate(rows)}
     return BlockEdit(
-        keep=tuple(at[number] for number in edit.keep),
+        keep=tuple(sorted(at[number] for number in edit.keep)),
         bias={at[number]: value for number, value in edit.bias.items()},
         scale={at[number]: value for number, value in edit.scale.items()},
     )
