@@ -17,8 +17,9 @@ from expertcut import files
 from expertcut.data import Selection, load_quiz
 from expertcut.profiling import workers as shared
 from expertcut.profiling.locks import Claims
-from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.measure import ChunkedRun, Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
+from expertcut.profiling.trace_recorder import QuizTracing, TraceOptions
 from expertcut.profiling.workers import SharedFolder
 from tests.conftest import open_model, write_quiz
 
@@ -63,6 +64,14 @@ def measurement(
     return Measurement(open_model(checkpoint), questions, None, options)
 
 
+def tracing(checkpoint: Path, quiz: Path) -> QuizTracing:
+    """All questions, with their gate weights."""
+    torch.set_num_threads(1)
+    questions, options = load_quiz(Selection(str(quiz), shots=1)), MeasureOptions(threads=1)
+    kept = TraceOptions(weights=True, tokens=1 << 20)
+    return QuizTracing(open_model(checkpoint), questions, None, options, kept)
+
+
 @dataclass(frozen=True)
 class Task:
     """One process's whole work; `die` names a moment of `DEATHS`, all start at the barrier.
@@ -79,9 +88,12 @@ class Task:
     waits: bool = True
     batch_tokens: int | None = None
     barrier: Barrier | None = None
+    traces: bool = False  # instead of profiling
 
     def __call__(self) -> None:
-        measure = measurement(self.model, self.quiz, self.waits, self.batch_tokens)
+        measure: ChunkedRun = measurement(self.model, self.quiz, self.waits, self.batch_tokens)
+        if self.traces:
+            measure = tracing(self.model, self.quiz)
         if self.die is not None:
             DEATHS[self.die][0]()
         _note(SharedFolder, "write", self.out.with_name(f"{self.out.name}.{os.getpid()}.chunks"))

@@ -33,6 +33,7 @@ from expertcut.commands import (
     route,
     show,
     sweep,
+    trace,
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
@@ -45,7 +46,9 @@ _MENDABLE = {  # faults of a disk, its file system or its permissions
     *(errno.EIO, errno.ESTALE, errno.ENOENT, errno.EMFILE, errno.ENOMEM),
     errno.ENAMETOOLONG,
 }
-_IS_MISSING = re.compile("no such |no profile in|nothing to show in|is not there|No such file")
+_IS_MISSING = re.compile(
+    "no such |no profile in|no trace in|nothing to show in|is not there|No such file"
+)
 _MAX_LINE = 1000  # characters; a name in a file may have millions
 
 app = typer.Typer(
@@ -61,6 +64,7 @@ app = typer.Typer(
 COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
     ("Start", "demo", demo.DemoSettings, demo.run),
     ("Measure", "profile", profile.ProfileSettings, profile.run),
+    ("Measure", "trace", trace.TraceSettings, trace.run),
     ("Measure", "show", show.ShowSettings, show.run),
     ("Measure", "audit", audit.AuditSettings, audit.run),
     ("Change", "prune", prune.PruneSettings, prune.run),

@@ -65,7 +65,7 @@ profile_option = partial(option, panel="Profile", in_recipe=False)
 model_option = partial(option, panel=MODEL, in_recipe=False)
 output_option = partial(option, panel=OUTPUT, in_recipe=False)
 text_option = partial(option, panel="Text", is_recorded="set")
-_AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or 1M")
+AMOUNT = like(r"\d{1,12}(\.\d{1,6})?[kKmMbB]?", "is not a number: write 200k or 1M")
 
 
 def read_amount(text: str) -> int:
@@ -205,8 +205,8 @@ class SplitSettings(BatchSettings, QuizSettings):
         return quiz
 
 
-class TextRowsSettings(Settings):
-    """Texts, and how they become rows."""
+class TextsSettings(Settings):
+    """Texts."""
 
     text: Texts = text_option(
         [],
@@ -214,6 +214,11 @@ class TextRowsSettings(Settings):
         "or org/name[:config][:split][:field] of the Hub; =W weighs by tokens; repeatable.",
         metavar="SPEC[=W]",
     )
+
+
+class TextRowsSettings(TextsSettings):
+    """Texts, and how they become rows."""
+
     assistant_only: bool = text_option(False, "Count only tokens that the assistant wrote.")
     max_tokens: int = text_option(
         2048, "Cut longer documents into rows of this many tokens.", ge=2, le=1 << 20
@@ -235,7 +240,7 @@ class TextRowsSettings(Settings):
 class TextSettings(TextRowsSettings):
     """Texts, how many of them, and how they become rows."""
 
-    tokens: Annotated[Text, _AMOUNT] | None = text_option(
+    tokens: Annotated[Text, AMOUNT] | None = text_option(
         None, "Stop after so many tokens, taken at random: 1M, 200k, ...  [default: all]",
         metavar="N",
     )  # fmt: skip

@@ -27,7 +27,7 @@ class ShowSettings(JudgedSettings):
     )
 
     path: FilePath = argument(
-        ..., "Profile, plan, checkpoint, results, sweep, audit, dispatch or folder of a run."
+        ..., "Profile, trace, plan, checkpoint, results, sweep, audit, dispatch or run folder."
     )
     others: Texts = argument([], "Further profiles of the same model, with --overlap.")
     format: Literal["table", "json", "csv", "md"] = option(

@@ -26,7 +26,7 @@ from expertcut.models.load import LoadOptions, MoeModel, Source, load
 from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
-from expertcut.profiling.storage import CUT, Arrays, load_profile
+from expertcut.profiling.storage import CUT, Arrays
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.packing import Pass
@@ -247,12 +247,15 @@ def measure(
 
 
 def resumed(
-    folder: Path, load_as: LoadOptions, options: MeasureOptions
+    folder: Path,
+    load_as: LoadOptions,
+    options: MeasureOptions,
+    kind: type[schema.MeasuredInfo] = schema.ProfileInfo,
 ) -> tuple[LoadOptions, MeasureOptions]:
     """The options, with recorded values of an earlier run in the folder for those not given."""
-    if not (folder / "profile.json").is_file():
+    if not kind.file_in(folder).is_file():
         return load_as, options
-    recorded = load_profile(folder).info.settings
+    recorded = kind.load_from(folder).settings
     dtype = recorded.dtype if load_as.dtype == "auto" else load_as.dtype
     device_map = load_as.device_map or recorded.device_map
     is_left_open = load_as.device == "auto" and device_map is None
@@ -268,10 +271,14 @@ def resumed(
     )
 
 
+def quiz_name(quiz: schema.QuizInfo) -> str:
+    """The name of a quiz in that of a folder."""
+    return Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
+
+
 def default_folder(info: schema.ProfileInfo, source: Source) -> Path:
     """`profiles/<model>-<quiz>-<split>-<shots>shot-<8 hex of the settings>`."""
-    quiz = info.quiz
-    name = Path(quiz.id).resolve().name.removesuffix(".jsonl").removesuffix(".csv")
+    quiz, name = info.quiz, quiz_name(info.quiz)
     settings_hash = info.called(source.id).short_hash  # with the id as typed
     return Path("profiles", f"{source.name}-{name}-{quiz.split}-{quiz.shots}shot-{settings_hash}")
 

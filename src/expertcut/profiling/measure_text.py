@@ -33,6 +33,7 @@ from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
 from expertcut.scoring.next_tokens import losses, predict
 from expertcut.scoring.packing import EncodedRows, encode_rows
 from expertcut.scoring.passes import OnPass, PassObserver
+from expertcut.stats import Array
 
 _CHECKED_TOKENS = 512  # of each row that the packing check reads
 
@@ -64,9 +65,10 @@ class TextMeasurement(ChunkedRun):
                 f"--max-tokens {context}, which is its length"
             )
         self._check_once()
+        self.chunk_tokens = CHUNK_TOKENS if judged is None else judged.chunk_tokens
         self.info = schema.TextProfileInfo(
             model=model_info(moe),
-            text=text_info(corpus, self.rows, has_loss=has_loss, judged=judged),
+            text=text_info(corpus, self.rows, self.chunk_tokens, has_loss=has_loss, judged=judged),
             settings=engine_settings(self.engine, options.stats or "all", None),
         )
 
@@ -94,9 +96,14 @@ class TextMeasurement(ChunkedRun):
             for name, rows in self.rows.items()
         }
 
+    def document_numbers(self, source: str, rows: Sequence[Row]) -> Array:
+        """The place in its source of the document of each row."""
+        numbers = self._document_numbers[source]
+        return np.array([numbers[id(row.document)] for row in rows], dtype=np.int32)
+
     def work(self) -> dict[str, Work]:
         """Chunks of rows by file name."""
-        most = _chunk_tokens(self.info.text.judged)
+        most = self.chunk_tokens
         chunks = {name: iter(chunk_rows(rows, most)) for name, rows in self.rows.items()}
         work = {}
         for file, source, _ in self.info.chunks():
@@ -116,8 +123,7 @@ class TextMeasurement(ChunkedRun):
         with recorder.listening(), torch.inference_mode():
             self.read(rows, observer, recorder)
         arrays = recorder.arrays()
-        numbers = self._document_numbers[work.subject]
-        arrays[DOCUMENT] = np.array([numbers[id(row.document)] for row in own], dtype=np.int32)
+        arrays[DOCUMENT] = self.document_numbers(work.subject, own)
         check_finite(self.moe, work.subject, arrays)
         if counter.n_halved:
             arrays[HALVED] = np.array([counter.n_halved], dtype=np.uint16)
@@ -139,19 +145,16 @@ def _checked(row: Row) -> Row:
     return Row(row.document, ids, np.append(ids[1:], -1).astype(np.int32), np.ones(len(ids), bool))
 
 
-def _chunk_tokens(judged: schema.JudgedInfo | None) -> int:
-    return CHUNK_TOKENS if judged is None else judged.chunk_tokens
-
-
 def text_info(
     corpus: Corpus,
     rows: Mapping[str, Sequence[Row]],
+    chunk_tokens: int,
     *,
     has_loss: bool,
     judged: schema.JudgedInfo | None = None,
 ) -> schema.TextInfo:
     """The entry of the texts in a profile."""
-    selection, most = corpus.selection, _chunk_tokens(judged)
+    selection = corpus.selection
     sources = {
         source.name: schema.TextSourceInfo(
             spec=source.spec,
@@ -159,7 +162,7 @@ def text_info(
             weight=source.weight,
             documents=len(source.documents),
             tokens=source.n_tokens,
-            chunks=tuple(map(len, chunk_rows(rows[source.name], most))),
+            chunks=tuple(map(len, chunk_rows(rows[source.name], chunk_tokens))),
             content_hash=rows_hash(rows[source.name]),
         )
         for source in corpus.sources

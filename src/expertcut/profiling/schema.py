@@ -2,8 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
-from typing import Literal, Self
+from pathlib import Path
+from typing import ClassVar, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -12,6 +14,8 @@ from pydantic import Field, model_validator
 from expertcut.data import Quiz, Truncate
 from expertcut.data.questions import LETTERS
 from expertcut.documents import Format1, Identified, Record
+from expertcut.errors import ProfileError
+from expertcut.files import parse_json, read_file
 from expertcut.stats import Array
 
 Stats = Literal["none", "answer", "all"]
@@ -179,11 +183,36 @@ class TextInfo(Record):
         return sum(source.tokens for source in self.sources.values())
 
 
-class _Info(Record):
-    """What every `profile.json` has."""
+class MeasuredInfo(Record):
+    """What every `profile.json` and `trace.json` has."""
 
+    noun: ClassVar = "profile"
     format: Format1 = 1
     model: ModelInfo
+
+    @classmethod
+    def file_in(cls, folder: Path) -> Path:
+        """Its file in a folder."""
+        return folder / f"{cls.noun}.json"
+
+    @classmethod
+    def load_from(cls, folder: Path) -> "AnyProfileInfo":
+        """The info of a folder, of a quiz or of texts; ProfileError without a valid one."""
+        if not (file := cls.file_in(folder)).exists():
+            raise ProfileError(
+                f"no {cls.noun} in {folder}: it has no {file.name}: run `expertcut {cls.noun}`"
+            )
+        kind = cls.kinds()[0]
+        with suppress(OSError, ValueError):  # said when it is loaded
+            content = parse_json(read_file(file))
+            keys = content if isinstance(content, dict) else {}
+            kind = next((k for k in cls.kinds() if list(k.model_fields)[2] in keys), kind)
+        return kind.load(file, ProfileError, f"is not a valid {cls.noun}")
+
+    @classmethod
+    def kinds(cls) -> "tuple[type[AnyProfileInfo], ...]":
+        """The classes of such a file, told apart by their third key: `quiz` or `text`."""
+        return ProfileInfo, TextProfileInfo
 
     @property
     def short_hash(self) -> str:
@@ -195,7 +224,7 @@ class _Info(Record):
         return self.model_copy(update={"model": self.model.model_copy(update={"id": model})})
 
 
-class ProfileInfo(_Info):
+class ProfileInfo(MeasuredInfo):
     """`profile.json` of a quiz."""
 
     quiz: QuizInfo
@@ -212,16 +241,21 @@ class ProfileInfo(_Info):
         lines = (chunk, quiz_hash, self.model.fingerprint, settings.model_dump_json())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
+    @property
+    def questions_of_chunk(self) -> int:
+        """The most questions of a chunk."""
+        return CHUNK_QUESTIONS
+
     def chunks(self) -> Iterator[tuple[str, str, int]]:
         """(file name, subject, number of questions) of every chunk, in quiz order."""
         for subject, info in self.quiz.subjects.items():
-            starts = [*range(0, info.questions, CHUNK_QUESTIONS), info.questions]
+            starts = [*range(0, info.questions, self.questions_of_chunk), info.questions]
             for k, (start, end) in enumerate(pairwise(starts)):
                 # Quoted: a subject must not lead out of the folder.
                 yield f"{quote(subject, safe=' ')}-{k}.safetensors", subject, end - start
 
 
-class TextProfileInfo(_Info):
+class TextProfileInfo(MeasuredInfo):
     """`profile.json` of texts."""
 
     text: TextInfo

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import fields, replace
 from functools import cached_property, partial, reduce, wraps
 from pathlib import Path
@@ -58,11 +57,11 @@ def write_chunk(path: Path, arrays: Arrays, of: str = "", scratch: Path | None =
     write_atomically(path, save(contiguous, metadata={_METADATA_KEY: described}), scratch)
 
 
-def read_chunk(path: Path, of: str = "") -> Arrays:
+def read_chunk(path: Path, of: str = "", noun: str = "profile") -> Arrays:
     """The arrays of a chunk; ProfileError if truncated, altered or of another profile."""
     arrays = chunk_or_fault(path, of)
     if isinstance(arrays, str):
-        raise ProfileError(f"{path} is damaged ({arrays}): profile again to redo it")
+        raise ProfileError(f"{path} is damaged ({arrays}): {noun} again to redo it")
     return arrays
 
 
@@ -95,22 +94,12 @@ def _description(arrays: Arrays, of: str) -> dict[str, object]:
     return {"format": 1, "of": of, "sha256": digest.hexdigest()}
 
 
-class Profile:
-    """A profile folder; chunks are read and validated on first use."""
+class MeasuredFolder:
+    """A profile or a trace: its description and its chunks."""
 
-    holds_out = True  # some of the tuning questions are held out if no other split can be
-    trust_remote_code = False  # of the profiled checkpoint's tokenizer, where texts are read again
-
-    def __init__(self, path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> None:
+    def __init__(self, path: Path, info: AnyProfileInfo) -> None:
         self.path = path
         self.info = info
-        self.truncate = truncate or info.settings.truncate  # for further prompts
-        self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
-
-    @property
-    def parts(self) -> "tuple[Profile, ...]":
-        """The profiles that it blends, the heaviest first; itself, if it is one profile."""
-        return (self,)
 
     @property
     def missing(self) -> list[str]:
@@ -127,23 +116,45 @@ class Profile:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    @cached_property
-    def chunks(self) -> list[Arrays]:
+    def read_chunks(self) -> Iterator[Arrays]:
         """All chunks in order; ProfileError if one is missing or damaged."""
-        parts = list(self.info.chunks())
+        parts, noun = list(self.info.chunks()), self.info.noun
         if self.missing:
             raise ProfileError(
                 f"{self.path} is not finished: {len(self.missing)} of {len(parts)} chunks are "
-                "missing: run the same `expertcut profile` again to finish it"
+                f"missing: run the same `expertcut {noun}` again to finish it"
             )
-        found = []
-        for name, subject, n_questions in parts:
+        for name, subject, n in parts:
             path = self.path / "chunks" / name
-            arrays = read_chunk(path, self.info.chunk_hash(name, subject))
-            if reason := next(self._faults(arrays, n_questions), ""):
-                raise ProfileError(f"{path} is damaged ({reason}): profile again to redo it")
-            found.append(arrays)
-        return found
+            arrays = read_chunk(path, self.info.chunk_hash(name, subject), noun)
+            if reason := next(self._faults(arrays, n), ""):
+                raise ProfileError(f"{path} is damaged ({reason}): {noun} again to redo it")
+            yield arrays
+
+    def _faults(self, arrays: Arrays, n: int) -> Iterator[str]:
+        raise NotImplementedError
+
+
+class Profile(MeasuredFolder):
+    """A profile folder; chunks are read and validated on first use."""
+
+    holds_out = True  # some of the tuning questions are held out if no other split can be
+    trust_remote_code = False  # of the profiled checkpoint's tokenizer, where texts are read again
+
+    def __init__(self, path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> None:
+        super().__init__(path, info)
+        self.truncate = truncate or info.settings.truncate  # for further prompts
+        self.derived: dict[Hashable, Any] = {}  # results of `once_per_profile`
+
+    @property
+    def parts(self) -> "tuple[Profile, ...]":
+        """The profiles that it blends, the heaviest first; itself, if it is one profile."""
+        return (self,)
+
+    @cached_property
+    def chunks(self) -> list[Arrays]:
+        """All chunks in order; ProfileError if one is missing or damaged."""
+        return list(self.read_chunks())
 
     def _faults(self, arrays: Arrays, n: int) -> Iterator[str]:
         assert isinstance(self.info, ProfileInfo), "texts are of another class"
@@ -329,14 +340,7 @@ def once_per_profile(
 
 def load_profile(path: Path, truncate: Truncate | None = None) -> Profile:
     """Loads a profile, its chunks later; ProfileError without a valid profile.json."""
-    file = path / "profile.json"
-    if not file.exists():
-        raise ProfileError(f"no profile in {path}: it has no profile.json: run `expertcut profile`")
-    kind: type[AnyProfileInfo] = ProfileInfo
-    with suppress(OSError, ValueError):  # said when it is loaded
-        content = parse_json(read_file(file))
-        kind = TextProfileInfo if isinstance(content, dict) and "text" in content else ProfileInfo
-    return profile_of(path, kind.load(file, ProfileError, "is not a valid profile"), truncate)
+    return profile_of(path, ProfileInfo.load_from(path), truncate)
 
 
 def profile_of(path: Path, info: AnyProfileInfo, truncate: Truncate | None = None) -> Profile:

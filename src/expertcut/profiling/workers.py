@@ -1,4 +1,4 @@
-"""A profile folder shared by processes: opening, distribution of chunks, progress, completion."""
+"""A folder of chunks shared by processes: opening, dealing chunks out, progress, completion."""
 
 import hashlib
 import json
@@ -19,25 +19,22 @@ from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS, POLL_S, Claims
 from expertcut.profiling.schema import (
-    CHUNK_QUESTIONS,
     AnyProfileInfo,
     ProfileInfo,
-    Settings,
     TextInfo,
     TextProfileInfo,
 )
 from expertcut.profiling.storage import (
     Arrays,
+    MeasuredFolder,
     chunk_or_fault,
-    load_profile,
-    profile_of,
     write_chunk,
 )
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
 logger = logging.getLogger(__name__)
 
-PROFILE_FILE, RUN_FILE = "profile.json", "run.json"
+RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -66,10 +63,10 @@ class Progress:
 
 def chunks_of_work(info: ProfileInfo, quiz: Quiz) -> dict[str, Work]:
     """Chunks by file name: at most 256 questions of a subject each, in file order."""
-    work = {}
+    work, most = {}, info.questions_of_chunk
     for name, subject, n in info.chunks():
         k = int(name.removesuffix(".safetensors").rsplit("-", 1)[1])
-        questions = quiz.questions[subject][k * CHUNK_QUESTIONS : k * CHUNK_QUESTIONS + n]
+        questions = quiz.questions[subject][k * most : k * most + n]
         shared = _HEADER + sum(map(n_chars, quiz.shots_by_subject[subject]))
         n_shared = 1 if info.settings.way == "shared" else n
         work[name] = Work(subject, questions, shared * n_shared + sum(map(n_chars, questions)))
@@ -119,7 +116,7 @@ class Tally:
 
 
 class SharedFolder:
-    """A profile folder that this and other processes fill, each while it has it `opened`."""
+    """A profile or trace that this and other processes fill, each while it has it `opened`."""
 
     def __init__(self, path: Path, info: AnyProfileInfo) -> None:
         self.path = path
@@ -131,7 +128,7 @@ class SharedFolder:
 
     @contextmanager
     def opened(self) -> Iterator[Self]:
-        """Creates or checks the profile; claims are kept alive in the context."""
+        """Creates or checks it; claims are kept alive in the context."""
         with self.claims:
             self._open()
             yield self
@@ -190,10 +187,10 @@ class SharedFolder:
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
         """Writes `run.json` once, with questions measured here and by others, if all are done."""
-        profile = profile_of(self.path, self.info)
-        while not profile.missing and profile.finished_at is None:
+        folder = MeasuredFolder(self.path, self.info)
+        while not folder.missing and folder.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:
-                if is_mine and profile.finished_at is None:
+                if is_mine and folder.finished_at is None:
                     content = _run(elapsed_s, measured, others)
                     write_atomically(self.path / RUN_FILE, content, self.claims.folder)
                     self.claims.clear()
@@ -211,25 +208,25 @@ class SharedFolder:
             self.claims.release(name)
 
     def _open(self) -> None:
-        file = self.path / PROFILE_FILE
+        file, noun = self.info.file_in(self.path), self.info.noun
         while not file.is_file():
             names = set()
             if self.path.exists():
                 is_folder = self.path.is_dir()
                 names = {entry.name for entry in self.path.iterdir()} if is_folder else {"."}
-            # Last, because another process may have created the profile in between.
+            # Last, because another process may have created the file in between.
             if names - {CLAIMS} and not file.is_file():
                 raise OutputError(
-                    f"{self.path} is not empty and holds no profile: name another --out"
+                    f"{self.path} is not empty and holds no {noun}: name another --out"
                 )
-            with self._claimed(PROFILE_FILE) as is_mine:
+            with self._claimed(file.name) as is_mine:
                 if is_mine and not file.is_file():
                     self.info.save(file, self.claims.folder)
-        theirs, ours = load_profile(self.path).info, self.info
+        theirs, ours = self.info.load_from(self.path), self.info
         if theirs.model.fingerprint != ours.model.fingerprint:
             their_hash, our_hash = theirs.model.fingerprint[:8], ours.model.fingerprint[:8]
             raise ProfileError(
-                f"{self.path} is a profile of another model: {theirs.model.id} with weights "
+                f"{self.path} is a {noun} of another model: {theirs.model.id} with weights "
                 f"{their_hash}, not {our_hash}: name another --out"
             )
         if theirs.quiz != ours.quiz:
@@ -237,10 +234,10 @@ class SharedFolder:
             if ours.text is not None and theirs.text is not None:
                 _check_text_options(self.path, theirs.text, ours.text)
             raise ProfileError(
-                f"{self.path} is a profile of another {what}: {_describe(theirs)}, not "
+                f"{self.path} is a {noun} of another {what}: {_describe(theirs)}, not "
                 f"{_describe(ours)}: name another --out"
             )
-        for key in Settings.model_fields:
+        for key in type(ours.settings).model_fields:
             recorded, given = getattr(theirs.settings, key), getattr(ours.settings, key)
             if given != recorded:
                 raise ProfileError(

@@ -34,6 +34,7 @@ from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, S
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
 from expertcut.profiling.storage import TextProfile, load_profile
+from expertcut.profiling.trace import TRACE_FILE, Trace, load_trace
 from expertcut.reporting import (
     dispatch_tables,
     edit_tables,
@@ -41,6 +42,7 @@ from expertcut.reporting import (
     profile_tables,
     route_tables,
     text_profile_tables,
+    trace_tables,
 )
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
@@ -56,10 +58,10 @@ PROOFS: dict[str, Callable[[Path], Proof]] = {
     HOLDING_FILE: load_holding,
 }
 KINDS = (
-    *(PROFILE_FILE, PLAN_FILE, *PROOFS),
+    *(PROFILE_FILE, TRACE_FILE, PLAN_FILE, *PROOFS),
     *(SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE),
 )
-_WITH_CHUNKS = {PROFILE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
+_WITH_CHUNKS = {PROFILE_FILE, TRACE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
 T = TypeVar("T")
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -88,6 +90,7 @@ class Run:
     oracles: list[NamedDocument[OracleResult]]
     audits: list[NamedDocument[Audit]]
     dispatches: list[NamedDocument[DispatchResult]]
+    traces: list[NamedDocument[Trace]]
 
     def profile_of(self, plan: PlanFile) -> NamedDocument[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
@@ -135,6 +138,7 @@ def gather(path: Path) -> Run:
         oracles=read(ORACLE_FILE, load_oracle),
         audits=read(AUDIT_FILE, searches.load_audit),
         dispatches=read(DISPATCH_FILE, load_dispatch),
+        traces=read(TRACE_FILE, lambda file: load_trace(file.parent)),
     )
 
 
@@ -207,7 +211,7 @@ class Shown:
 def find_shown(
     path: Path, by_subject: bool = False, by_criteria: bool = False, margin: float = MARGIN
 ) -> Shown:
-    """The view of a profile, plan, results, sweep, dispatch or other document, with verdicts.
+    """The view of a profile, trace, plan, results or other document, with verdicts.
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
     expert and subject. With `by_criteria`, only the criteria are shown.
@@ -236,7 +240,7 @@ def _document(path: Path, margin: float) -> Shown:
     for name in _VIEWS:
         if (path / name).is_file():
             return _VIEWS[name](path, margin)
-    if path.name in (PROOF_FILE, MANIFEST_FILE):
+    if path.name in (TRACE_FILE, PROOF_FILE, MANIFEST_FILE):
         return _VIEWS[path.name](path.parent, margin)
     if path.is_file():
         try:
@@ -284,6 +288,16 @@ def _text_profile(profile: TextProfile, by_subject: bool) -> Shown:
         partial(text_profile_tables.text_experts_csv, profile),
         partial(text_json, profile),
         headline=partial(text_profile_tables.headline, profile),
+    )
+
+
+def _trace(path: Path, _margin: float) -> Shown:
+    trace = load_trace(path)
+    return Shown(
+        lambda: [trace_tables.trace_table(trace)],
+        partial(trace_tables.trace_table, trace),
+        partial(trace_tables.trace_json, trace),
+        lambda: [labelled(*fact) for fact in trace_tables.trace_facts(trace)],
     )
 
 
@@ -422,6 +436,7 @@ def _dispatch(path: Path, _margin: float) -> Shown:
 
 
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
+    TRACE_FILE: _trace,
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
         proof := load_cross_fit(path), [edit_tables.cross_fit_table(proof)], edit_tables.proof_csv
