@@ -296,7 +296,7 @@ def test_the_command_resumes_and_refuses_another_setting(
     before = chunk_bytes(Path("t"))
     removed = min(before)
     (Path("t/chunks") / removed).unlink()
-    assert "not finished: 1 of 3 chunks" not in expertcut("show", "t")
+    assert "is not finished: 1 of 3 chunks" in expertcut("show", "t", status=2)
     expertcut(*asked, "--out", "t")
     assert chunk_bytes(Path("t")) == before
     assert "t was begun with weights False, now it is True" in expertcut(

@@ -33,7 +33,7 @@ from expertcut.commands import (
     route,
     show,
     sweep,
-    trace,
+    tracing,
 )
 from expertcut.errors import ExpertcutError
 from expertcut.files import without_secrets
@@ -64,7 +64,7 @@ app = typer.Typer(
 COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
     ("Start", "demo", demo.DemoSettings, demo.run),
     ("Measure", "profile", profile.ProfileSettings, profile.run),
-    ("Measure", "trace", trace.TraceSettings, trace.run),
+    ("Measure", "trace", tracing.TraceSettings, tracing.run),
     ("Measure", "show", show.ShowSettings, show.run),
     ("Measure", "audit", audit.AuditSettings, audit.run),
     ("Change", "prune", prune.PruneSettings, prune.run),

@@ -111,8 +111,8 @@ class TextSource:
 class TextSelection:
     """Which texts to read: specs (`NAME=W`), and how they become rows.
 
-    `tokens` stops after that many, taken in a random order of `seed`; None reads all. `revisions`
-    pin data sets of the Hub by spec.
+    `tokens` stops after that many, taken in a random order of `seed`; None reads all. Fewer are
+    warned of unless `is_bound`. `revisions` pin data sets of the Hub by spec.
     """
 
     specs: tuple[str, ...]
@@ -121,6 +121,7 @@ class TextSelection:
     seed: int = 0
     assistant_only: bool = False
     revisions: Mapping[str, str | None] | None = None
+    is_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -376,6 +377,8 @@ def _take(readers: Sequence["_Reader"], selection: TextSelection) -> list[list[D
             document = _first_tokens(readers[turn], document, budget - sum(sizes))
         taken[turn].append(document)
         sizes[turn] += document.n_counted
+    if selection.is_bound and not left:
+        return taken
     if budget is not None and sum(sizes) < budget:
         logger.warning(
             "the texts hold %s tokens, fewer than the %s of --tokens: all are used",

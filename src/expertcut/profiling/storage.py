@@ -116,15 +116,20 @@ class MeasuredFolder:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
+    def check_whole(self) -> None:
+        """Raises a ProfileError if chunks are missing."""
+        if missing := self.missing:
+            n_chunks = len(list(self.info.chunks()))
+            raise ProfileError(
+                f"{self.path} is not finished: {len(missing)} of {n_chunks} chunks are missing: "
+                f"run the same `expertcut {self.info.noun}` again to finish it"
+            )
+
     def read_chunks(self) -> Iterator[Arrays]:
         """All chunks in order; ProfileError if one is missing or damaged."""
-        parts, noun = list(self.info.chunks()), self.info.noun
-        if self.missing:
-            raise ProfileError(
-                f"{self.path} is not finished: {len(self.missing)} of {len(parts)} chunks are "
-                f"missing: run the same `expertcut {noun}` again to finish it"
-            )
-        for name, subject, n in parts:
+        self.check_whole()
+        noun = self.info.noun
+        for name, subject, n in self.info.chunks():
             path = self.path / "chunks" / name
             arrays = read_chunk(path, self.info.chunk_hash(name, subject), noun)
             if reason := next(self._faults(arrays, n), ""):

@@ -240,7 +240,7 @@ def _document(path: Path, margin: float) -> Shown:
     for name in _VIEWS:
         if (path / name).is_file():
             return _VIEWS[name](path, margin)
-    if path.name in (TRACE_FILE, PROOF_FILE, MANIFEST_FILE):
+    if path.name in (PROOF_FILE, MANIFEST_FILE):
         return _VIEWS[path.name](path.parent, margin)
     if path.is_file():
         try:
@@ -254,6 +254,7 @@ def _document(path: Path, margin: float) -> Shown:
         by_key |= {"cells": SWEEP_FILE, "harms": AUDIT_FILE, "noise_gain": ORACLE_FILE}
         by_key |= {"same_questions": HOLDING_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
+        kind = TRACE_FILE if path.name == TRACE_FILE else kind
         return _VIEWS[kind](path, margin)
     raise OutputError(
         f"nothing to show in {path}: no profile, plan, results, sweep, audit or run, and no "
@@ -292,7 +293,8 @@ def _text_profile(profile: TextProfile, by_subject: bool) -> Shown:
 
 
 def _trace(path: Path, _margin: float) -> Shown:
-    trace = load_trace(path)
+    trace = load_trace(path if path.is_dir() else path.parent)
+    trace.check_whole()
     return Shown(
         lambda: [trace_tables.trace_table(trace)],
         partial(trace_tables.trace_table, trace),

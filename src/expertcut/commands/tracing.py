@@ -53,9 +53,8 @@ class TraceSettings(TextsSettings, SplitSettings):
         False, f"Keep the router logits too, of at most {MAX_LOGIT_TOKENS:,} tokens."
     )
     length: int = text_option(
-        512, "Cut longer documents into pieces of this many tokens.", ge=2, le=1 << 20,
-        aliases=("--max-tokens",),
-    )  # fmt: skip
+        512, "Cut longer documents into pieces of this many tokens.", ge=2, le=1 << 20
+    )
     seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
     out: FilePath | None = output_option(
         None, "Output folder; a run started there is resumed.  [default: in traces/]"
@@ -100,9 +99,8 @@ class TraceSettings(TextsSettings, SplitSettings):
         """The texts, tokenized."""
         from expertcut.data.corpus import TextSelection, load_corpus
 
-        tokens = read_amount(self.tokens)
-        selection = TextSelection(tuple(self.text), self.length, tokens, self.seed)
-        return load_corpus(selection, tokenizer)
+        how = (self.length, read_amount(self.tokens), self.seed)
+        return load_corpus(TextSelection(tuple(self.text), *how, is_bound=True), tokenizer)
 
 
 def run(settings: TraceSettings, ui: UI = SILENT) -> "Trace":
