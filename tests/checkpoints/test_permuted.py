@@ -1,5 +1,7 @@
 """A checkpoint whose experts lie in another order answers as before, and can be put back."""
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,17 +17,21 @@ from expertcut.checkpoints.export import edits_of
 from expertcut.checkpoints.permute_edit import moved_sentence
 from expertcut.checkpoints.shared_experts import expert_pieces
 from expertcut.data import Selection, load_quiz
+from expertcut.data.corpus import TextSelection, load_corpus
 from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.plan import expert_ids, find_row, load_plan
 from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.edits.selection import choose
-from expertcut.errors import ContractError, PlanError
+from expertcut.edits.splits import traced_profile
+from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.hub.provenance import verified
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import NEAR_TIE, Profile, load_profile
+from expertcut.profiling.trace import Trace, load_trace
+from expertcut.profiling.trace_recorder import QuizTracing, TextTracing, TraceOptions
 from tests.conftest import FAMILIES, open_model
 from tests.support.exact_models import declared
 
@@ -238,3 +244,40 @@ def test_an_order_that_misses_a_tensor_is_found(
     with pytest.raises(ContractError, match="did not reach every tensor"):
         permute_checkpoint(profile_of("olmoe"), BACKWARD, tmp_path / "out", AS_IS)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("reads", ["quiz", "texts"])
+def test_a_trace_says_model_and_questions_and_its_other_half_judges(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, reads: str
+) -> None:
+    moe, kept = open_model(checkpoint("olmoe")), TraceOptions(tokens=900)
+    if reads == "quiz":
+        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=0))
+        list(QuizTracing(moe, quiz, None, MeasureOptions(), kept).run(tmp_path / "t"))
+    else:
+        lines = [json.dumps({"text": f"{n} birds " * 9}) for n in range(31)]
+        (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+        corpus = load_corpus(TextSelection((str(tmp_path / "texts.jsonl"),), 64), moe.tokenizer)
+        list(TextTracing(moe, corpus, MeasureOptions(), kept).run(tmp_path / "t"))
+    trace = load_trace(tmp_path / "t")
+    first, second = map(len, trace.halves())
+    profile = traced_profile(trace)
+    built = permute_checkpoint(profile, BACKWARD, tmp_path / "out", AS_IS, action="place x")
+    assert built.plan.action == "place x" and built.scored_on is not None
+    assert built.plan.chosen_on.questions == (16 if reads == "texts" else first)
+    assert built.scored_on.questions == (15 if reads == "texts" else second)
+    assert built.scored_on.used == 0 and built.proof is not None
+    if reads == "quiz":
+        assert first + second < 21  # of as many questions as the tokens allow
+        assert built.proof.held_out[0].max_abs_logprob_diff <= 1e-4
+    else:
+        (change,) = built.proof.text
+        assert change.kl < 1e-6 and change.top1_agreement == 1.0
+    model = tmp_path / "model"
+    shutil.copytree(trace.info.model.id, model)
+    other = trace.info.called(str(model))
+    (model / "config.json").write_text(json.dumps(read_config(model) | {"rope_theta": 7.0}))
+    with pytest.raises(ProfileError, match="is a trace of another model"):
+        permute_checkpoint(
+            traced_profile(Trace(trace.path, other)), BACKWARD, tmp_path / "no", UNSCORED
+        )

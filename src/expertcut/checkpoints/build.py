@@ -177,8 +177,9 @@ def profiled_source(profile: Profile) -> Source:
     recorded, source = profile.info.model, found_source(profile)
     if source.fingerprint != recorded.fingerprint:
         raise ProfileError(
-            f"{profile.path} is a profile of another model: it saw {recorded.id} as "
-            f"{recorded.fingerprint[:8]}, now it is {source.fingerprint[:8]}: profile it again"
+            f"{profile.path} is a {profile.info.noun} of another model: it saw {recorded.id} as "
+            f"{recorded.fingerprint[:8]}, now it is {source.fingerprint[:8]}: "
+            f"{profile.info.noun} it again"
         )
     return source
 
@@ -281,7 +282,7 @@ def permute_checkpoint(
 ) -> Built:
     """Makes the checkpoint with each layer's experts in an order of their ids.
 
-    `profile` says the model and the questions: of a trace, `Trace.as_profile`.
+    `profile` says the model and the questions; that of a trace is `splits.traced_profile`.
     """
     source = profiled_source(profile)
     plan = permute_draft(profile, source, order, action, "placed")

@@ -16,7 +16,7 @@ from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.checkpoints.routed import RoutedWriter
 from expertcut.checkpoints.shards import check_space, lay_out, total_bytes, write_checkpoint
 from expertcut.checkpoints.stock import StockWriter
-from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit
+from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit, SelectionEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import RECORDS, BlockEdit, EditPlan, PlanFile, removed_experts
@@ -36,7 +36,9 @@ WRITERS: Mapping[Layout, LayoutWriter] = {
     "routed": RoutedWriter(),
 }
 # A factor acts before the rescaling of a cut, which rounds anew; merged experts replace kept ones.
-EDITS: list[type[Edit]] = [ScaleEdit, PruneEdit, BiasEdit, MergeEdit, RerouteEdit, PermuteEdit]
+EDITS: list[type[Edit]] = [
+    *(ScaleEdit, PruneEdit, BiasEdit, SelectionEdit, MergeEdit, RerouteEdit, PermuteEdit)
+]
 
 
 def edits_of(plan: EditPlan | PlanFile) -> list[Edit]:

@@ -5,6 +5,7 @@ Three forms are known: a tensor per expert and projection (`…mlp.experts.3.dow
 and Granite's `…input_linear.weight` and `…output_linear.weight`.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -161,6 +162,21 @@ def constants_in(headers: Headers) -> dict[str, tuple[str, int]]:
         for name, of in found.items()
         if of is not None and of["part"] == CONSTANT
     }
+
+
+def selection_bias(block: DiskBlock, headers: Headers) -> str:
+    """The tensor of a block's selection bias (E values); ContractError without one."""
+    others = {*block.fused, block.router_weight, block.logit_bias, block.unclear_bias}
+    own = [
+        n for n in block.axes if n not in others and math.prod(headers[n].shape) == block.n_experts
+    ]
+    named = [n for n in own if _SELECTION_BIAS.fullmatch(n)]
+    found = named or [n for n in own if n.endswith("bias")]
+    if len(found) != 1:
+        raise ContractError(
+            f"{block.name} has {len(found)} selection biases on disk, must have one"
+        )
+    return found[0]
 
 
 def _of_one_expert(name: str) -> re.Match[str] | None:

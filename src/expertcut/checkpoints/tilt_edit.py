@@ -1,16 +1,23 @@
-"""The edits `bias` and `scale` of single experts: on the router's logits, on gate weights."""
+"""The edits of single experts: on the router's logits, on gate weights, on the selection bias."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.tensor_names import selection_bias
 from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import Fit, direction_quality, fit_directions
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
+from expertcut.errors import ContractError
+from expertcut.models.load import Source
+from expertcut.models.moe_block import MoeBlock
 from expertcut.scoring.engine import Engine
 
 
@@ -97,6 +104,63 @@ class ScaleEdit(Edit):
     def describe(self, _n_experts: int | None) -> Iterable[str]:
         n_scaled = sum(len(edit.scale) for edit in self.blocks.values())
         yield f"{_experts_get(n_scaled)} a factor on the gate weight; its routing is unchanged."
+
+
+@dataclass(frozen=True)
+class SelectionEdit(Edit):
+    """Moves the family's selection bias, which chooses experts and is in no gate weight."""
+
+    blocks: Mapping[str, BlockEdit]
+    reference = "the same selection biases at run time"
+
+    @classmethod
+    def of(cls, plan: EditPlan | PlanFile) -> Self | None:
+        return cls(plan.blocks) if any(e.selection for e in plan.blocks.values()) else None
+
+    def check(self, layout: LayoutWriter, source: Source, plan: EditPlan) -> None:
+        self.rewrite(layout, layout.changes(source, plan.edits))
+
+    def simulate(self, simulation: Simulation) -> None:
+        for block in simulation.moe.blocks:
+            if added := self.blocks[block.name].selection:
+                simulation.contexts.append(_moved(block, added))
+
+    def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
+        for name, block in tensors.blocks.items():
+            edit = self.blocks[name]
+            if edit.selection:
+                added = {edit.keep.index(e): value for e, value in edit.selection.items()}
+                tensors.apply(selection_bias(block, tensors.headers), partial(_add, added=added))
+
+    def describe(self, _n_experts: int | None) -> Iterable[str]:
+        n_moved = sum(len(edit.selection or ()) for edit in self.blocks.values())
+        yield (
+            f"{_experts_get(n_moved)} another selection bias, which chooses experts and leaves "
+            "their gate weights alone."
+        )
+
+
+@contextmanager
+def _moved(block: MoeBlock, added: Mapping[int, float]) -> Iterator[None]:
+    with torch.no_grad():
+        bias_E = block.selection_bias()
+        before_E = None if bias_E is None else bias_E.clone()
+        if bias_E is not None:
+            _add(bias_E, added)
+        now_E = block.selection_bias()
+        if bias_E is None or before_E is None or now_E is None or torch.equal(now_E, before_E):
+            raise ContractError(f"{block.name}: its selection bias cannot be changed while it runs")
+        try:
+            yield
+        finally:
+            bias_E.copy_(before_E)
+
+
+def _add(tensor: Tensor, added: Mapping[int, float]) -> Tensor:
+    flat_E = tensor.view(-1)
+    for expert, value in added.items():
+        flat_E[expert] += value
+    return tensor
 
 
 def _experts_get(n: int) -> str:

@@ -27,7 +27,7 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
     examples: ClassVar = (
         "expertcut reweight --boost 3:12",
         "expertcut reweight --suppress-worst 2 --tune --cross-fit",
-        "expertcut reweight --scale 3:12=1.5 --out models/scaled",
+        "expertcut reweight --balance 0.1 --trace traces/TRACE --layout exact",
     )
     force_write: bool = output_option(
         False, "Write the checkpoint even if --cross-fit does not show that it helps."
@@ -76,6 +76,8 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
+    if settings.balance is not None:
+        return _balanced(settings, profile, ui)
     if settings.is_by_hand:
         edit = by_hand(profile, settings)
         assert edit.draft is not None
@@ -95,6 +97,22 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
         ui.say(tables if settings.wide else few, decision_sentences(decision))
     edit = chosen(profile, settings, procedure, decision)
     return Choice(profile, edit, folder, decision.proof if decision else None)
+
+
+def _balanced(settings: ReweightSettings, profile: "Profile", ui: UI) -> Choice:
+    from expertcut.evaluation.reweight_search import balanced
+    from expertcut.profiling.trace import load_trace
+    from expertcut.reporting.balance_tables import balance_sentences, balance_table
+
+    assert settings.trace is not None and settings.balance is not None, "checked"
+    trace = load_trace(settings.trace)
+    folder = settings.output_folder(profile, f"balance-{settings.balance:g}", ui)
+    ui.quiet()
+    with ui.parts("balancing", folder) as report:
+        edit, layers = balanced(profile, settings, trace, report)
+    settings.say(ui, [balance_table(layers)])
+    ui.say([], balance_sentences(layers, settings.balance))
+    return Choice(profile, edit, folder)
 
 
 def is_shown(choice: Choice, settings: ReweightSettings) -> bool:
@@ -118,6 +136,8 @@ def write(
         facts = [("verdict", f"by cross-fitting: {judged}")]
     if edit.draft is None or not is_shown(choice, settings):
         why = "no checkpoint, for no expert was chosen"
+        if settings.balance is not None:
+            why = f"no checkpoint, for the loads are within {settings.balance:g} already"
         if edit.draft is not None:
             force = "--force --force-write" if options.extra_files else "--force-write"
             why = f"no checkpoint, for this is not shown to help: {force} writes it, from what "

@@ -12,10 +12,12 @@ from expertcut.edits.layouts import LAYOUTS, CutLayout, Fold, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import (
     Count,
+    FilePath,
     Settings,
     Text,
     Texts,
     as_list,
+    flag_of,
     like,
     numbers_in,
     option,
@@ -337,6 +339,14 @@ class ReweightSettings(RouterSettings):
         None, "Score by how much more often A routes to an expert than B; each is a profile, "
         "PROFILE@right, PROFILE@wrong or PROFILE@subject,subject.", metavar="A B",
     )  # fmt: skip
+    balance: float | None = _router(
+        None, "Even out the experts' loads of --trace: the largest at most 1 + M times the mean.",
+        metavar="M", gt=0, is_recorded="set", in_recipe=False,
+    )  # fmt: skip
+    trace: FilePath | None = _router(
+        None, "Trace with --logits, for --balance.", metavar="PATH", is_recorded="set",
+        in_recipe=False,
+    )  # fmt: skip
     strength: float | None = _router(None, "Bias in logits.  [default: the admission gap]")
     tune: bool = _router(False, "Search for the strength on the tuning questions.")
     apply_at: Positions | None = apply_at_option()
@@ -365,7 +375,8 @@ class ReweightSettings(RouterSettings):
     @property
     def is_by_hand(self) -> bool:
         """Whether experts and strengths are all named."""
-        return not (self.is_choosing or self.is_deciding or self.strength is not None)
+        is_open = self.is_choosing or self.is_deciding or self.strength is not None
+        return not (is_open or self.balance is not None)
 
     @property
     def criterion(self) -> str:
@@ -376,6 +387,9 @@ class ReweightSettings(RouterSettings):
 
     def check(self) -> None:
         """Refuses options that do not go together, with a SettingsError."""
+        if self.balance is not None or self.trace is not None:
+            self._check_balance()
+            return
         if self.by is not None and self.contrast:
             raise SettingsError("--by and --contrast both score experts: give one of them")
         if self.min_appearances is not None and not 0 <= self.min_appearances <= 1:
@@ -401,6 +415,25 @@ class ReweightSettings(RouterSettings):
             raise SettingsError(f"--strength {self.strength:g} must be a number of logits above 0")
         if self.tune and self.strength is not None:
             raise SettingsError("--tune searches for the strength: leave the number out")
+
+    def _check_balance(self) -> None:
+        if self.balance is None:
+            raise SettingsError(f"--trace {self.trace} needs --balance M: add it")
+        if self.trace is None:
+            raise SettingsError(
+                f"--balance {self.balance:g} needs --trace TRACE, made by `expertcut trace "
+                "--logits`: add it"
+            )
+        names = [
+            *("boost", "suppress", "scale", "boost_best", "suppress_worst", "by", "contrast"),
+            *("min_appearances", "layers", "strength", "tune", "apply_at", "prove"),
+        ]
+        fields = ReweightSettings.model_fields
+        if others := [n for n in names if getattr(self, n) != fields[n].default]:
+            raise SettingsError(
+                f"--balance finds every bias from the loads: give "
+                f"{flag_of(ReweightSettings, others[0])} in a command of its own"
+            )
 
 
 class AuditSettings(Settings):

@@ -43,6 +43,7 @@ class BlockEdit(Record):
     keep: tuple[Expert, ...]
     bias: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # added to router logits
     scale: dict[Expert, FiniteFloat] = Field(default_factory=dict)  # multiplies gate weights
+    selection: dict[Expert, FiniteFloat] | None = None  # added to the family's selection bias
     rows: tuple[Expert, ...] | None = (
         None  # ids of the router's rows, if earlier edits changed them
     )
@@ -56,7 +57,7 @@ class BlockEdit(Record):
     def _names_experts_that_stay(self) -> Self:
         if any(a >= b for a, b in pairwise(self.keep)):
             raise ValueError("keep must be ascending numbers, none of them twice")
-        if others := {*self.tilted, *(self.merged or {})} - set(self.keep):
+        if others := {*self.tilted, *(self.merged or {}), *(self.selection or {})} - set(self.keep):
             raise ValueError(f"expert {min(others)} does not stay, but is changed")
         own = self.order or self.keep
         if len({*own}) < len(own) or not {*self.keep} <= {*own}:
@@ -209,6 +210,7 @@ class ExpertIds:
             keep=keep,
             bias=ids(edit.bias),
             scale=ids(edit.scale),
+            selection=None if edit.selection is None else ids(edit.selection),
             rows=rows,
             order=None if order in ((), expected) else order,
             merged=None if edit.merged is None else merged,

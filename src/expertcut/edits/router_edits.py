@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
 from expertcut.profiling.statistics import LayerStatistics
 from expertcut.profiling.storage import Profile
 from expertcut.stats import Array, gained_lost, wilson_interval
+
+if TYPE_CHECKING:  # with torch
+    from expertcut.edits.balance import BalancedLayer
 
 _EXPRESSION = re.compile(r"(?:(\d{1,9}):)?(\d{1,9})(?:=([+-]?[\d.]+(?:[eE][+-]?\d+)?))?")
 STRENGTHS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # logits
@@ -295,6 +298,30 @@ def reweight_draft(
     words, numbers = ("", "reweight", "by hand"), expert_ids(profile)
     draft = EditPlan(*words, "answer", edits, layout, numbers=numbers)
     return with_tilts(draft, biased, scaled, apply_at)
+
+
+def balance_draft(
+    profile: Profile, layers: Sequence["BalancedLayer"], target: float, layout: Layout
+) -> EditPlan | None:
+    """A plan with the biases that even out loads, on selection biases or logits; None without."""
+    draft = reweight_draft(profile, (), layout)
+    edits = dict(draft.edits)
+    for own in layers:
+        bias = {e: b for e, b in enumerate(own.bias_E.tolist()) if b}
+        field_name = "selection" if own.acts_on_selection else "bias"
+        if bias:
+            edits[own.block] = edits[own.block].model_copy(update={field_name: bias})
+    if not any(edit.bias or edit.selection for edit in edits.values()):
+        return None
+    mark = LAYOUTS[layout].mark
+    return replace(
+        draft,
+        slug=f"balance-{target:g}" + (f"-{mark}" if mark else ""),
+        action=f"reweight --balance {target:g}",
+        criterion="load",
+        positions="all",
+        edits=edits,
+    )
 
 
 def with_tilts(

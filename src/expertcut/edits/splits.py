@@ -35,6 +35,7 @@ from expertcut.profiling.storage import (
     once_per_profile,
     profile_of,
 )
+from expertcut.profiling.trace import Trace, TracedQuiz
 
 UNUSED = "were not used"
 
@@ -221,9 +222,10 @@ def questions_for(
 
 def _texts_for(profile: TextProfile, inherited: frozenset[str], n_held_out: int) -> Questions:
     """Documents that choose, and of those held out as many as make 256 rows or 65,536 tokens."""
-    chosen, held_out = profiled_on(profile), profiled_corpus(profile).part(is_held_out=True)
+    chosen = profiled_on(profile)
     if not isinstance(profile, TextPart):
-        return Questions(chosen, chosen, held_out.only(()), inherited)
+        return Questions(chosen, chosen, profiled_corpus(profile).only(()), inherited)
+    held_out = _text_part(profile, is_held_out=True)
     unused = held_out.without(hashes_in(inherited))
     judged_on = (unused if len(unused) else held_out).first(n_held_out)
     return Questions(chosen, chosen, judged_on, inherited)
@@ -278,8 +280,31 @@ def profiled_on(profile: Profile) -> CalibrationSet:
     """The questions or documents of a profile that choose."""
     if not isinstance(profile, TextProfile):
         return profiled_quiz(profile)
+    if isinstance(profile, TextPart):
+        return _text_part(profile, is_held_out=False)
+    return profiled_corpus(profile)
+
+
+def _text_part(profile: TextPart, *, is_held_out: bool) -> Corpus:
     corpus = profiled_corpus(profile)
-    return corpus.part(is_held_out=False) if isinstance(profile, TextPart) else corpus
+    if not profile.is_halved:
+        return corpus.part(is_held_out=is_held_out)
+    places = (place for source in corpus.sources for place in range(len(source.documents)))
+    return corpus.only([i for i, place in enumerate(places) if place % 2 == is_held_out])
+
+
+def traced_profile(trace: Trace) -> Profile:
+    """What a trace read, as a profile of its first half that holds out the second.
+
+    It knows model, settings and questions or documents, and no statistics.
+    """
+    whole = profile_of(trace.path, trace.info)
+    if isinstance(whole, TextProfile):
+        part = TextPart(whole)
+        part.is_halved = True
+        return part
+    quiz = profiled_quiz(whole)
+    return ProfilePart(whole, [(q.subject, q.row) for q in [*quiz][1::2]])
 
 
 @once_per_profile
@@ -333,6 +358,10 @@ def _whole_quiz(profile: Profile) -> Quiz:
         places = (p for p in profile.path.resolve().parents if os.path.exists(p / info.id))  # noqa: PTH110
         how = f": run this in {place}, where it is" if (place := next(places, None)) else ""
         raise QuizError(f"the quiz that {profile.path} was made on: {error}{how}") from None
+    if isinstance(info, TracedQuiz):  # the first questions of each subject, up to its tokens
+        n_by_subject = {name: own.questions for name, own in info.subjects.items()}
+        taken = [q for s, own in quiz.questions.items() for q in own[: n_by_subject[s]]]
+        quiz = replace_questions(quiz, taken)
     if quiz_info(quiz, info.limit).subjects != info.subjects:
         raise ProfileError(
             f"{info.id} is no longer the quiz that {profile.path} asked: its questions changed"

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -16,19 +16,25 @@ import torch
 from expertcut import __version__
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
+from expertcut.checkpoints.tensor_names import blocks_of
 from expertcut.data import Quiz
-from expertcut.data.corpus import as_quiz
+from expertcut.data.corpus import as_quiz, hash_lines
 from expertcut.edits import router_edits
+from expertcut.edits.balance import BalancedLayer, balance_layer
 from expertcut.edits.edit_settings import ReweightSettings
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
-from expertcut.edits.reweight_select import Array, QuestionOutcomes, right
+from expertcut.edits.reweight_select import Array, QuestionOutcomes, right, stored_selection
 from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
-from expertcut.edits.splits import profiled_quiz, questions_for
+from expertcut.edits.splits import profiled_on, profiled_quiz, questions_for, traced_profile
+from expertcut.errors import ContractError, ProfileError
 from expertcut.evaluation.cross_fit import CrossFitResult, cross_fit, cross_fit_result, numbered
-from expertcut.models.load import LoadOptions
+from expertcut.models.load import LoadOptions, Source
 from expertcut.profiling.measure import engine_settings, model_info
 from expertcut.profiling.recorder import Recorder
+from expertcut.profiling.schema import ModelInfo
 from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, write_chunk
+from expertcut.profiling.trace import Trace
 from expertcut.scoring.engine import Engine, stack_scores
 from expertcut.scoring.packing import Encoded
 from expertcut.scoring.passes import OnPass, Replay
@@ -265,6 +271,64 @@ def by_hand(profile: Profile, settings: ReweightSettings) -> Reweighting:
         profile, biases, settings.layout, factors, settings.apply_at
     )
     return Reweighting(draft, biases, factors)
+
+
+_MOST_FITTED = 8  # biases of a layer that share one direction of its gate rows
+
+
+def balanced(
+    profile: Profile, settings: ReweightSettings, trace: Trace, report: Callable[[int, int], None]
+) -> tuple[Reweighting, list[BalancedLayer]]:
+    """Biases that even out the loads of a trace; no draft where all are even enough.
+
+    Raises ProfileError: a trace of another model, or one without logits; ContractError: the layout
+    cannot hold the biases.
+    """
+    model, target = profile.info.model, settings.balance
+    assert target is not None, "checked"
+    if trace.info.model.fingerprint != model.fingerprint:
+        raise ProfileError(
+            f"--trace {trace.path} is of another model, {trace.info.model.id}: trace "
+            f"{model.id} with --logits"
+        )
+    if not trace.info.settings.logits:
+        raise ProfileError(f"{trace.path} keeps no router logits: trace again with --logits")
+    if any(block.places is not None for block in model.blocks):
+        raise ContractError(f"{model.id} has a routing rule: balance the model that it was made of")
+    source = profiled_source(profile)
+    WRITERS[settings.layout].check(source, is_cutting=False)
+    selection = [stored_selection(model, layer) for layer in range(len(model.blocks))]
+    _check_logit_biases(source, model, selection, settings.layout)
+    halves, numbers, layers = trace.halves(), expert_ids(profile), []
+    for layer, block in enumerate(model.blocks):
+        report(layer, len(model.blocks))
+        if not block.is_hashed:
+            gone = numbers.constant.get(block.name, frozenset())
+            own = balance_layer(
+                halves, layer, block, target, selection_E=selection[layer], constant=gone
+            )
+            layers.append(own)
+    draft = router_edits.balance_draft(profile, layers, target, settings.layout)
+    if draft is not None:
+        used = hash_lines(profiled_on(traced_profile(trace)))
+        draft = replace(draft, used=used)
+    return Reweighting(draft), layers
+
+
+def _check_logit_biases(
+    source: Source, model: ModelInfo, selection: Sequence[Array | None], layout: Layout
+) -> None:
+    """Refuses biases on logits that a gate's rows would have to carry for many experts."""
+    blocks = blocks_of(source.headers, [block.name for block in model.blocks])
+    for block, selection_E in zip(model.blocks, selection, strict=True):
+        has_place = blocks[block.name].logit_bias or block.is_hashed
+        is_fitted = selection_E is None and LAYOUTS[layout].fits_biases and not has_place
+        if is_fitted and block.experts > _MOST_FITTED:
+            raise ContractError(
+                f"{block.name} has no selection bias, and layout stock comes close to biases of "
+                f"{_MOST_FITTED} experts a layer at most, not of {block.experts}: take --layout "
+                "exact"
+            )
 
 
 def prepared(profile: Profile, settings: ReweightSettings) -> Procedure:

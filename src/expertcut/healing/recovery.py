@@ -162,9 +162,10 @@ def healed_plan(
     blocks = {
         block.name: plans.BlockEdit(keep=tuple(range(block.n_experts))) for block in moe.blocks
     }
+    no_change: dict[str, Any] = {"bias": {}, "scale": {}, "selection": None, "merged": None}
     for name, edit in before.blocks.items() if before else ():
         if name in blocks:
-            blocks[name] = edit.model_copy(update={"bias": {}, "scale": {}, "merged": None})
+            blocks[name] = edit.model_copy(update=no_change)
     config = read_config(source.path)
     layout: Layout = "exact" if is_exact(config) else "stock"
     if ROUTING_KEY in config:

@@ -27,7 +27,10 @@ def plan_table(plan: PlanFile) -> Table:
     is_merged = plan.removal == "merge"
     rows: list[list[Cell]] = []
     for name, edit in plan.blocks.items():
-        bias = ", ".join(f"{e}: {b:+.4f}" for e, b in edit.bias.items()) or None
+        bias = (
+            ", ".join(f"{e}: {b:+.4f}" for e, b in (edit.bias | (edit.selection or {})).items())
+            or None
+        )
         scale = ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None
         groups = [
             f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"

@@ -1,0 +1,210 @@
+"""Biases on the choice of experts that even out their loads, without another loss.
+
+Loss-Free Balancing (arXiv:2408.15664) adds a bias to the score that experts are chosen by, and
+moves it by a fixed step against the sign of the load: b ← b + u·sign(mean − load). There a model is
+trained meanwhile; here the logits of a trace stay as they are. The load of a layer is measured by
+MaxVio: the largest load over the mean load, less 1.
+
+Families with a selection bias get b there, so gate weights are untouched. In the others b goes on
+the logits, and so also into gate weights. Names of tensors: T tokens, E experts, K experts a token.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from expertcut.errors import ProfileError
+from expertcut.models.modeling_routed import SCORES
+from expertcut.profiling.schema import BlockInfo
+from expertcut.profiling.trace import Sequence
+from expertcut.stats import Array
+
+STEPS = (0.05, 0.01)  # of the spread of scores
+_MOST_STEPS = 400  # of one size
+_PATIENCE = 40  # steps without a smaller MaxVio
+_EXPLAINED = 0.98  # share of the traced choices that must follow from the traced logits
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How a block chooses: by α, or logits, plus the selection bias; or with b on the logits."""
+
+    block: BlockInfo
+    selection_E: Array | None = None  # of the family
+    n_best: int = 2  # experts whose scores rank a group
+
+    def scores(self, logits_TE: Tensor, bias_E: Tensor) -> Tensor:
+        """The scores (T, E) that experts are chosen by, under b."""
+        if self.selection_E is None:
+            logits_TE = logits_TE + bias_E
+        is_by_logits = self.block.selection == "logits" or self.is_monotonic
+        score_TE = logits_TE if is_by_logits else SCORES[self.block.scoring](logits_TE)
+        if self.selection_E is None:
+            return score_TE
+        return score_TE + torch.as_tensor(self.selection_E, dtype=score_TE.dtype) + bias_E
+
+    @property
+    def is_monotonic(self) -> bool:
+        """Whether the order of logits says all."""
+        return self.selection_E is None and self.block.groups == 1
+
+    def choose(self, logits_TE: Tensor, bias_E: Tensor) -> Tensor:
+        """The experts (T, K) of each token."""
+        score_TE, block = self.scores(logits_TE, bias_E), self.block
+        if block.top_groups < block.groups:
+            score_TGE = score_TE.unflatten(1, (block.groups, -1))
+            n_best = min(self.n_best, score_TGE.shape[2])
+            group_TG = score_TGE.topk(n_best, dim=2).values.sum(dim=2)
+            is_out_TG = torch.ones_like(group_TG, dtype=torch.bool)
+            is_out_TG.scatter_(1, group_TG.topk(block.top_groups, dim=1).indices, value=False)
+            score_TE = score_TGE.masked_fill(is_out_TG[:, :, None], -torch.inf).flatten(1)
+        return score_TE.topk(block.top_k, dim=1, sorted=False).indices
+
+    @property
+    def spread_of(self) -> str:
+        """What b is added to."""
+        return "logits" if self.selection_E is None else "the selection bias"
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One layer of a trace; tokens that several sequences begin with stand once, with a weight."""
+
+    logits_TE: Tensor
+    experts_TK: Tensor  # as traced
+    weight_T: Tensor
+
+    @classmethod
+    def of(cls, sequences: Iterable[Sequence], layer: int, block: BlockInfo) -> "Tokens":
+        """The tokens of whole sequences, shots included; ProfileError without logits."""
+        shots: dict[bytes, int] = {}
+        parts: list[tuple[Array, Array]] = []
+        weights: list[int] = []
+        for sequence in sequences:
+            if sequence.logits_TLE is None:
+                raise ProfileError("the trace keeps no logits: trace again with --logits")
+            n = sequence.n_shared
+            own = sequence.logits_TLE[:, layer, : block.experts], sequence.experts_TLK[:, layer]
+            key = sequence.token_T[:n].tobytes()
+            if n and key not in shots:
+                shots[key] = len(parts)
+                parts.append((own[0][:n], own[1][:n]))
+                weights.append(0)
+            if n:
+                weights[shots[key]] += 1
+            parts.append((own[0][n:], own[1][n:]))
+            weights.append(1)
+        logits_TE, experts_TK = (np.concatenate(of_all) for of_all in zip(*parts, strict=True))
+        weight_T = np.repeat(weights, [len(part[0]) for part in parts])
+        return cls(
+            torch.from_numpy(logits_TE.astype(np.float32)),
+            torch.from_numpy(experts_TK.astype(np.int64))[:, : block.n_places],
+            torch.from_numpy(weight_T.astype(np.float64)),
+        )
+
+    def load(self, experts_TK: Tensor, n_experts: int) -> Array:
+        """Uses of each expert (E,)."""
+        weight_TK = self.weight_T[:, None].expand_as(experts_TK)
+        counted_TK = experts_TK >= 0  # a place may be empty
+        load_E = torch.bincount(experts_TK[counted_TK], weight_TK[counted_TK], n_experts)
+        return np.asarray(load_E.numpy())
+
+    def same(self, a_TK: Tensor, b_TK: Tensor) -> float:
+        """The share of the choices of b that a makes too."""
+        is_same_TK = (b_TK[:, :, None] == a_TK[:, None, :]).any(dim=2)
+        return float((is_same_TK.double().mean(dim=1) * self.weight_T).sum() / self.weight_T.sum())
+
+
+@dataclass(frozen=True)
+class BalancedLayer:
+    """One layer before and under b; `held_out` numbers are of sequences that did not choose b."""
+
+    layer: int
+    block: str
+    bias_E: Array
+    acts_on_selection: bool
+    tuned: tuple[float, float]  # MaxVio before and after
+    held_out: tuple[float, float]
+    kept: float  # share of the held-out choices that stay
+
+
+def max_violation(load_E: Array, constant: Collection[int] = ()) -> float:
+    """MaxVio, of the experts that are not constants; 0 without any load."""
+    load_E = np.delete(load_E, [*constant])
+    return float(load_E.max() / load_E.mean() - 1) if load_E.any() else 0.0
+
+
+def balancing_bias(
+    tokens: Tokens, gate: Gate, target: float, constant: Collection[int] = ()
+) -> Array:
+    """The bias b (E,), of mean 0, that brings MaxVio to the target, or else nearest to it.
+
+    `constant` experts have no weights and keep b = 0.
+    """
+    n = gate.block.experts
+    zero_E, frozen = torch.zeros(n), [*constant]
+    score_TE = gate.scores(tokens.logits_TE, zero_E)
+    spread = float((score_TE - score_TE.mean(dim=1, keepdim=True)).std())
+    best_E, smallest = zero_E, np.inf
+    for step in STEPS:
+        bias_E, n_stale = best_E, 0
+        for _ in range(_MOST_STEPS):
+            load_E = tokens.load(gate.choose(tokens.logits_TE, bias_E), n)
+            violation = max_violation(load_E, frozen)
+            n_stale = 0 if violation < smallest else n_stale + 1
+            if violation < smallest:
+                best_E, smallest = bias_E, violation
+            if smallest <= target or n_stale > _PATIENCE:
+                break
+            mean = np.delete(load_E, frozen).mean()
+            sign_E = torch.from_numpy(np.sign(mean - load_E)).float()
+            sign_E[frozen] = 0
+            bias_E = bias_E + step * spread * sign_E
+        if smallest <= target:
+            break
+    if not frozen:  # moves no choice, and least of all gate weights
+        best_E = best_E - best_E.mean()
+    return np.asarray(best_E.double().numpy())
+
+
+def fitting_gate(tokens: Tokens, block: BlockInfo, selection_E: Array | None) -> Gate:
+    """The gate that explains the traced choices; ProfileError if none does."""
+    zero_E = torch.zeros(block.experts)
+    gates = [Gate(block, selection_E, n_best) for n_best in (2, 1)[: 1 + (block.groups > 1)]]
+    shares = [tokens.same(g.choose(tokens.logits_TE, zero_E), tokens.experts_TK) for g in gates]
+    best = int(np.argmax(shares))
+    if shares[best] < _EXPLAINED:
+        raise ProfileError(
+            f"{block.name}: {shares[best]:.1%} of the traced choices follow from the traced "
+            f"logits, and {_EXPLAINED:.0%} must: biases found on them would not act as said"
+        )
+    return gates[best]
+
+
+def balance_layer(
+    halves: tuple[list[Sequence], list[Sequence]],
+    layer: int,
+    block: BlockInfo,
+    target: float,
+    *,
+    selection_E: Array | None = None,
+    constant: Collection[int] = (),
+) -> BalancedLayer:
+    """Finds b on the first half of the sequences, and judges it on the second."""
+    tuning, judging = (Tokens.of(half, layer, block) for half in halves)
+    gate, zero_E = fitting_gate(tuning, block, selection_E), torch.zeros(block.experts)
+    bias_E = balancing_bias(tuning, gate, target, constant)
+    violations = []
+    for tokens in (tuning, judging):
+        chosen = [
+            gate.choose(tokens.logits_TE, b) for b in (zero_E, torch.from_numpy(bias_E).float())
+        ]
+        loads = [tokens.load(experts_TK, block.experts) for experts_TK in chosen]
+        violations.append((max_violation(loads[0], constant), max_violation(loads[1], constant)))
+        kept = tokens.same(chosen[1], chosen[0])
+    return BalancedLayer(
+        layer, block.name, bias_E, selection_E is not None, violations[0], violations[1], kept
+    )
