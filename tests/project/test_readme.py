@@ -46,7 +46,8 @@ LINKING = (
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 # Not of expertcut.
-OPTIONS_OF_OTHERS = {"--rounds", "--section", "--output", "--moments", "--only", "--override-kv"}
+OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seeds", "--worlds"}
+OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 133
 MAX_PAGES = 16  # beside log.md
 
