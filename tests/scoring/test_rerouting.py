@@ -398,6 +398,21 @@ def test_odp_lies_between_the_router_and_skip(olmoe: MoeModel, quiz_folder: Path
     assert (gained_NL >= 0).all() and (gained_NL <= n_all).all() and gained_NL.any()
 
 
+def test_a_control_of_odp_leaves_out_as_many_experts_but_others(
+    olmoe: MoeModel, quiz_folder: Path
+) -> None:
+    asked, engine = chunk(olmoe, quiz_folder), Engine(olmoe, 300)
+    found = []
+    for is_shuffled in (False, True):
+        routing = set_to(olmoe, "odp", 0.8, shuffle=is_shuffled)
+        counts = ExpertCounts(olmoe.blocks, len(asked))
+        with rerouted_engine(engine, routing) as passes, counts.listening():
+            found.append((engine.score(asked, each(passes, counts.begin)), counts.used_NL[:, 0]))
+    (own_NC, own_N), (shuffled_NC, shuffled_N) = found
+    assert torch.equal(own_N, shuffled_N), "in the first layer, which sees the same tokens"
+    assert (own_N < 2 * counts.tokens_N).all() and (own_NC - shuffled_NC).abs().max() > 1e-3
+
+
 def test_a_layer_without_attention_weights_is_refused(checkpoint: Checkpoints) -> None:
     moe = open_model(checkpoint("qwen3_next"))
     with (

@@ -60,7 +60,6 @@ class PassContext:
     def __init__(self, rule: RoutingRule) -> None:
         self.rule = rule
         self.is_on = True  # else routers choose as if there were no rule
-        self.rows_M: Tensor | None = None
         self.key_T: Tensor | None = None
         self.prefix_sum = torch.zeros((), dtype=torch.int64)
         self.attention: dict[int, Tensor] = {}  # by layer: mean over heads (T, T)
@@ -71,7 +70,6 @@ class PassContext:
             raise ContractError(
                 f"rule {self.rule.rule} needs whole prompts: score them one at a time"
             )
-        self.rows_M = None
         self.attention.clear()
         if self.rule.is_random:
             sum_T = _prefix_sums(step, self.prefix_sum)
@@ -79,10 +77,6 @@ class PassContext:
                 self.prefix_sum = sum_T[-1]
             is_by_prompt = self.rule.rule == "random" and self.rule.level == "prompt"
             self.key_T = mixed(sum_T[-1].expand(len(sum_T)) if is_by_prompt else sum_T)
-
-    def on_rows(self, rows_M: Tensor, _is_read: bool) -> None:
-        """Continues the pass in the last block with these of its tokens only."""
-        self.rows_M = rows_M
 
     @contextmanager
     def switched(self, is_on: bool) -> Iterator[None]:
@@ -97,12 +91,9 @@ class PassContext:
         """The keys of the tokens in a layer."""
         if not self.rule.is_random:
             return None
-        key_T = self.key_T
-        if key_T is not None and self.rows_M is not None:
-            key_T = key_T[self.rows_M.to(key_T.device)]
-        if key_T is None or len(key_T) != n_tokens:
+        if self.key_T is None or len(self.key_T) != n_tokens:
             raise ContractError(f"rule {self.rule.rule} was not told of a pass, so it has no keys")
-        return mixed(key_T + layer)
+        return mixed(self.key_T + layer)
 
     def attention_in(self, block: MoeBlock, n_tokens: int) -> Tensor | None:
         """The attention in a block's layer."""
@@ -322,8 +313,10 @@ def _attention_hooks(
 @torch.inference_mode()
 def _check_attention(model: Any, passes: PassContext) -> None:
     """Runs some tokens: a layer without attention weights is refused by its router."""
-    device = runs_on(model.get_input_embeddings())
-    model(input_ids=torch.arange(8, device=device)[None], use_cache=False)
+    ids_T = torch.arange(8)
+    passes.key_T = ids_T if passes.rule.is_random else None
+    model(input_ids=ids_T.to(runs_on(model.get_input_embeddings()))[None], use_cache=False)
+    passes.key_T = None
     passes.attention.clear()
 
 
