@@ -100,6 +100,16 @@ def test_tuning_writes_what_holds_and_else_the_proof_alone(
     assert not list(world.glob(".held.tuning"))
 
 
+def test_what_a_fit_reads_counts_as_used(world: Path, expertcut: Commands) -> None:
+    """Of a profile of `test` it reads `val`, also where the threshold is given."""
+    expertcut("profile model --quiz quiz --split test --shots 1 --threads 1 --out t")
+    splits = {}
+    for rule in ("fitted", "skip"):
+        expertcut(f"route --profile t --rule {rule} --at 0.3 --plan-only --out {rule}")
+        splits[rule] = load_plan(world / rule).chosen_on.split
+    assert splits == {"fitted": "val", "skip": "test"}
+
+
 def test_contrast_is_code_for_generate(world: Path, expertcut: Commands) -> None:
     said = expertcut("route --profile p --rule contrast --weak rank:1 --beta 3 --out both")
     assert "custom_generate='both', trust_remote_code=True" in " ".join(said.split())

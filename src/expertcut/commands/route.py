@@ -222,15 +222,17 @@ def draft_of(choice: Choice, settings: RouteSettings) -> "EditPlan":
     """The plan of a choice that has a rule."""
     from expertcut.edits.router_edits import route_draft
 
-    assert choice.routing is not None, "there is a rule"
+    routing = choice.routing
+    assert routing is not None, "there is a rule"
     return route_draft(
         choice.profile,
-        choice.routing.rule,
-        choice.routing.at_by_layer,
+        routing.rule,
+        routing.at_by_layer,
         settings.layout,
-        fit_by_layer=choice.routing.fit_by_layer,
+        fit_by_layer=routing.fit_by_layer,
         action=settings.action,
-        is_tuned=settings.tune or settings.experts is not None,
+        # Errors of rule fitted are fitted on tuning questions, whatever sets its threshold.
+        is_tuned=settings.tune or settings.experts is not None or bool(routing.fit_by_layer),
     )
 
 
