@@ -147,6 +147,16 @@ def test_calibrated_thresholds_are_ones_that_the_rule_takes(
         assert sample.thresholds(mean) == {0: at}
 
 
+def test_odp_calibrates_what_the_tokens_that_keep_all_experts_leave() -> None:
+    scores = {
+        0: torch.rand(900, generator=torch.Generator().manual_seed(0)).sort(descending=True)[0]
+    }
+    skip, odp = (GateSample(rule, scores, 3) for rule in ("skip", "odp"))
+    for mean in (1.2, 2.0, 3.5):
+        assert odp.thresholds(mean) == skip.thresholds((mean - 0.02 * 4) / 0.98)
+        assert odp.thresholds(mean) != skip.thresholds(mean)
+
+
 def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
     profile: Profile, quiz: Quiz, tmp_path: Path
 ) -> None:
@@ -182,6 +192,17 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
         ({"rule": "skip", "level": "prompt"}, "of --rule random"),
         ({"sweep": False, "oracle": True, "rule": "skip", "draws": 0}, "give at least 1"),
         ({"rule": "contrast", "weak": "top-1"}, "'top-1' is not a weak run: write rank:2"),
+        ({"rule": "top-k", "at": "3", "most": "2"}, "takes more experts than --most 2 allows"),
+        (
+            {
+                "sweep": False,
+                "rule": "top-k",
+                "at": "1",
+                "layout": "stock",
+                "weights": "renormalised",
+            },
+            "no place for --weights renormalised",
+        ),
         ({"rule": "skip", "beta": 0.3}, "--beta sets --rule contrast"),
         ({"sweep": False, "tune": True, "rule": "contrast"}, "score it with --sweep"),
         ({"sweep": False, "oracle": True, "rule": "contrast"}, "score it with --sweep"),
@@ -226,6 +247,7 @@ def test_contrast_is_a_cell_whose_tokens_run_twice(
         (4, {"rule": "top-p", "experts": "3", "most": "2"}, "above 2, the most"),
         (1, {"rule": "skip"}, "the model lets a token use 1 expert"),
         (4, {"rule": "fitted", "most": "1"}, "--most lets a token use 1 expert"),
+        (4, {"rule": "odp", "experts": "1,2"}, "1 is below 1.06: --rule odp keeps all 4 experts"),
     ],
 )
 def test_means_that_a_rule_cannot_reach_are_refused_before_the_model_is_loaded(

@@ -102,10 +102,15 @@ def test_rules_that_differ_in_their_fit_alone_share_no_result() -> None:
 
 
 def test_a_search_without_fewer_experts_is_refused() -> None:
-    for top_k, given in ((1, {}), (4, {"most": "1", "rule": "top-p", "oracle": True})):
-        settings = RouteSettings.read(**({"rule": "skip", "tune": True} | given))
-        with pytest.raises(SettingsError, match="1 expert" if given else "than the 1"):
-            settings.choices(top_k) if given else settings.candidates(top_k)
+    skip = RouteSettings.read(rule="skip", tune=True)
+    with pytest.raises(SettingsError, match="than the 1"):
+        skip.candidates(1)
+    for settings in (skip.updated(most="1"), RouteSettings.read(rule="top-p", most="1", tune=True)):
+        with pytest.raises(SettingsError, match=r"1 expert, so --rule .* has no threshold"):
+            settings.candidates(4)
+    assert RouteSettings.read(rule="null", most="1", tune=True).candidates(4) == (1.0,)
+    with pytest.raises(SettingsError, match="1 expert"):
+        RouteSettings.read(rule="top-p", most="1", oracle=True).choices(4)
 
 
 def test_an_oracle_counts_the_flips_of_settings_and_variants(

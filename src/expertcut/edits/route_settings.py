@@ -231,10 +231,12 @@ class RouteSettings(Settings):
                 "a checkpoint has one rule and one threshold: give one of each, or --sweep to "
                 "score several"
             )
-        if self.layout == "stock" and self.rules != ("top-k",):
+        if self.layout == "stock" and (self.rules, self.weights) != (("top-k",), "gate"):
+            is_other = self.rules != ("top-k",)
+            what = "a threshold by token" if is_other else f"--weights {self.weights}"
             raise SettingsError(
-                "--layout stock has no place for a threshold by token: take --layout routed, or "
-                "--rule top-k"
+                f"--layout stock has no place for {what}: take --layout routed, or --rule top-k "
+                "with the gate's own weights"
             )
         if self.rules != ("contrast",) and not RULE_KINDS[self.rules[0]].is_exportable:
             raise SettingsError(
@@ -260,6 +262,11 @@ class RouteSettings(Settings):
                 RoutingRule(rule=rule).check_threshold(at)
             except ValueError as error:
                 raise SettingsError(f"--at {error}") from None
+            if rule == "top-k" and self.n_most and at > self.n_most:
+                raise SettingsError(
+                    f"--at {at:g} takes more experts than --most {self.most} allows: leave --most "
+                    "out, or take a smaller number"
+                )
         if self.experts is None:
             return
         if rule not in (*CALIBRATED, "top-k"):
@@ -324,6 +331,7 @@ class RouteSettings(Settings):
                 f"--tune looks for fewer experts than the {top_k} that a token uses, and there are "
                 "none: try other rules with --sweep"
             )
+        self._check_most(self.rule, top_k)
         return tuple(step / 2 for step in range(steps, 1, -1))
 
     def rule_of(self, setting: RouteSetting, n_experts: int) -> RoutingRule:
@@ -363,21 +371,29 @@ class RouteSettings(Settings):
             return [RouteSetting(rule=rule, at=float(round(mean))) for mean in means]
         return [RouteSetting(rule=rule, experts=mean) for mean in means]
 
-    def _means(self, rule: str, top_k: int) -> tuple[float, ...]:
-        """Means of experts a token to calibrate to: as given, or shares of K."""
-        most = self.most_of(rule, top_k)
-        if most == 1 and rule not in ("null", "top-k"):
+    def _check_most(self, rule: str, top_k: int) -> None:
+        if self.most_of(rule, top_k) == 1 and rule not in ("null", "top-k"):
             how = "--most" if top_k > 1 else "the model"
             raise SettingsError(
                 f"{how} lets a token use 1 expert, so --rule {rule} has no threshold to calibrate: "
                 "give --at F, or rule top-p or entropy with --most above 1"
             )
+
+    def _means(self, rule: str, top_k: int) -> tuple[float, ...]:
+        """Means of experts a token to calibrate to: as given, or shares of K."""
+        self._check_most(rule, top_k)
+        most = self.most_of(rule, top_k)
+        whole = RoutingRule(rule=rule).share if rule == "odp" else 0.0  # of tokens that keep K
+        n_all = min(top_k, most or top_k)
+        least = 1 + whole * (n_all - 1)
         if self.experts is None:
-            whole = RoutingRule(rule=rule).share if rule == "odp" else 0.0  # of tokens that keep K
-            n_all = min(top_k, most or top_k)
-            least = 1 + whole * (n_all - 1)
             return tuple(max(least, share * n_all) for share in _SHARES)
         means = read_numbers(self.experts)
+        if min(means) < least:
+            raise SettingsError(
+                f"--experts {min(means):g} is below {least:g}: --rule {rule} keeps all {n_all} "
+                f"experts of {whole:.0%} of the tokens, so take more"
+            )
         if most is not None and max(means) > most:
             may_widen = RULE_KINDS[rule].may_widen
             how = "add --most N" if may_widen else f"{rule} only leaves out, take at most {most}"
