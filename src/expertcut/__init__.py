@@ -6,7 +6,18 @@ The functions below are those of `expertcut.api`, imported when they are first u
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["dispatch", "evaluate", "heal", "load_profile", "profile", "prune", "publish", "report"]
+__all__ = [
+    "dispatch",
+    "evaluate",
+    "heal",
+    "load_profile",
+    "load_trace",
+    "profile",
+    "prune",
+    "publish",
+    "report",
+    "trace",
+]
 
 if TYPE_CHECKING:
     from expertcut.api import (
@@ -14,10 +25,12 @@ if TYPE_CHECKING:
         evaluate,
         heal,
         load_profile,
+        load_trace,
         profile,
         prune,
         publish,
         report,
+        trace,
     )
 
 

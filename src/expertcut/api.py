@@ -27,10 +27,12 @@ from expertcut.commands import publish as publish_command
 from expertcut.commands import report as report_command
 from expertcut.commands import reweight as reweight_command
 from expertcut.commands import route as route_command
+from expertcut.commands import tracing as trace_command
 from expertcut.edits.criteria import compare as compare_criteria
 from expertcut.edits.plan import BlockEdit, EditPlan, expert_ids, load_plan
 from expertcut.errors import ProfileError, SettingsError
 from expertcut.profiling import storage
+from expertcut.profiling import trace as traces
 from expertcut.profiling.statistics import LayerStatistics, LayerSums, TextLayer
 
 if TYPE_CHECKING:
@@ -86,6 +88,17 @@ def profile(model: PathLike, **settings: Any) -> "Profile":
 def load_profile(path: PathLike) -> "Profile":
     """A profile on disk."""
     return Profile(storage.load_profile(Path(path)))
+
+
+def trace(model: PathLike, **settings: Any) -> "Trace":
+    """Records the experts of every token, as `expertcut trace`; resumes an interrupted run."""
+    options = trace_command.TraceSettings.read(model=os.fspath(model), **settings)
+    return Trace(trace_command.run(options, _ProgressUI()))
+
+
+def load_trace(path: PathLike) -> "Trace":
+    """A trace on disk."""
+    return Trace(traces.load_trace(Path(path)))
 
 
 def prune(profiles: Mapping[PathLike, float] | Sequence[PathLike], **settings: Any) -> "Plan":
@@ -206,6 +219,27 @@ class Profile(_Shown):
             "questions": f"{len(self.stored.answers.answer_N):,}",
             "accuracy": f"{self.accuracy:.1%}",
         }
+
+
+class Trace(_Shown):
+    """The experts of every token of a quiz or of texts, in the order of the tokens."""
+
+    def __init__(self, stored: traces.Trace) -> None:
+        self.stored = stored
+
+    @property
+    def path(self) -> Path:
+        """Folder of the trace."""
+        return self.stored.path
+
+    def sequences(self) -> "Iterator[traces.Sequence]":
+        """Every question with its shots, or every row of texts: its tokens and their experts."""
+        return self.stored.sequences()
+
+    def _facts(self) -> Mapping[str, str]:
+        from expertcut.reporting.trace_tables import trace_facts
+
+        return {"path": str(self.path), **dict(trace_facts(self.stored))}
 
 
 @dataclass(frozen=True, repr=False)

@@ -311,7 +311,7 @@ def test_the_command_resumes_and_refuses_another_setting(
     ("words", "fault"),
     [
         ("--logits --tokens 100k", "logits are kept of at most 65,536 tokens"),
-        ("--text x.jsonl --shots 0", "--shots is for a quiz"),
+        ("--text x.jsonl --shots 0", "--shots does not go with --text"),
         ("--tokens 0", "--tokens 0 takes no token"),
         ("--tokens few", "is not a number"),
     ],

@@ -146,6 +146,18 @@ def test_what_a_command_refuses_is_an_error_of_one_line(model):
         profile.prune(keep=99)
 
 
+def test_a_trace_is_that_of_the_command(model, expertcut: Commands):
+    base, quiz = model
+    words = ("--quiz", quiz["quiz"], "--shots", 1, "--threads", 1)
+    trace = api.trace(base, **quiz, tokens=900, out="a")
+    expertcut("trace", base, *words, "--tokens", 900, "--out", "b")
+    assert files(Path("a/chunks")) == files(Path("b/chunks"))
+    loaded = api.load_trace("b")
+    n_tokens = sum(len(s) - s.n_shared for s in loaded.sequences())
+    assert 0 < n_tokens <= trace.stored.info.n_tokens <= 900
+    assert "sequences" in repr(trace) and "8 experts" in loaded._repr_html_()
+
+
 def test_every_object_shows_itself_in_a_notebook(model):
     base, quiz = model
     profile = api.profile(base, split="val", **quiz)

@@ -15,6 +15,7 @@ import pytest
 from expertcut.commands import UI
 from expertcut.errors import OutputError, PlanError, RecipeError
 from expertcut.evaluation.dispatch_results import load_dispatch
+from expertcut.profiling.trace import load_trace
 from expertcut.recipes import RunSettings, run
 from expertcut.recipes.recipe_schema import MAX_BYTES, MAX_DEPTH, read_recipe
 from expertcut.recipes.stage_runs import Outcome
@@ -392,6 +393,19 @@ def test_a_dispatch_chooses_between_the_models_of_the_run_and_of_other_results(
     assert done.why["dispatch"] == "other.json changed"
 
 
+def test_a_trace_is_a_stage_of_its_own(done: Place) -> None:
+    with done.file.open("a") as file:
+        file.write("trace: {tokens: 1k, weights: true}\nreport:\n")
+    assert done.run().ran == ("trace", "report")
+    trace = load_trace(done.folder / "trace")
+    assert 0 < trace.info.n_tokens <= 1000 and trace.info.settings.weights
+    assert done.run().ran == ()
+    done.change("tokens: 1k", "tokens: 500")
+    assert done.run().ran == ("trace", "report")
+    assert done.why["trace"] == "tokens is '500', was '1k'"
+    assert load_trace(done.folder / "trace").info.n_tokens <= 500
+
+
 def test_a_merge_is_a_variant_too(done: Place) -> None:
     done.change("prune: {keep: 5, verify: false}", "merge: {keep: 5, verify: false}")
     assert done.run().ran == ("cut", "eval")
@@ -452,6 +466,9 @@ HOSTILE = {
     "model: x\nprofile: {text: a}\neval: {text: a}\ndispatch:": "dispatch requires the",
     "model: x\neval:\ndispatch:": "dispatch chooses between models: add variants",
     "model: x\neval:\nvariants: [{name: dispatch, prune: }]\ndispatch:": "taken by the run itself",
+    "model: x\ntrace: {tokens: 1M, logits: true}": "logits are kept of at most 65,536 tokens",
+    "model: x\ntrace: {text: a, shots: 0}": "unknown key 'shots'",
+    "model: x\nvariants: [{name: trace, prune: }]\ntrace:": "taken by the run itself",
     "model: x\neval:\ndispatch: {by: skills.csv}": "skills.csv is not there",
     "model: x\neval:\ndispatch: {by: routing}": "--by routing reads a profile",
     "model: x\neval:\ndispatch: {by: fish}": "must be subject, routing or a .csv file",

@@ -1,4 +1,4 @@
-"""`expertcut trace`: run a quiz or texts through a model and keep every token's experts."""
+"""`expertcut trace`: the experts of every token of a quiz or of texts, or of given routes."""
 
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,12 @@ from expertcut.commands import (
     text_option,
 )
 from expertcut.errors import SettingsError
-from expertcut.settings import FilePath, Text, option
+from expertcut.settings import FilePath, Text, flag_of, option
 
 if TYPE_CHECKING:
     from expertcut.data.corpus import Corpus
     from expertcut.models.load import LoadOptions
+    from expertcut.profiling.given_routes import RoutesTracing
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.trace import Trace
     from expertcut.profiling.trace_recorder import QuizTracing, TextTracing, TraceOptions
@@ -35,7 +36,7 @@ class TraceSettings(TextsSettings, SplitSettings):
     examples: ClassVar = (
         "expertcut trace MODEL --quiz my.jsonl --shots 0",
         "expertcut trace MODEL --text code.jsonl --length 512 --tokens 1M",
-        "expertcut trace MODEL --text chat.jsonl --weights --logits",
+        "expertcut trace MODEL --routes FILE.npz",
     )
 
     model: str = option(
@@ -56,6 +57,10 @@ class TraceSettings(TextsSettings, SplitSettings):
         512, "Cut longer documents into pieces of this many tokens.", ge=2, le=1 << 20
     )
     seed: int = text_option(0, "Seed of the documents that --tokens takes.", ge=0)
+    routes: FilePath | None = trace_option(
+        None, "Take what vLLM returned instead: .npz of routed_experts and token_ids.",
+        metavar="FILE", in_recipe=False,
+    )  # fmt: skip
     out: FilePath | None = output_option(
         None, "Output folder; a run started there is resumed.  [default: in traces/]"
     )
@@ -68,13 +73,17 @@ class TraceSettings(TextsSettings, SplitSettings):
                 f"--logits with --tokens {self.tokens}: logits are kept of at most "
                 f"{MAX_LOGIT_TOKENS:,} tokens: give fewer, or leave --logits out"
             )
-        if not self.text:
-            return
-        for name in ("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+        quiz = ("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision")
+        if self.routes is not None:
+            self._check_unset((*quiz, "text", "tokens", "weights", "logits"), "--routes")
+        elif self.text:
+            self._check_unset(quiz, "--text")
+
+    def _check_unset(self, names: tuple[str, ...], flag: str) -> None:
+        for name in names:
+            if getattr(self, name) != self._default(name):
                 raise SettingsError(
-                    f"--{name.replace('_', '-')} is for a quiz, and --text reads texts: trace "
-                    "each in a run of its own"
+                    f"{flag_of(type(self), name)} does not go with {flag}: leave one of them out"
                 )
 
     def measuring(self, ui: UI) -> "tuple[LoadOptions, MeasureOptions]":
@@ -104,7 +113,7 @@ class TraceSettings(TextsSettings, SplitSettings):
 
 
 def run(settings: TraceSettings, ui: UI = SILENT) -> "Trace":
-    """Traces the model on a quiz or on texts, resuming an interrupted run."""
+    """Traces the model on a quiz or on texts, resuming an interrupted run, or takes its routes."""
     settings.check()
     ui.quiet()
     from expertcut.profiling.trace import load_trace
@@ -115,7 +124,7 @@ def run(settings: TraceSettings, ui: UI = SILENT) -> "Trace":
     source = tracing.moe.source
     folder: Path = settings.out or default_folder(tracing.info, source)
     n = sum(n for _, _, n in tracing.info.chunks())
-    unit = "rows" if settings.text else "questions"
+    unit = {"text": "rows", "routes": "sequences"}.get(tracing.info.reads, "questions")
     ui.watch(partial(tracing.run, folder), f"tracing {source.name}", n, folder, unit)
     trace = load_trace(folder)
     if ui.is_first:
@@ -123,12 +132,19 @@ def run(settings: TraceSettings, ui: UI = SILENT) -> "Trace":
     return trace
 
 
-def _tracing(settings: TraceSettings, ui: UI) -> "QuizTracing | TextTracing":
+def _tracing(settings: TraceSettings, ui: UI) -> "QuizTracing | TextTracing | RoutesTracing":
     import torch
 
     from expertcut.models.load import find_source, load
+    from expertcut.profiling.given_routes import RoutesTracing, read_routes
     from expertcut.profiling.trace_recorder import QuizTracing, TextTracing
 
+    if settings.routes is not None:
+        routes, source = (
+            read_routes(settings.routes),
+            find_source(settings.model, settings.revision),
+        )
+        return RoutesTracing(load(source, settings.load_as()), routes, waits=ui.is_first)
     load_as, options = settings.measuring(ui)
     if options.threads is not None:
         torch.set_num_threads(options.threads)

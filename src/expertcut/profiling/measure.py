@@ -54,7 +54,7 @@ class ChunkedRun:
     """A model and what it reads, in chunks of a profile's folder; `run` measures missing ones."""
 
     moe: MoeModel
-    info: schema.AnyProfileInfo
+    info: schema.MeasuredInfo
     waits: bool
 
     def work(self) -> dict[str, Work]:

@@ -1,11 +1,11 @@
 """The schema of a profile: `profile.json`, and the arrays of a chunk."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -187,6 +187,8 @@ class MeasuredInfo(Record):
     """What every `profile.json` and `trace.json` has."""
 
     noun: ClassVar = "profile"
+    reads: ClassVar[str]
+    """What is read: `quiz`, `text`, … and the key of it in the file."""
     format: Format1 = 1
     model: ModelInfo
 
@@ -196,8 +198,8 @@ class MeasuredInfo(Record):
         return folder / f"{cls.noun}.json"
 
     @classmethod
-    def load_from(cls, folder: Path) -> "AnyProfileInfo":
-        """The info of a folder, of a quiz or of texts; ProfileError without a valid one."""
+    def load_from(cls, folder: Path) -> Any:
+        """The info of a folder, of one of `kinds`; ProfileError without a valid one."""
         if not (file := cls.file_in(folder)).exists():
             raise ProfileError(
                 f"no {cls.noun} in {folder}: it has no {file.name}: run `expertcut {cls.noun}`"
@@ -206,13 +208,26 @@ class MeasuredInfo(Record):
         with suppress(OSError, ValueError):  # said when it is loaded
             content = parse_json(read_file(file))
             keys = content if isinstance(content, dict) else {}
-            kind = next((k for k in cls.kinds() if list(k.model_fields)[2] in keys), kind)
+            kind = next((k for k in cls.kinds() if k.reads in keys), kind)
         return kind.load(file, ProfileError, f"is not a valid {cls.noun}")
 
     @classmethod
-    def kinds(cls) -> "tuple[type[AnyProfileInfo], ...]":
-        """The classes of such a file, told apart by their third key: `quiz` or `text`."""
+    def kinds(cls) -> "tuple[type[MeasuredInfo], ...]":
+        """The classes of such a file, told apart by what is read."""
         return ProfileInfo, TextProfileInfo
+
+    @property
+    def content(self) -> str:
+        """How much is read of what, with a hash."""
+        raise NotImplementedError
+
+    def chunk_hash(self, chunk: str, subject: str) -> str:
+        """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
+        raise NotImplementedError
+
+    def chunks(self) -> Iterator[tuple[str, str, int]]:
+        """(file name, subject or source, number of items) of every chunk, in order."""
+        raise NotImplementedError
 
     @property
     def short_hash(self) -> str:
@@ -227,6 +242,7 @@ class MeasuredInfo(Record):
 class ProfileInfo(MeasuredInfo):
     """`profile.json` of a quiz."""
 
+    reads: ClassVar = "quiz"
     quiz: QuizInfo
     settings: Settings
 
@@ -234,6 +250,13 @@ class ProfileInfo(MeasuredInfo):
     def text(self) -> None:
         """The texts; a quiz has none."""
         return
+
+    @property
+    def content(self) -> str:
+        """How much of what it reads, with a hash."""
+        quiz, subjects = self.quiz, self.quiz.subjects.values()
+        total, short = sum(s.questions for s in subjects), _short(s.content_hash for s in subjects)
+        return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({short})"
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
@@ -258,6 +281,7 @@ class ProfileInfo(MeasuredInfo):
 class TextProfileInfo(MeasuredInfo):
     """`profile.json` of texts."""
 
+    reads: ClassVar = "text"
     text: TextInfo
     settings: Settings
 
@@ -265,6 +289,12 @@ class TextProfileInfo(MeasuredInfo):
     def quiz(self) -> TextInfo:
         """What was read in place of a quiz."""
         return self.text
+
+    @property
+    def content(self) -> str:
+        """How much of what it reads, with a hash."""
+        short = _short(source.content_hash for source in self.text.sources.values())
+        return f"{self.text.n_tokens} tokens of {self.text.id} ({short})"
 
     def chunk_hash(self, chunk: str, source: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other source and no path."""
@@ -280,6 +310,10 @@ class TextProfileInfo(MeasuredInfo):
         for name, source in self.text.sources.items():
             for k, n_rows in enumerate(source.chunks):
                 yield f"{quote(name, safe=' ')}-{k}.safetensors", name, n_rows
+
+
+def _short(hashes: Iterable[str]) -> str:
+    return hashlib.sha256("".join(hashes).encode()).hexdigest()[:8]
 
 
 AnyProfileInfo = ProfileInfo | TextProfileInfo

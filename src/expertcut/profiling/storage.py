@@ -19,6 +19,7 @@ from expertcut.files import parse_json, read_file, write_atomically
 from expertcut.profiling.schema import (
     NO_CHOICE,
     AnyProfileInfo,
+    MeasuredInfo,
     ProfileInfo,
     TextProfileInfo,
     arrays_faults,
@@ -97,7 +98,9 @@ def _description(arrays: Arrays, of: str) -> dict[str, object]:
 class MeasuredFolder:
     """A profile or a trace: its description and its chunks."""
 
-    def __init__(self, path: Path, info: AnyProfileInfo) -> None:
+    info: MeasuredInfo
+
+    def __init__(self, path: Path, info: MeasuredInfo) -> None:
         self.path = path
         self.info = info
 
@@ -143,6 +146,7 @@ class MeasuredFolder:
 class Profile(MeasuredFolder):
     """A profile folder; chunks are read and validated on first use."""
 
+    info: AnyProfileInfo
     holds_out = True  # some of the tuning questions are held out if no other split can be
     trust_remote_code = False  # of the profiled checkpoint's tokenizer, where texts are read again
 

@@ -1,5 +1,6 @@
 """A routing trace: the experts that every token was routed to, in the order of the tokens."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 from pydantic import Field
 
+from expertcut.documents import Record
 from expertcut.errors import ProfileError
 from expertcut.profiling import schema
 from expertcut.profiling.schema import MeasuredInfo, ProfileInfo, Settings, TextProfileInfo
@@ -55,9 +57,9 @@ class TraceInfos(MeasuredInfo):
     noun: ClassVar = "trace"
 
     @classmethod
-    def kinds(cls) -> tuple[type["TraceInfo"], ...]:
-        """Of a quiz or of texts."""
-        return QuizTraceInfo, TextTraceInfo
+    def kinds(cls) -> tuple[type[MeasuredInfo], ...]:
+        """Of a quiz, of texts, or of given routes."""
+        return QuizTraceInfo, TextTraceInfo, RoutesTraceInfo
 
 
 class TracedQuiz(schema.QuizInfo):
@@ -87,7 +89,56 @@ class TextTraceInfo(TraceInfos, TextProfileInfo):
     n_tokens: int = Field(ge=1)
 
 
-TraceInfo = QuizTraceInfo | TextTraceInfo
+class RoutesInfo(Record):
+    """Routes that a serving engine returned; `chunks` are the sequences of each chunk."""
+
+    id: str
+    chunks: tuple[int, ...] = Field(min_length=1)
+    content_hash: str
+
+
+class RoutesSettings(Record):
+    """What is kept of given routes: the experts alone."""
+
+    weights: Literal[False] = False
+    logits: Literal[False] = False
+
+
+class RoutesTraceInfo(TraceInfos):
+    """`trace.json` of given routes."""
+
+    reads: ClassVar = "routes"
+    routes: RoutesInfo
+    settings: RoutesSettings
+    n_tokens: int = Field(ge=1)
+
+    @property
+    def quiz(self) -> RoutesInfo:
+        """What was read in place of a quiz."""
+        return self.routes
+
+    @property
+    def text(self) -> None:
+        """The texts; there are none."""
+        return
+
+    @property
+    def content(self) -> str:
+        """How much of what it reads, with a hash."""
+        return f"{self.n_tokens} tokens of {self.routes.id} ({self.routes.content_hash[:8]})"
+
+    def chunk_hash(self, chunk: str, subject: str) -> str:
+        """The hash in a chunk: all that its bytes depend on, and no path."""
+        lines = (chunk, self.routes.content_hash, self.model.fingerprint, str(self.routes.chunks))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def chunks(self) -> Iterator[tuple[str, str, int]]:
+        """(file name, source, number of sequences) of every chunk, in order."""
+        for k, n in enumerate(self.routes.chunks):
+            yield f"routes-{k}.safetensors", "routes", n
+
+
+TraceInfo = QuizTraceInfo | TextTraceInfo | RoutesTraceInfo
 Blocks = tuple[schema.BlockInfo, ...]
 
 
@@ -200,7 +251,7 @@ def arrays_faults(arrays: Arrays, info: TraceInfo, n: int) -> Iterator[str]:
     blocks, settings = info.model.blocks, info.settings
     n_tokens, n_places = arrays.get("token_T", np.zeros(0)).size, schema.most_places(blocks)
     shape_TLK = (n_tokens, len(blocks), n_places)
-    of_sequences = DOCUMENT if info.text is not None else "row_N"
+    of_sequences = "row_N" if isinstance(info, QuizTraceInfo) else DOCUMENT
     needed = {"token_T": (n_tokens,), "sequence_T": (n_tokens,), "experts_TLK": shape_TLK}
     types: dict[str, Any] = {"experts_TLK": id_type(blocks)}
     types |= dict.fromkeys(("token_T", "sequence_T", of_sequences), np.int32)

@@ -260,6 +260,8 @@ def default_folder(info: TraceInfo, source: Source) -> Path:
     """`traces/<model>-<quiz or sources>-<8 hex of the settings>`."""
     if isinstance(info, QuizTraceInfo):
         what = quiz_name(info.quiz)
-    else:
+    elif isinstance(info, TextTraceInfo):
         what = "+".join(info.text.sources)[:80]
+    else:
+        what = Path(info.routes.id).stem[:80]
     return Path("traces", f"{source.name}-{what}-{info.called(source.id).short_hash}")

@@ -1,6 +1,5 @@
 """A folder of chunks shared by processes: opening, dealing chunks out, progress, completion."""
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from expertcut import __version__
 from expertcut.data import Question, Quiz
@@ -19,10 +18,9 @@ from expertcut.errors import OutputError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.profiling.locks import CLAIMS, POLL_S, Claims
 from expertcut.profiling.schema import (
-    AnyProfileInfo,
+    MeasuredInfo,
     ProfileInfo,
     TextInfo,
-    TextProfileInfo,
 )
 from expertcut.profiling.storage import (
     Arrays,
@@ -41,11 +39,11 @@ RUN_FILE = "run.json"
 class Work:
     """One chunk to measure: questions of a subject, at a cost in characters of prompts.
 
-    Or rows of a source of texts, at a cost in tokens.
+    Or rows of a source of texts, or numbers of given sequences, at a cost in tokens.
     """
 
     subject: str
-    questions: Sequence[Question] | Sequence[Row]
+    questions: Sequence[Question] | Sequence[Row] | Sequence[int]
     cost: int
 
 
@@ -118,7 +116,7 @@ class Tally:
 class SharedFolder:
     """A profile or trace that this and other processes fill, each while it has it `opened`."""
 
-    def __init__(self, path: Path, info: AnyProfileInfo) -> None:
+    def __init__(self, path: Path, info: MeasuredInfo) -> None:
         self.path = path
         self.info = info
         self.claims = Claims(path / CLAIMS)
@@ -222,7 +220,8 @@ class SharedFolder:
             with self._claimed(file.name) as is_mine:
                 if is_mine and not file.is_file():
                     self.info.save(file, self.claims.folder)
-        theirs, ours = self.info.load_from(self.path), self.info
+        ours: Any = self.info
+        theirs = ours.load_from(self.path)
         if theirs.model.fingerprint != ours.model.fingerprint:
             their_hash, our_hash = theirs.model.fingerprint[:8], ours.model.fingerprint[:8]
             raise ProfileError(
@@ -230,12 +229,13 @@ class SharedFolder:
                 f"{their_hash}, not {our_hash}: name another --out"
             )
         if theirs.quiz != ours.quiz:
-            what = "quiz" if ours.text is None and theirs.text is None else "text"
+            what = "text" if "text" in (theirs.reads, ours.reads) else ours.reads
+            what = "file of routes" if what == "routes" else what
             if ours.text is not None and theirs.text is not None:
                 _check_text_options(self.path, theirs.text, ours.text)
             raise ProfileError(
-                f"{self.path} is a {noun} of another {what}: {_describe(theirs)}, not "
-                f"{_describe(ours)}: name another --out"
+                f"{self.path} is a {noun} of another {what}: {theirs.content}, not "
+                f"{ours.content}: name another --out"
             )
         for key in type(ours.settings).model_fields:
             recorded, given = getattr(theirs.settings, key), getattr(ours.settings, key)
@@ -255,17 +255,6 @@ def _check_text_options(path: Path, theirs: TextInfo, ours: TextInfo) -> None:
                 f"{path} was begun with {key} {recorded}, now it is {given}: give the recorded "
                 "value or name another --out"
             )
-
-
-def _describe(info: AnyProfileInfo) -> str:
-    if isinstance(info, TextProfileInfo):
-        sources = info.text.sources.values()
-        content = hashlib.sha256("".join(s.content_hash for s in sources).encode()).hexdigest()
-        return f"{info.text.n_tokens} tokens of {info.text.id} ({content[:8]})"
-    quiz, subjects = info.quiz, info.quiz.subjects.values()
-    content = hashlib.sha256("".join(s.content_hash for s in subjects).encode()).hexdigest()
-    total = sum(s.questions for s in subjects)
-    return f"{total} {quiz.split} questions of {quiz.id} at {quiz.shots} shots ({content[:8]})"
 
 
 def _run(elapsed_s: float, measured: int, others: int) -> bytes:

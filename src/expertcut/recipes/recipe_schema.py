@@ -23,6 +23,7 @@ from expertcut.commands.publish import PublishSettings, Repo
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.commands.route import RouteSettings
 from expertcut.commands.show import ShowSettings
+from expertcut.commands.tracing import TraceSettings
 from expertcut.errors import RecipeError, SettingsError
 from expertcut.files import read_file, wide_encoding, without_secrets
 from expertcut.settings import (
@@ -108,6 +109,22 @@ class DispatchSection(DispatchSettings):
         except SettingsError as error:
             refuse(str(error))
         return self
+
+
+class TraceSection(TraceSettings):
+    """`expertcut trace` of the recipe's model, on its quiz or on texts."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        try:
+            self.check()
+        except SettingsError as error:
+            refuse(str(error))
+        return self
+
+    def texts_of(self, recipe: "Recipe") -> list[str]:
+        """Its texts; those of the profile where it names none and the recipe has no quiz."""
+        return self.text or ([] if recipe.has_quiz else recipe.profile.text)
 
 
 class ReportSection(Settings):
@@ -205,9 +222,10 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
     variants: Annotated[list[Variant], Field(default_factory=list)]
     eval: EvalSection | None = None
     dispatch: DispatchSection | None = None
+    trace: TraceSection | None = None
     report: ReportSection | None = None
     publish: Annotated[list[PublishSection], Field(default_factory=list)]
-    sections: ClassVar = ("profile", "show", "eval", "dispatch", "report")
+    sections: ClassVar = ("profile", "show", "eval", "dispatch", "trace", "report")
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
@@ -235,8 +253,13 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
             refuse("dispatch requires the answers of eval to a quiz: add eval, and name a quiz")
         if self.dispatch and not (self.variants or self.dispatch.results):
             refuse("dispatch chooses between models: add variants, or results of other evaluations")
-        if self.dispatch and any(variant.name == "dispatch" for variant in self.variants):
-            refuse("the name dispatch is taken by the run itself: choose another")
+        return self
+
+    @model_validator(mode="after")
+    def _names_no_variant_as_a_stage(self) -> Self:
+        for kind in ("dispatch", "trace"):
+            if getattr(self, kind) and any(variant.name == kind for variant in self.variants):
+                refuse(f"the name {kind} is taken by the run itself: choose another")
         return self
 
     @model_validator(mode="after")

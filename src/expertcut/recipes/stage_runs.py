@@ -23,6 +23,7 @@ from expertcut.commands import (
     reweight,
     route,
     show,
+    tracing,
 )
 from expertcut.errors import ExpertcutError, OutputError, RecipeError
 from expertcut.files import write_atomically
@@ -33,11 +34,14 @@ from expertcut.recipes.stages import (
     PROFILE,
     REPORT,
     RESULTS,
+    TRACE,
     Stage,
     stages_of,
     variant_folder,
 )
 from expertcut.settings import Settings
+
+_RESUMED = ("profile", "trace")  # by their commands, which refuse the folder of another run
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ class RecipeRun:
 
     def _run(self, stage: Stage, record: StageRecord | None, *, is_forced: bool) -> None:
         self._lock()
-        if record is None and stage.kind != "profile":  # which resumes, or refuses the folder
+        if record is None and stage.kind not in _RESUMED:
             for place in (self.folder / name for name in stage.makes):
                 if place.exists():
                     raise OutputError(
@@ -111,7 +115,7 @@ class RecipeRun:
         before = inputs.of(stage, self.outputs)
         is_anew = record is not None and (is_forced or record.inputs != before)
         # What must not be resumed goes; a checkpoint stays until the new one is complete.
-        stale = stage.makes if is_anew and stage.kind == "profile" else ()
+        stale = stage.makes if is_anew and stage.kind in _RESUMED else ()
         if is_anew and (is_forced or stage.kind == "heal"):
             stale += stage.keeps
         for name in stale:
@@ -167,6 +171,16 @@ def _profile(run: RecipeRun, _: Stage) -> None:
     own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": run.folder / PROFILE}
     given = run.scored(has_quiz=not recipe.profile.text)
     profile.run(recipe.profile.updated(**given, **own), run.ui)
+
+
+def _trace(run: RecipeRun, _: Stage) -> None:
+    """Runs the model once more, for the experts of every token."""
+    recipe = run.recipe
+    assert recipe.trace is not None
+    texts = recipe.trace.texts_of(recipe)
+    own = {"model": recipe.model, "batch_tokens": recipe.batch_tokens, "out": run.folder / TRACE}
+    given = run.scored(has_quiz=not texts) | own | {"text": texts}
+    tracing.run(recipe.trace.updated(**given), run.ui)
 
 
 def _show(run: RecipeRun, _: Stage) -> None:
@@ -258,7 +272,7 @@ def _publish(run: RecipeRun, stage: Stage) -> None:
 
 
 _RUNS: dict[str, Callable[[RecipeRun, Stage], object]] = {
-    **{"profile": _profile, "show": _show, "eval": _eval, "dispatch": _dispatch},
+    **{"profile": _profile, "show": _show, "eval": _eval, "dispatch": _dispatch, "trace": _trace},
     "publish": _publish,
     "report": lambda run, _: report.run(report.ReportSettings(run=run.folder), run.ui),
     **dict.fromkeys(KINDS, _edit),

@@ -12,12 +12,13 @@ from expertcut.recipes.recipe_schema import (
     DispatchSection,
     EvalSection,
     Recipe,
+    TraceSection,
     Variant,
     VariantKind,
 )
 
-Kind = Literal["profile", "show", VariantKind, "eval", "dispatch", "report", "publish"]
-PROFILE, RESULTS, REPORT = "profile", "results.json", "report.html"
+Kind = Literal["profile", "show", VariantKind, "eval", "dispatch", "trace", "report", "publish"]
+PROFILE, TRACE, RESULTS, REPORT = "profile", "trace", "results.json", "report.html"
 DISPATCH, ROUTES = "dispatch.json", "routes.csv"
 # The recipe's keys in a stage's hash, in the order of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
@@ -65,6 +66,9 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     if recipe.dispatch:
         stages.append(_dispatch_stage(recipe.dispatch))
         results += ("dispatch",)
+    if recipe.trace:
+        stages.append(_trace_stage(recipe, recipe.trace))
+        results += ("trace",)
     if recipe.report:
         settings = recipe.report.recipe_values()
         stages.append(Stage("report", "report", settings, makes=(REPORT, "report"), after=results))
@@ -87,6 +91,13 @@ def _profile_stage(recipe: Recipe) -> Stage:
     """Profiles on the recipe's quiz, or on the section's own texts."""
     stage = _scoring_stage(recipe, "profile", recipe.profile, makes=(PROFILE,))
     texts = recipe.profile.text
+    return replace(_without_quiz(stage), texts=_names(texts)) if texts else stage
+
+
+def _trace_stage(recipe: Recipe, section: TraceSection) -> Stage:
+    """Traces the recipe's quiz, or texts."""
+    stage = _scoring_stage(recipe, "trace", section, makes=(TRACE,))
+    texts = section.texts_of(recipe)
     return replace(_without_quiz(stage), texts=_names(texts)) if texts else stage
 
 

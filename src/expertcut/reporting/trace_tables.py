@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from expertcut.profiling.trace import QuizTraceInfo, Trace
+from expertcut.profiling.trace import QuizTraceInfo, TextTraceInfo, Trace
 from expertcut.reporting.edit_tables import unit
 from expertcut.reporting.tables import Cell, Table, columns
 from expertcut.reporting.text_profile_tables import texts_line
@@ -14,8 +14,10 @@ def trace_facts(trace: Trace) -> list[tuple[str, str]]:
     if isinstance(info, QuizTraceInfo):
         n, quiz = trace.n_sequences, info.quiz
         read = ("quiz", f"{n:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots")
-    else:
+    elif isinstance(info, TextTraceInfo):
         read = ("text", texts_line(info.text))
+    else:
+        read = ("routes", info.routes.id)
     kept = [("gate weights", info.settings.weights), ("router logits", info.settings.logits)]
     named = " and ".join(["experts", *(name for name, is_kept in kept if is_kept)])
     size = unit(trace.size_bytes, "B")
