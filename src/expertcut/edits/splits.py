@@ -35,7 +35,7 @@ from expertcut.profiling.storage import (
     once_per_profile,
     profile_of,
 )
-from expertcut.profiling.trace import Trace, TracedQuiz
+from expertcut.profiling.trace import RoutesTraceInfo, Trace, TracedQuiz
 
 UNUSED = "were not used"
 
@@ -298,6 +298,11 @@ def traced_profile(trace: Trace) -> Profile:
 
     It knows model, settings and questions or documents, and no statistics.
     """
+    if isinstance(trace.info, RoutesTraceInfo):
+        raise ProfileError(
+            f"{trace.path} was made of routes, whose questions or texts are not known: trace a "
+            "quiz or texts"
+        )
     whole = profile_of(trace.path, trace.info)
     if isinstance(whole, TextProfile):
         part = TextPart(whole)
