@@ -21,7 +21,8 @@ from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit, removed_experts
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
-from expertcut.models.load import MODELLING_FILE, Source, modelling_code
+from expertcut.models.expert_routing import ROUTING_KEY
+from expertcut.models.load import MODELLING_FILE, ROUTED_EXACT_FILE, Source, modelling_code
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.models.validate import expert_count
 from expertcut.scoring.rerouting import Rerouting
@@ -29,13 +30,16 @@ from expertcut.scoring.rerouting import Rerouting
 # By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
 FAMILIES = dict(flex_olmo="FlexOlmo", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
 _MODULE = MODELLING_FILE.removesuffix(".py")
+_CODE = (MODELLING_FILE, ROUTED_EXACT_FILE)
 
 
 class ExactWriter(LayoutWriter):
     """Removed experts become constants; a bias stays a bias, and nothing else changes."""
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
-        _check_exact(read_config(source.path), is_cutting=is_cutting)
+        config = read_config(source.path)
+        refuse_routed(source, config)
+        _check_exact(config, is_cutting=is_cutting)
 
     def check_routing(self, source: Source, routing: Rerouting) -> None:
         raise ContractError(
@@ -98,8 +102,17 @@ def is_exact(config: Mapping[str, Any]) -> bool:
     """Whether a model has this layout."""
     classes = config.get("auto_map")
     named = classes.get("AutoModelForCausalLM") if isinstance(classes, Mapping) else None
-    is_named = isinstance(named, str) and named.rpartition(".")[0] == _MODULE
+    is_named = isinstance(named, str) and f"{named.rpartition('.')[0]}.py" in _CODE
     return is_named or has_constants(config) or "biased_gates" in config
+
+
+def refuse_routed(source: Source, config: Mapping[str, Any]) -> None:
+    """Raises ContractError for a model of this layout that has a routing rule too."""
+    if is_exact(config) and ROUTING_KEY in config:
+        raise ContractError(
+            f"{source.id} has layout exact and a routing rule ({config[ROUTING_KEY]['rule']}), so "
+            "it is neither cut nor reweighted: edit the model that it was made from, then route"
+        )
 
 
 def has_constants(config: Mapping[str, Any]) -> bool:
@@ -116,7 +129,7 @@ def has_earlier_names(config: Mapping[str, Any]) -> bool:
 
 
 def _check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
-    model_type = _family_type(config)
+    model_type = family_type(config)
     if is_exact(config) and is_cutting:
         raise ContractError(
             "the model has layout exact already: it can be reweighted, but to cut it again, cut "
@@ -148,7 +161,7 @@ def exact_config(
     so that with one both names change and both refuse the checkpoint.
     """
     _check_exact(config, is_cutting=any(removed.values()))
-    model_type, n_experts = _family_type(config), expert_count(dict(config)) or 0
+    model_type, n_experts = family_type(config), expert_count(dict(config)) or 0
     family = FAMILIES[model_type]
     auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
     edited = {**config, "auto_map": auto_map}
@@ -198,7 +211,7 @@ def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[in
     }
 
 
-def _family_type(config: Mapping[str, Any]) -> str:
+def family_type(config: Mapping[str, Any]) -> str:
     """The family's `model_type`, also for a model with biased gates."""
     model_type = str(config.get("model_type"))
     return model_type.removeprefix("exact_") if is_exact(config) else model_type

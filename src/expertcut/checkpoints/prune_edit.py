@@ -46,7 +46,8 @@ class PruneEdit(Edit):
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
         if isinstance(plan, EditPlan) and not plan.is_cut:
             return None
-        return cls(plan.blocks, plan.layout, plan.removed, plan.fold)
+        layout = plan.rows_layout if isinstance(plan, PlanFile) else plan.layout
+        return cls(plan.blocks, layout, plan.removed, plan.fold)
 
     def needs_engine(self, calibration: Calibration) -> bool:
         keeps_rows = LAYOUTS[self.layout].keeps_rows

@@ -15,13 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from expertcut.checkpoints.stock import StockWriter, refuse_routing_exact
+from expertcut.checkpoints.edit import TensorChanges
+from expertcut.checkpoints.exact import ExactWriter, family_type, is_exact
+from expertcut.checkpoints.stock import StockWriter
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models import contrast_generate
 from expertcut.models.checkpoint_dir import read_config, read_object
 from expertcut.models.devices import runs_on
 from expertcut.models.expert_routing import ROUTING_KEY, TYPE_PREFIX, ExpertRouting
 from expertcut.models.load import (
+    MODELLING_FILE,
+    ROUTED_EXACT_FILE,
     ROUTED_FILE,
     MoeModel,
     Source,
@@ -31,14 +36,23 @@ from expertcut.models.load import (
 from expertcut.scoring.rerouting import Rerouting, rerouted
 
 _ROUNDING = 2e-2  # of logits, in half precision
-_MODULE = ROUTED_FILE.removesuffix(".py")
 
 
 class RoutedWriter(StockWriter):
-    """Removed experts leave no row, as in stock; the rule goes into config.json."""
+    """Removed experts leave no row, as in stock; the rule goes into config.json.
+
+    On a model of layout exact its constants stay, and nothing but the rule is added.
+    """
+
+    def check(self, source: Source, *, is_cutting: bool) -> None:
+        check = _EXACT.check if is_exact(read_config(source.path)) else super().check
+        check(source, is_cutting=is_cutting)
+
+    def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
+        changes = _EXACT.changes if is_exact(read_config(source.path)) else super().changes
+        return changes(source, edits)
 
     def check_routing(self, source: Source, routing: Rerouting) -> None:
-        refuse_routing_exact(source)
         config, rule = read_config(source.path), routing.rule
         if ROUTING_KEY in config:
             raise ContractError(
@@ -50,36 +64,57 @@ class RoutedWriter(StockWriter):
                 f"rule {rule.rule} needs more than a router has at run time, so no checkpoint can "
                 "hold it: score it with expertcut, or take another rule"
             )
-        if "auto_map" in config:
+        if "auto_map" in config and not is_exact(config):
             raise ContractError(
                 f"{source.id} brings code of its own, which layout routed would replace: take "
                 "--layout stock with --rule top-k"
             )
         class_names(config)
 
+    def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
+        if not is_exact(read_config(source.path)):
+            return super().config(source, tensors, n_experts)
+        assert tensors.routing is not None, "or the layout would be exact"
+        return self._with_rule(_EXACT.config(source, tensors, n_experts), tensors.routing)
+
     def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
         return routed_config(config, routing)
 
     def files(self, source: Source) -> Mapping[str, bytes]:
-        return {ROUTED_FILE: modelling_code(ROUTED_FILE), **_tokenizer_files(source)}
+        names = [ROUTED_FILE]
+        if is_exact(read_config(source.path)):
+            names += [MODELLING_FILE, ROUTED_EXACT_FILE]
+        return {**{name: modelling_code(name) for name in names}, **_tokenizer_files(source)}
+
+
+_EXACT = ExactWriter()
 
 
 def routed_config(config: Mapping[str, Any], routing: ExpertRouting) -> dict[str, Any]:
     """The original config with the rule, and the names of the classes that run it."""
-    names = class_names(config)
+    names, family = class_names(config), family_type(config)
+    file, also, prefix = ROUTED_FILE, "", TYPE_PREFIX
+    if is_exact(config):
+        file, also, prefix = ROUTED_EXACT_FILE, "Exact", f"{TYPE_PREFIX}exact_"
+    module = file.removesuffix(".py")
     return {
         **config,
-        "architectures": [f"Routed{names['AutoModelForCausalLM']}"],
-        "model_type": f"{TYPE_PREFIX}{config['model_type']}",
-        "auto_map": {auto: f"{_MODULE}.Routed{name}" for auto, name in names.items()},
+        "architectures": [f"Routed{also}{names['AutoModelForCausalLM']}"],
+        "model_type": f"{prefix}{family}",
+        "auto_map": {auto: f"{module}.Routed{also}{name}" for auto, name in names.items()},
         ROUTING_KEY: routing.model_dump(mode="json"),
     }
 
 
 def check_contrast(source: Source) -> None:
     """Raises a ContractError if the routers of a model are not its family's own."""
-    refuse_routing_exact(source)
-    if (routing := read_config(source.path).get(ROUTING_KEY)) is not None:
+    config = read_config(source.path)
+    if is_exact(config):
+        raise ContractError(
+            f"{source.id} has layout exact, whose constants a weak run would miss: contrast the "
+            "model that it was made from"
+        )
+    if (routing := config.get(ROUTING_KEY)) is not None:
         raise ContractError(
             f"{source.id} has a routing rule already ({routing['rule']}): contrast the model that "
             "it was made from"
@@ -133,7 +168,7 @@ def class_names(config: Mapping[str, Any]) -> dict[str, str]:
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    family, models = str(config.get("model_type")), AutoModelForCausalLM._model_mapping
+    family, models = family_type(config), AutoModelForCausalLM._model_mapping
     own: Any = CONFIG_MAPPING[family] if family in CONFIG_MAPPING else None  # noqa: SIM401
     if own is None or own not in models:
         raise ContractError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
-from expertcut.checkpoints.exact import is_exact
+from expertcut.checkpoints.exact import is_exact, refuse_routed
 from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import Positions
@@ -34,6 +34,7 @@ class StockWriter(LayoutWriter):
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
         config = read_config(source.path)
+        refuse_routed(source, config)
         if is_exact(config):
             raise ContractError(
                 f"{source.id} has layout exact, which layout stock cannot carry on: take --layout "
@@ -46,8 +47,12 @@ class StockWriter(LayoutWriter):
             logger.warning("%s keeps its routing rule: %s", source.id, routing.rule)
 
     def check_routing(self, source: Source, routing: Rerouting) -> None:
-        refuse_routing_exact(source)
         config = read_config(source.path)
+        if is_exact(config):
+            raise ContractError(
+                f"{source.id} has layout exact, on which a rule is in layout routed only: take "
+                "--layout routed"
+            )
         if routing.rule.rule != "top-k":
             raise ContractError(
                 "layout stock has no place for a threshold by token: take --layout routed, or "
@@ -131,15 +136,6 @@ class StockWriter(LayoutWriter):
     def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
         """The config with the rule in it."""
         return with_top_k(config, int(routing.layers[0]))
-
-
-def refuse_routing_exact(source: Source) -> None:
-    """Raises ContractError for a model of layout exact, which no routing rule goes with."""
-    if is_exact(read_config(source.path)):
-        raise ContractError(
-            f"{source.id} has layout exact, which has no place for a routing rule: route the model "
-            "that it was made from"
-        )
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:

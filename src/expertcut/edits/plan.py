@@ -178,6 +178,11 @@ class PlanFile(Record):
         """Fingerprint of the checkpoint that was healed; None where that was not the last step."""
         return self.model.fingerprint if self.action.startswith("heal ") else None
 
+    @property
+    def rows_layout(self) -> Layout:
+        """The layout that router rows follow: exact also where a rule was put on constants."""
+        return "exact" if self.removal == "constant" else self.layout
+
 
 @dataclass(frozen=True)
 class ExpertIds:
@@ -349,7 +354,7 @@ def expert_ids(profile: Profile) -> ExpertIds:
     constant: dict[str, frozenset[int]] = {}
     for block in profile.info.model.blocks:
         edit, same = plan.blocks.get(block.name, BlockEdit(keep=())), tuple(range(block.experts))
-        own = edit.ids(plan.layout) or same
+        own = edit.ids(plan.rows_layout) or same
         if block.name not in plan.blocks or len(own) != block.experts:
             raise PlanError(
                 f"{folder / PLAN_FILE} is not of this checkpoint, whose {block.name} has "

@@ -237,6 +237,8 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
     fitted = questions.tuning if draft.is_fitting else None
     rules = LAYOUTS[draft.layout]
     is_merging = any(edit.merged for edit in draft.edits.values())
+    # A rule keeps the constants of layout exact.
+    rows_layout = "exact" if draft.numbers.constant else draft.layout
     model = plans.plan_model(profile.info.model)
     if (folder := plans.model_folder(profile)) is not None:
         model = model.model_copy(update={"id": absolute_id(str(folder), None)})
@@ -245,7 +247,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
         action=draft.action,
         criterion=draft.criterion,
         positions=draft.positions,
-        removal="merge" if is_merging else rules.removal,
+        removal="merge" if is_merging else LAYOUTS[rows_layout].removal,
         layout=draft.layout,
         removed=draft.removed if "removed" in rules.options else None,
         fold=draft.fold if "fold" in rules.options and not is_merging else None,
@@ -263,8 +265,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
         blend=draft.blend,
         tuning=draft.tuning,
         blocks={
-            name: draft.numbers.named(name, edit, draft.layout)
-            for name, edit in draft.edits.items()
+            name: draft.numbers.named(name, edit, rows_layout) for name, edit in draft.edits.items()
         },
     )
 

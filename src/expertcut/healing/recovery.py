@@ -168,6 +168,7 @@ def healed_plan(
             blocks[name] = edit.model_copy(update=no_change)
     config = read_config(source.path)
     layout: Layout = "exact" if is_exact(config) else "stock"
+    removal = LAYOUTS[layout].removal
     if ROUTING_KEY in config:
         layout = "routed"
     return plans.PlanFile(
@@ -175,7 +176,7 @@ def healed_plan(
         action=f"heal --objective {objective}",
         criterion="by hand",
         positions="all",
-        removal=LAYOUTS[layout].removal,
+        removal=removal,
         layout=layout,
         removed=before.removed if before else None,
         routing=before.routing if before else None,

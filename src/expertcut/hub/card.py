@@ -15,14 +15,14 @@ import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from expertcut import __version__
-from expertcut.checkpoints.exact import has_constants, has_earlier_names
+from expertcut.checkpoints.exact import has_constants, has_earlier_names, is_exact
 from expertcut.checkpoints.export import edits_of
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.models.expert_routing import ROUTING_KEY
-from expertcut.models.load import MODELLING_FILE, ROUTED_FILE
+from expertcut.models.load import MODELLING_FILE, ROUTED_EXACT_FILE, ROUTED_FILE
 from expertcut.reporting import (
     edit_tables,
     eval_tables,
@@ -92,6 +92,8 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
         f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
     )
     code = ROUTED_FILE if is_routed else MODELLING_FILE
+    if is_routed and is_exact(checkpoint.config):
+        code = f"{ROUTED_EXACT_FILE} and the two files that it imports"
     needs = f"5.22 or later, with trust_remote_code=True: {code} comes along"
     if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
@@ -222,7 +224,7 @@ def _facts(
         "judged": found,
         "size": _size(checkpoint, evaluated),
         "loaders": loaders(checkpoint, place.repo, place.revision),
-        "is_misread": has_constants(config) and "biased_gates" not in config,
+        "is_misread": has_constants(config) and not {"biased_gates", ROUTING_KEY} & set(config),
         "has_earlier_names": has_earlier_names(config),
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),

@@ -16,12 +16,17 @@ from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 from expertcut.checkpoints.exact import has_constants, is_exact
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.edits import plan as plans
-from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.results import ModelResult, QuizResults, Results, load_results
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ROUTING_KEY
-from expertcut.models.load import MODELLING_FILE, ROUTED_FILE, Source, find_source
+from expertcut.models.load import (
+    MODELLING_FILE,
+    ROUTED_EXACT_FILE,
+    ROUTED_FILE,
+    Source,
+    find_source,
+)
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
 from expertcut.reporting.tables import one_line
@@ -108,7 +113,7 @@ def verified(folder: Path) -> Checkpoint:
         # Those that are not constants.
         own = [number for row, number in rows if not block.by_expert or block.by_expert[row]]
         is_right = block.n_experts == len(edit.keep) == n_experts
-        if LAYOUTS[plan.layout].keeps_rows:
+        if plan.removal == "constant":
             is_right = set(own) == set(edit.keep)
         if not is_right:
             raise PlanError(
@@ -117,6 +122,7 @@ def verified(folder: Path) -> Checkpoint:
                 "plan back that made them"
             )
     needed = {MODELLING_FILE: is_exact(config), ROUTED_FILE: ROUTING_KEY in config}
+    needed[ROUTED_EXACT_FILE] = all(needed.values())
     lost = [file for file, is_it in needed.items() if is_it and not (folder / file).is_file()]
     if lost:
         raise ModelError(f"{folder} lacks {lost[0]}, which config.json names: export it again")

@@ -28,6 +28,13 @@ from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
 MODELLING_FILE, ROUTED_FILE = "modeling_exact.py", "modeling_routed.py"
+ROUTED_EXACT_FILE = "modeling_routed_exact.py"
+# By the file that config.json names: itself, and those that it imports.
+_CODE_FILES = {
+    MODELLING_FILE: (MODELLING_FILE,),
+    ROUTED_FILE: (ROUTED_FILE,),
+    ROUTED_EXACT_FILE: (ROUTED_EXACT_FILE, MODELLING_FILE, ROUTED_FILE),
+}
 # SHA-256 of earlier files: two whose constants are called `experts.<id>.approx_value`, and one
 # whose rule skip compares with the largest gate weight even where `most` leaves that expert out.
 _EARLIER_FILES = (
@@ -46,17 +53,21 @@ def modelling_code(name: str = MODELLING_FILE) -> bytes:
 
 
 def runs_our_code_only(folder: Path, config: dict[str, Any]) -> bool:
-    """Whether all code that config.json names is one modelling file of this package."""
+    """Whether all code that config.json names is a modelling file of this package."""
     named = config.get("auto_map")
     if not isinstance(named, dict):
         return False
     # A name with `--` before it is a class of another repository.
     stems = {c.rpartition(".")[0] if isinstance(c, str) else "" for c in named.values()}
     name = f"{stems.pop()}.py" if len(stems) == 1 else ""
-    if name not in (MODELLING_FILE, ROUTED_FILE) or not (folder / name).is_file():
-        return False
-    content = (folder / name).read_bytes()
-    return content == modelling_code(name) or hashlib.sha256(content).hexdigest() in _EARLIER_FILES
+    files = _CODE_FILES.get(name, ())
+    return bool(files) and all(_is_ours(folder / file) for file in files)
+
+
+def _is_ours(file: Path) -> bool:
+    content = file.read_bytes() if file.is_file() else b""
+    known = hashlib.sha256(content).hexdigest()
+    return content == modelling_code(file.name) or known in _EARLIER_FILES
 
 
 def check_named(folder: Path, config: dict[str, Any]) -> None:
