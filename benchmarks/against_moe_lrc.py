@@ -6,7 +6,8 @@ FOLDER is a copy of github.com/ljcleo/moe-lrc (Liang et al. 2025); its scripts 3
 are run as they are, one sequence after another in one process. No ratio is printed where a figure
 differs by more than 1e-6. moe-lrc counts the first C experts that a cache loads as hits; they are
 taken off. Its scripts find all sizes of a cache in one pass, ours those that `show` prints: the
-experts of a token 1, 2 and 4 times. --write FILE makes tests/profiling/moe_lrc.json instead.
+experts of a token 1, 2 and 4 times. --write FILE makes tests/profiling/moe_lrc.json instead;
+--whole times all that `show` prints of a trace, alone.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import numpy as np
 
 from benchmarks.common import RUNS, report
 from expertcut.profiling import locality
-from expertcut.profiling.trace import Sequence
+from expertcut.profiling.trace import Sequence, load_trace
+from expertcut.profiling.trace_findings import TraceFindings
 from expertcut.stats import Array
 
 SEGMENTS = (4, 16)
@@ -88,8 +90,13 @@ def their_hits(theirs: dict[str, types.ModuleType], experts_STK: Array, n_expert
 def our_srp(experts_STK: Array, n_experts: int) -> Array:
     """The same, by ours."""
     sequences = [Sequence(e[:, None], np.zeros(len(e))) for e in experts_STK]
-    uses = [locality.segment_uses(sequences, [n_experts], m).sum((0, 1)) for m in SEGMENTS]
-    return np.array([locality.best_f1(uses_M) for uses_M in uses])
+    found = []
+    for m in SEGMENTS:
+        uses_SM = locality.segment_uses(sequences, [n_experts], m).sum(1).astype(float)
+        found.append(locality.best_f1(uses_SM.sum(0)))
+        # Theirs draws 1,000 times too.
+        locality.interval(lambda w_DS, of=uses_SM: locality.best_f1(w_DS @ of)[0], len(uses_SM))
+    return np.array(found)
 
 
 def our_hits(experts_STK: Array, n_experts: int, sizes: list[int]) -> Array:
@@ -134,6 +141,27 @@ def vectors(folder: Path) -> list[dict[str, Any]]:
     return groups
 
 
+def whole() -> None:
+    """Seconds of every number of `show` on a made trace of 64,000 tokens, 16 layers, 8 of 64."""
+    rng, names = np.random.default_rng(0), tuple(f"layer {layer}" for layer in range(16))
+    layers = [sticky(rng, (125, 512, 8), 64, 0.8) for _ in names]
+    rows = [Sequence(e, rng.zipf(1.3, 512) % 50_000) for e in np.stack(layers, 2)]
+    halves = (rows[::2], rows[1::2])
+    made: Any = types.SimpleNamespace(
+        halves=lambda: halves, n_experts_L=np.full(16, 64), block_names=names
+    )
+    findings = TraceFindings(made)
+    parts = ("locality", "predictability", "load", "drops", "information_nats")
+    took = []
+    for part in parts:
+        started = time.process_time()
+        getattr(findings, part)
+        took.append([part, time.process_time() - started])
+    took.append(["all", sum(seconds for _, seconds in took)])
+    heads = {"part": "", "processor seconds": ".1f"}
+    report(RUNS / "trace_findings.json", "show, 64,000 tokens, 16 layers, 8 of 64", heads, took)
+
+
 def clocked(call: Callable[..., Array], *arguments: Any) -> tuple[Array, float]:
     """What a call returns, and its seconds."""
     started = time.perf_counter()
@@ -145,22 +173,35 @@ def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--moe-lrc", type=Path, required=True, help="a copy of its repository")
+    options.add_argument("--moe-lrc", type=Path, help="a copy of its repository")
     options.add_argument("--sequences", type=int, default=128)
+    options.add_argument("--rounds", type=int, default=ROUNDS)
     options.add_argument("--tokens", type=int, default=512, help="of a sequence")
     options.add_argument("--experts", type=int, nargs=2, default=(64, 8), metavar=("E", "K"))
+    options.add_argument("--trace", type=Path, help="sequences of a trace, its layers as more")
+    options.add_argument("--whole", action="store_true", help="time every number of show instead")
     options.add_argument("--write", type=Path, help="write the vectors of the tests here")
     options.add_argument("--out", type=Path, default=RUNS / "against_moe_lrc.json")
     asked = options.parse_args()
+    if asked.whole:
+        whole()
+        return
     if asked.write:
         asked.write.write_text(json.dumps(vectors(asked.moe_lrc), separators=(",", ":")) + "\n")
         return
-    (n_experts, top_k), rng = asked.experts, np.random.default_rng(0)
-    shape = (asked.sequences, asked.tokens, top_k)
-    experts_STK = sticky(rng, shape, n_experts, 0.8)
+    n_experts, top_k = asked.experts
+    if asked.trace:
+        trace = load_trace(asked.trace)
+        long = [s.experts_TLK[: asked.tokens] for s in trace.sequences() if len(s) >= asked.tokens]
+        experts_STK = np.concatenate(np.stack(long[: asked.sequences]).transpose(2, 0, 1, 3))
+        n_experts, top_k = int(trace.n_experts_L[0]), experts_STK.shape[2]
+    else:
+        shape = (asked.sequences, asked.tokens, top_k)
+        experts_STK = sticky(np.random.default_rng(0), shape, n_experts, 0.8)
+    shape = experts_STK.shape
     theirs, sizes = scripts(asked.moe_lrc, n_experts, top_k), [top_k, 2 * top_k, 4 * top_k]
     rows, kinds = list[list[Any]](), "LRU, LFU, Belady, SCH 4 and 16"
-    for turn in range(ROUNDS):
+    for turn in range(asked.rounds):
         their_f1, their_srp_s = clocked(their_srp, theirs, experts_STK, n_experts)
         our_f1, our_srp_s = clocked(our_srp, experts_STK, n_experts)
         hits, their_hits_s = clocked(their_hits, theirs, experts_STK, n_experts)

@@ -49,7 +49,7 @@ EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named
 OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seeds", "--worlds"}
 OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 133
-MAX_PAGES = 16  # beside log.md
+MAX_PAGES = 17  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:

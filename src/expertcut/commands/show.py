@@ -9,12 +9,14 @@ from pydantic import model_validator
 from expertcut.commands import SILENT, UI, JudgedSettings, argument
 from expertcut.edits.edit_settings import CRITERIA_HERE, Criterion
 from expertcut.edits.layouts import Positions
-from expertcut.errors import OutputError
+from expertcut.errors import OutputError, SettingsError
 from expertcut.reporting.tables import as_csv, as_markdown
-from expertcut.settings import Count, FilePath, Texts, flag_of, option, refuse
+from expertcut.settings import Count, FilePath, Text, Texts, flag_of, numbers_in, option, refuse
 
 if TYPE_CHECKING:
     from expertcut.reporting.views import Shown
+
+_MAX_SIZE = 1 << 16
 
 
 class ShowSettings(JudgedSettings):
@@ -58,6 +60,14 @@ class ShowSettings(JudgedSettings):
         0.5, "Share of the experts that they remove, without --keep.", metavar="F", ge=0, lt=1,
         in_recipe=False,
     )  # fmt: skip
+    segments: Text | None = option(
+        None, "Tokens of a segment, of a trace.  [default: 4,16,64,256]", metavar="N,N,…",
+        in_recipe=False,
+    )  # fmt: skip
+    cache: Text | None = option(
+        None, "Experts that a cache holds, as multiples of those of a token, of a trace.  "
+        "[default: 1,2,4]", metavar="X,X,…", in_recipe=False,
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _several_profiles_overlap(self) -> Self:
@@ -83,10 +93,15 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     from expertcut.reporting.views import find_shown
 
     margin = settings.margin / 100
+    segments = [int(m) for m in _sizes(settings.segments, "--segments", "a whole number of tokens")]
+    caches = _sizes(settings.cache, "--cache", "a number")
     if settings.overlap:
         shown = _overlap(settings)
     else:
-        shown = find_shown(settings.path, settings.subjects, settings.criteria, margin)
+        shown = find_shown(
+            settings.path, settings.subjects, settings.criteria, margin,
+            segments=segments, caches=caches,
+        )  # fmt: skip
     if settings.format == "table":
         ui.say([], headline := shown.headline())
         is_whole = settings.tables or settings.subjects or not headline
@@ -95,6 +110,16 @@ def run(settings: ShowSettings, ui: UI = SILENT) -> "Shown":
     else:
         ui.text(text_of(shown, settings.format))
     return shown
+
+
+def _sizes(text: str | None, option: str, what: str) -> list[float]:
+    """Segment lengths or cache sizes, smallest first; none without a text."""
+    sizes: set[float] = set()
+    for part, size in numbers_in(text or "") if text is not None else ():
+        if not 1 <= size <= _MAX_SIZE or ("whole" in what and size % 1):
+            raise SettingsError(f"{option}: {part[:40]!r} must be {what} from 1 on")
+        sizes.add(size)
+    return sorted(sizes)
 
 
 def _overlap(settings: ShowSettings) -> "Shown":

@@ -21,6 +21,7 @@ from expertcut.reporting.generation_page import generation_sections
 from expertcut.reporting.page_sections import Explorer, Section, figures_of
 from expertcut.reporting.plots import colour_stops, draw
 from expertcut.reporting.tables import as_csv, printable
+from expertcut.reporting.trace_page import trace_sections
 from expertcut.reporting.views import Run, gather
 
 SECTIONS = (
@@ -30,6 +31,7 @@ SECTIONS = (
     page_sections.change_sections,
     page_sections.search_sections,
     expert_sections,
+    trace_sections,
     page_sections.provenance_sections,
 )
 PAGE = "report.html"

@@ -18,6 +18,7 @@ from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
 from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
+from expertcut.profiling.trace import RoutesTraceInfo
 from expertcut.reporting import (
     edit_tables,
     eval_tables,
@@ -498,15 +499,17 @@ def provenance_sections(run: Run) -> list[Section]:
         facts["Stages of the run"] = Facts(stages)
     if recipe := views.recipe_in(run.path):
         facts["Recipe"] = Lines(recipe)
-    for profile in run.profiles:
-        notes = views.notes_in(profile.file.parent / views.RUN_FILE)
-        info = profile.content.profile.info
-        facts[f"Profile {profile.name}"] = Facts(
-            _profile(info, notes, _quiz(info.quiz, info.quiz.id))
-        )
-    for text in run.texts:
-        notes, own = views.notes_in(text.file.parent / views.RUN_FILE), text.content.info
-        facts[f"Profile {text.name}"] = Facts(_profile(own, notes, _texts(own.text)))
+    infos: dict[str, tuple[Path, AnyProfileInfo]] = {
+        **{f"Profile {p.name}": (p.file, p.content.profile.info) for p in run.profiles},
+        **{f"Profile {text.name}": (text.file, text.content.info) for text in run.texts},
+    }
+    for trace in run.traces:
+        if not isinstance(traced := trace.content.info, RoutesTraceInfo):  # whose quiz is not known
+            infos[f"Trace {trace.name}"] = (trace.file, traced)
+    for title, (file, info) in infos.items():
+        notes = views.notes_in(file.parent / views.RUN_FILE)
+        read = _quiz(info.quiz, info.quiz.id) if info.text is None else _texts(info.text)
+        facts[title] = Facts(_profile(info, notes, read))
     facts |= {f"Plan {plan.name}": Facts(_plan(plan.content)) for plan in run.plans}
     facts |= {f"Results {found.name}": Facts(_results(found.content)) for found in run.results}
     parts = [Folded(title, [part]) for title, part in facts.items()]

@@ -36,7 +36,7 @@ _LEGEND: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Heat:
-    """A map with a row per layer; NaN cells are hatched and explained by `undefined`."""
+    """A map with a row per `down`; NaN cells are hatched and explained by `undefined`."""
 
     key: str
     title: str
@@ -48,6 +48,7 @@ class Heat:
     low: float = 0.0  # colours reach from low to high; values outside have the colour of that end
     high: float = 1.0
     undefined: str = "never chosen"
+    down: str = "layer"
 
     def table(self) -> Table:
         """One row per cell, in full precision."""
@@ -56,7 +57,7 @@ class Heat:
             for layer, values in enumerate(self.rows)
             for i, value in enumerate(values)
         ]
-        names = ("layer", self.across, self.column.name)
+        names = (self.down, self.across, self.column.name)
         return Table(self.title, tuple(map(Column, names)), cells)
 
     def as_json(self) -> dict[str, Any]:
@@ -67,7 +68,10 @@ class Heat:
             "rows": [rounded(values) for values in self.rows],
             "name": self.column.name,
             "spec": self.column.spec,
-            **{key: getattr(self, key) for key in ("across", "first", "low", "high", "undefined")},
+            **{
+                key: getattr(self, key)
+                for key in ("across", "down", "first", "low", "high", "undefined")
+            },
         }
 
 
@@ -324,7 +328,7 @@ def _draw_heat(canvas: "Canvas", axes: "Axes", figure: Heat) -> None:
     is_hatched = any(np.isnan(values).any() for values in figure.rows)
     hatched = f" (hatched: {figure.undefined})" if is_hatched else ""
     axes.set_xlabel(printable(figure.across) + hatched)
-    axes.set_ylabel("layer")
+    axes.set_ylabel(printable(figure.down))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True))
     below, above = bool((padded_LE < figure.low).any()), bool((padded_LE > figure.high).any())

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,6 +35,7 @@ from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
 from expertcut.profiling.storage import TextProfile, load_profile
 from expertcut.profiling.trace import TRACE_FILE, Trace, load_trace
+from expertcut.profiling.trace_findings import CACHES, SEGMENTS, TraceFindings
 from expertcut.reporting import (
     dispatch_tables,
     edit_tables,
@@ -209,12 +210,19 @@ class Shown:
 
 
 def find_shown(
-    path: Path, by_subject: bool = False, by_criteria: bool = False, margin: float = MARGIN
+    path: Path,
+    by_subject: bool = False,
+    by_criteria: bool = False,
+    margin: float = MARGIN,
+    *,
+    segments: Sequence[int] = (),
+    caches: Sequence[float] = (),
 ) -> Shown:
     """The view of a profile, trace, plan, results or other document, with verdicts.
 
     With `by_subject`, tables of a profile's subjects follow, and the flat table has a row per
-    expert and subject. With `by_criteria`, only the criteria are shown.
+    expert and subject. With `by_criteria`, only the criteria are shown. A trace is measured in
+    segments of so many tokens, and for caches of so many times the experts of a token.
     """
     if by_subject and by_criteria:
         raise SettingsError("--subjects and --criteria show different tables: give one of them")
@@ -233,6 +241,11 @@ def find_shown(
     if by_subject or by_criteria:
         option = "--subjects" if by_subject else "--criteria"
         raise SettingsError(f"{option}: {path} is not a profile: name one or omit the option")
+    if (path / TRACE_FILE).is_file() or path.name == TRACE_FILE:
+        return _trace(path if path.is_dir() else path.parent, segments, caches)
+    if segments or caches:
+        option = "--segments" if segments else "--cache"
+        raise SettingsError(f"{option}: {path} is not a trace: name one or omit the option")
     return _document(path, margin)
 
 
@@ -254,7 +267,6 @@ def _document(path: Path, margin: float) -> Shown:
         by_key |= {"cells": SWEEP_FILE, "harms": AUDIT_FILE, "noise_gain": ORACLE_FILE}
         by_key |= {"same_questions": HOLDING_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
-        kind = TRACE_FILE if path.name == TRACE_FILE else kind
         return _VIEWS[kind](path, margin)
     raise OutputError(
         f"nothing to show in {path}: no profile, plan, results, sweep, audit or run, and no "
@@ -292,14 +304,19 @@ def _text_profile(profile: TextProfile, by_subject: bool) -> Shown:
     )
 
 
-def _trace(path: Path, _margin: float) -> Shown:
-    trace = load_trace(path if path.is_dir() else path.parent)
+def _trace(path: Path, segments: Sequence[int], caches: Sequence[float]) -> Shown:
+    trace = load_trace(path)
     trace.check_whole()
+    findings = TraceFindings(trace, segments or SEGMENTS, caches or CACHES)
+    facts = trace_tables.trace_facts(trace)
     return Shown(
-        lambda: [trace_tables.trace_table(trace)],
-        partial(trace_tables.trace_table, trace),
-        partial(trace_tables.trace_json, trace),
-        lambda: [labelled(*fact) for fact in trace_tables.trace_facts(trace)],
+        partial(trace_tables.finding_tables, findings),
+        partial(trace_tables.layers_csv, findings),
+        partial(trace_tables.trace_json, findings),
+        lambda: [
+            *(labelled(*fact) for fact in facts),
+            *(labelled("", text) for text in trace_tables.finding_sentences(findings)),
+        ],
     )
 
 
@@ -438,7 +455,6 @@ def _dispatch(path: Path, _margin: float) -> Shown:
 
 
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
-    TRACE_FILE: _trace,
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
         proof := load_cross_fit(path), [edit_tables.cross_fit_table(proof)], edit_tables.proof_csv

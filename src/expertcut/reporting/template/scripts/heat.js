@@ -35,7 +35,7 @@ class Heat {
     this.over = svg("svg", { class: "over" });
     this.plane = html("div", {
       class: "heat", tabindex: "0", role: "application",
-      "aria-label": `${figure.title}: a map of layers and ${figure.across}s; arrow keys move, Enter chooses`,
+      "aria-label": `${figure.title}: a map of ${figure.down}s and ${figure.across}s; arrow keys move, Enter chooses`,
     }, this.canvas, this.over);
     this.legend = this.makeLegend();
     this.marked = { removed: [], tilted: [] };
@@ -114,7 +114,7 @@ class Heat {
       nodes.push(svg("text", { x, y: height + 14, "text-anchor": "middle" }, String(figure.first + column)));
     }
     nodes.push(svg("text", { x: LEFT + (w * this.columns) / 2, y: height + 31, "text-anchor": "middle" }, figure.across));
-    nodes.push(svg("text", { transform: `translate(11 ${height / 2}) rotate(-90)`, "text-anchor": "middle" }, "layer"));
+    nodes.push(svg("text", { transform: `translate(11 ${height / 2}) rotate(-90)`, "text-anchor": "middle" }, figure.down));
     this.marks = [svg("path", { class: "mark-halo" }), svg("path", { class: "mark" })];
     this.frame = svg("g", { visibility: "hidden" }, svg("rect", { class: "halo" }), svg("rect", { class: "hover" }));
     this.pickedFrame = svg("g", { visibility: "hidden" }, svg("rect", { class: "halo" }), svg("rect", { class: "picked" }));
@@ -211,7 +211,7 @@ function plainHeat(box, figure) {
   const heat = new Heat(box, figure, {
     hover(row, column, x, y) {
       heat.hover(row, column);
-      const title = `layer ${row}, ${figure.across} ${figure.first + column}`;
+      const title = `${figure.down} ${row}, ${figure.across} ${figure.first + column}`;
       showTip(title, [[figure.name, format(figure.spec, figure.rows[row][column])]], x, y);
     },
     leave() { heat.leave(); hideTip(); },
