@@ -1,7 +1,9 @@
 """`expertcut route`: a checkpoint answers as its rule at run time, and nothing is written else."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from expertcut.checkpoints.build import engine_as_profiled, found_source
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.plan import load_plan
 from expertcut.errors import SettingsError
+from expertcut.evaluation import route_tuning
 from expertcut.evaluation.holding import load_holding
 from expertcut.evaluation.route_results import load_route_sweep
 from expertcut.models.load import LoadOptions, find_source, load
@@ -97,7 +100,30 @@ def test_tuning_writes_what_holds_and_else_the_proof_alone(
     assert "no checkpoint" in said and not (world / "not/plan.json").exists()
     assert load_holding(world / "not").experts is None
     assert "Cross-fit of" in expertcut("show not") and "Cross-fit of" in expertcut("show held")
-    assert not list(world.glob(".held.tuning"))
+    assert not list(world.glob(".*.tuning"))
+
+
+def test_what_is_not_shown_to_hold_is_written_only_if_forced(
+    world: Path, expertcut: Commands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def undecided(*given: Any) -> Any:
+        found = own(*given)
+        assert found.routing is not None and found.proof is not None
+        return replace(found, proof=found.proof.model_copy(update={"verdict": "no evidence"}))
+
+    own = route_tuning.tune
+    monkeypatch.setattr(route_tuning, "tune", undecided)
+    line = "route --profile p --rule skip --tune --cross-fit --random-draws 2 --no-verify"
+    line += " --margin 100 --out made"
+    said = " ".join(expertcut(line).split())
+    assert "hold: --force --force-write writes it, from what stays in .made.tuning" in said
+    assert load_holding(world / "made").verdict == "no evidence"
+    assert [file.name for file in (world / "made").iterdir()] == ["holding.json"]
+    expertcut(f"{line} --force --force-write")
+    plan = load_plan(world / "made")
+    assert plan.routing is not None and not list(world.glob(".*.tuning"))
+    assert "made stays as it was" in expertcut(f"{line} --force"), "a proof replaces no checkpoint"
+    assert load_plan(world / "made") == plan
 
 
 def test_what_a_fit_reads_counts_as_used(world: Path, expertcut: Commands) -> None:

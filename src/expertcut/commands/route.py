@@ -239,16 +239,23 @@ def draft_of(choice: Choice, settings: RouteSettings) -> "EditPlan":
 def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files = None) -> object:
     """Writes the checkpoint or the plan; without a rule that holds, only the proof."""
     from expertcut.checkpoints.build import build, write_plan
-    from expertcut.edits.plan import HOLDING_FILE
+    from expertcut.edits.plan import HOLDING_FILE, PLAN_FILE
 
     profile, folder, proof = choice.profile, settings.out or choice.folder, choice.proof
+    kept_in = working_folder(folder)
     files = {**(extra_files or {})} | ({HOLDING_FILE: proof.json_bytes()} if proof else {})
     options = settings.build_options(files)
     is_held = proof is None or proof.verdict == "holds" or settings.force_write
     if choice.routing is None or not is_held:
         why = "no checkpoint, for no smaller number of experts is shown to hold"
         if choice.routing is not None:
-            why = "no checkpoint, for this is not shown to hold: --force-write writes it"
+            why = "no checkpoint, for this is not shown to hold: --force --force-write writes it, "
+            why += f"from what stays in {folder.with_name(kept_in.name)}"
+        else:
+            shutil.rmtree(kept_in, ignore_errors=True)
+        if (folder / PLAN_FILE).is_file():
+            ui.end([], f"{why}; {folder} stays as it was")  # --force replaces by a whole one
+            return None
         if files:
             write_plan(profile, None, folder, options)
             why += f"; the proof is in {folder}" if proof else ""
@@ -257,7 +264,7 @@ def write(choice: Choice, settings: RouteSettings, ui: UI, extra_files: Files = 
     make = write_plan if settings.plan_only else build
     built = make(profile, draft_of(choice, settings), folder, options)
     if settings.tune:
-        shutil.rmtree(working_folder(folder), ignore_errors=True)
+        shutil.rmtree(kept_in, ignore_errors=True)
     settings.say_profile(profile, ui)
     settings.say_result(built, folder, profile, [], ui)
     return built or folder
