@@ -113,7 +113,7 @@ def test_the_card_of_a_rule_has_its_proof_and_how_to_load_it(made: Path) -> None
         f"with expertcut: `{load_plan(made / 'routed').action}`.",
         "Routers choose by rule skip at ",
         f"## Does the procedure hold?\n\n{proof.sentence}\n",
-        "| random (1 draws) | ",
+        "| random (1 draw) | ",
         f"Chosen in the folds: {proof.folds[0].experts:g}, ",
         f"([holding.json](https://huggingface.co/{REPO}/blob/main/holding.json))",
         "5.22 or later, with trust_remote_code=True: modeling_routed.py comes along",

@@ -101,7 +101,7 @@ def sweep_table(sweep: RouteSweep, margin: float = MARGIN) -> Table:
 
     def add_draws(name: str, draws: Sequence[RouteCell | RouteTextCell]) -> None:
         if draws:
-            row: list[Cell] = [f"{name}, {len(draws)} draws"]
+            row: list[Cell] = [f"{name}, {_counted(len(draws), 'draw')}"]
             row.append(_mean(c.experts_per_token for c in draws))
             rows.append(row + [own.draws(draws) for own in figures])
 
@@ -137,6 +137,10 @@ def _text_verdict(cell: RouteTextCell) -> str | None:
 
 def _mean(values: Iterable[float]) -> float:
     return float(np.mean([*values]))
+
+
+def _counted(n: int, noun: str) -> str:
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -225,8 +229,8 @@ def _matched_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
     if not p_values:
         return []
     shown = sum(p < LEVEL for p in p_values)
-    text = f"as many random experts left out do worse in {shown} of {len(p_values)} setting"
-    text += f"{'s' if len(p_values) > 1 else ''} (p < {LEVEL:g} each, {n} draws)"
+    text = f"as many random experts left out do worse in {shown} of "
+    text += f"{_counted(len(p_values), 'setting')} (p < {LEVEL:g} each, {_counted(n, 'draw')})"
     few = f"; p cannot fall below {1 / (1 + n):.2g}" if 1 / (1 + n) >= LEVEL else ""
     return [("left out", text + few)]
 
@@ -258,7 +262,7 @@ def _quiz_facts(sweep: RouteSweep, margin: float) -> list[tuple[str, str]]:
     if controls:
         shares = [c.accuracy for c in controls]
         text = f"random experts with the router's weights: {edits.percent(_mean(shares))} "
-        text += f"({edits.interval_text(_range(shares))} in {len(shares)} draws)"
+        text += f"({edits.interval_text(_range(shares))} in {_counted(len(shares), 'draw')})"
         facts.append(("control", text))
     ranked = [c for c in cells if c.difficulty.ci95 is not None and c.difficulty.rho]
     if ranked:
@@ -292,8 +296,9 @@ def _text_facts(sweep: RouteSweep) -> list[tuple[str, str]]:
     controls = [c for c in sweep.controls if isinstance(c, RouteTextCell)]
     if controls:
         losses = [c.delta_loss for c in controls]
-        text = f"random experts with the router's weights lose {_mean(losses):.3f} nats a token "
-        facts.append(("control", f"{text}({text_span(_range(losses), '.3f')})"))
+        mean = signed(_mean(losses), "+.3f")
+        text = f"random experts with the router's weights: {mean} nats a token "
+        facts.append(("control", f"{text}({text_span(_range(losses), '+.3f')})"))
     return facts
 
 
@@ -367,7 +372,7 @@ def holding_table(proof: HoldingResult) -> Table:
     if proof.random is not None:
         r = proof.random
         text = f"{edits.points(r.delta_mean)} ({edits.span(r.range95)})"
-        rows.append([f"random ({r.draws} draws)", text, None, None, r.p])
+        rows.append([f"random ({_counted(r.draws, 'draw')})", text, None, None, r.p])
     means = ", ".join("K" if f.experts is None else f"{f.experts:g}" for f in proof.folds)
     note = f"Chosen in the folds: {means} experts a token."
     heads = columns(f"questions; {edits.CHANGE}; gained; lost; p::.3g")
@@ -403,7 +408,8 @@ def oracle_table(oracle: OracleResult) -> Table:
     rows.append(["best per question", oracle.accuracy, edits.points(oracle.gain), None, None])
     noise = oracle.base_accuracy + oracle.noise_gain
     text = edits.points(oracle.noise_gain) + span
-    rows.append([f"of noise variants ({oracle.sets} sets)", noise, text, None, None])
+    variants = f"of noise variants ({_counted(oracle.sets, 'set')})"
+    rows.append([variants, noise, text, None, None])
     read = oracle.base_accuracy + oracle.reader.delta
     rows.append(["chosen beforehand", read, edits.change_text(oracle.reader, ""), None, None])
     heads = f"setting; accuracy::.2%; {edits.CHANGE}; flipped | flipped by variants::.1f"
@@ -422,7 +428,7 @@ def oracle_facts(oracle: OracleResult) -> list[tuple[str, str]]:
     low, high = edits.points(oracle.ci95[0]), edits.points(oracle.ci95[1])
     n = len(oracle.settings)
     text = (
-        f"{oracle.verdict}: the best of {n} setting{'s' * (n > 1)} per question gains "
+        f"{oracle.verdict}: the best of {_counted(n, 'setting')} per question gains "
         f"{edits.points(oracle.gain)} points, of as many noise variants "
         f"{edits.points(oracle.noise_gain)}; {edits.points(oracle.excess)} beyond them "
         f"({low} … {high}), p = {oracle.p:.2g}"
