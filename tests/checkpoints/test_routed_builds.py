@@ -6,11 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from expertcut.checkpoints.build import BuildOptions, Built, build
+from expertcut.checkpoints.build import (
+    BuildOptions,
+    Built,
+    build,
+    engine_as_profiled,
+    found_source,
+)
 from expertcut.checkpoints.export import check_export, edits_of
 from expertcut.checkpoints.held_out_check import BaseScores, score_base
 from expertcut.checkpoints.text_check import BaseTexts, score_base_texts
@@ -20,7 +27,7 @@ from expertcut.data.sources import HELD_OUT_SHARE
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
 from expertcut.edits.router_edits import route_draft, with_routing
-from expertcut.edits.splits import choosing_profile
+from expertcut.edits.splits import choosing_profile, questions_for
 from expertcut.errors import ContractError
 from expertcut.hub.provenance import verified
 from expertcut.models import modeling_routed
@@ -30,7 +37,8 @@ from expertcut.models.load import LoadOptions, find_source
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.models.validate import expert_count
 from expertcut.profiling.storage import Profile, load_profile
-from expertcut.scoring.engine import Engine
+from expertcut.scoring.engine import Engine, ask
+from expertcut.scoring.rerouting import Rerouting, rerouted_engine
 from tests.conftest import WORDS, Commands, open_model
 from tests.support.exact_models import logprobs
 from tests.support.healed_models import healed, settings_for
@@ -66,8 +74,18 @@ def test_a_checkpoint_is_held_to_the_base_and_to_the_rule_at_run_time(
     assert against["the rule at run time"] <= 1e-4
     plan = load_plan(tmp_path / "made")
     assert plan == made.plan and plan.routing is not None
-    used = plan.routing.experts_per_token
-    assert used is not None and (1 < used < 2 if rule == "skip" else used == 1)
+    used, counts = plan.routing.experts_per_token, []
+
+    def see(routing: Routing) -> None:  # packed, so no token is a pad
+        counts.append(((routing.experts_TK < 8).sum(), len(routing.experts_TK)))
+
+    engine = engine_as_profiled(profile, found_source(profile), LoadOptions())
+    routing = Rerouting(RoutingRule(rule=rule), {0: at, 1: at})  # type: ignore[call-arg]
+    with rerouted_engine(engine, routing) as begin, observe_routers(engine.moe.blocks, see):
+        ask(engine, questions_for(profile, is_fitting=False).held_out, begin)
+    n_used, n_tokens = np.sum(counts, axis=0)
+    assert used == pytest.approx(n_used / n_tokens)
+    assert 1 < used < 2 if rule == "skip" else used == 1
     assert {edit.at for edit in plan.blocks.values()} == {at}
     (sentence,) = (s for edit in edits_of(plan) for s in edit.describe(8))
     assert sentence.startswith(f"Routers choose by rule {rule} at {at:g}: {used:.2f} experts")

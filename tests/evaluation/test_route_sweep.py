@@ -19,6 +19,7 @@ from expertcut.models import hooks
 from expertcut.models.hooks import Routing
 from expertcut.models.load import LoadOptions
 from expertcut.models.modeling_routed import RULE_FUNCTIONS, Options
+from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.page_sections import search_sections
@@ -288,6 +289,20 @@ def test_contrast_and_random_keep_their_own_settings_beside_other_rules() -> Non
             RouteSetting(rule="random"),
         ]
         assert sum(one.rule == "skip" for one in found) == (2 if "experts" in given else 1)
+
+
+def test_what_is_asked_of_a_rule_reaches_it() -> None:
+    """Seeds and draws are controls of their own, as are levels, limits and weights."""
+    control = RouteSetting(rule="random", draw=2)
+    asked = settings(rule="random", seed=3, level="prompt", most="2", weights="renormalised")
+    wanted = {"seed": 5, "level": "prompt", "most": 2, "weights": "renormalised"}
+    assert asked.rule_of(control, 8) == RoutingRule(rule="random", **wanted)
+    seeds = {settings(seed=seed).rule_of(control, 8).seed for seed in (0, 1, (1 << 32) - 1)}
+    assert seeds == {2, 3, 1}, "of the last seed they start again"
+    (skip,) = settings(rule="skip", at="0.5").choices(4)
+    assert settings(most="all").rule_of(skip, 8) == RoutingRule(rule="skip", most=8)
+    matched = skip.model_copy(update={"draw": 1})
+    assert settings().rule_of(matched, 8) == RoutingRule(rule="skip", seed=1, shuffle=True)
 
 
 def test_without_thresholds_a_sweep_spreads_over_what_most_allows() -> None:

@@ -18,7 +18,13 @@ from expertcut.evaluation.holding import HoldingResult
 from expertcut.evaluation.results import Scoring
 from expertcut.evaluation.route_results import ORACLE_FILE, load_oracle
 from expertcut.evaluation.route_sweep import RouteSweepRun, _digest
-from expertcut.evaluation.route_tuning import RuleScorer, score_oracle, shares_for, tune
+from expertcut.evaluation.route_tuning import (
+    RuleScorer,
+    figures_of,
+    score_oracle,
+    shares_for,
+    tune,
+)
 from expertcut.models.load import LoadOptions
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.profiling.measure import Measurement, MeasureOptions
@@ -72,6 +78,7 @@ def test_tuning_goes_down_to_what_holds_and_resumes(
     proof = loose.proof
     assert isinstance(proof, HoldingResult) and proof.verdict == "holds"
     assert proof.random is not None and (proof.random.draws, len(proof.folds)) == (2, 5)
+    assert proof.random.distinct == 2, "each draw leaves out others"
     assert HoldingResult.model_validate_json(proof.json_bytes()) == proof
     done = len(n_scored)
     again = tune(profile, settings, 1.0, LoadOptions(), lambda _done, _all: None, tmp_path)
@@ -114,8 +121,19 @@ def test_a_search_without_fewer_experts_is_refused() -> None:
 
 
 def test_an_oracle_counts_the_flips_of_settings_and_variants(
-    profile: Profile, quiz_folder: Path, tmp_path: Path, n_scored: list[int]
+    profile: Profile,
+    quiz_folder: Path,
+    tmp_path: Path,
+    n_scored: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    variants, dropped = list[tuple[float, int]](), RuleScorer.dropped
+
+    def noted(self: RuleScorer, share: float, seed: int) -> Any:
+        variants.append((share, seed))
+        return dropped(self, share, seed)
+
+    monkeypatch.setattr(RuleScorer, "dropped", noted)
     quiz = load_quiz(Selection(str(quiz_folder), shots=1, limit=5))
     settings = RouteSettings.read(rule="skip,top-k", oracle=True, at="1", draws=3)
     steps: list[int] = []
@@ -129,6 +147,8 @@ def test_an_oracle_counts_the_flips_of_settings_and_variants(
     assert found.accuracy == pytest.approx(found.base_accuracy + found.gain)
     assert found.excess == pytest.approx(found.gain - found.noise_gain)
     assert steps == list(range(1, 2 + 7 + 3 * 2 + 1))
+    drawn = variants[7:]  # behind those that find the shares
+    assert len({seed for _, seed in drawn}) == len(drawn) == 3 * 2, "each variant is one of its own"
     found.save(tmp_path / ORACLE_FILE)
     assert load_oracle(tmp_path) == found
     done = len(n_scored)
@@ -142,6 +162,14 @@ def test_shares_flip_as_many_answers_as_they_stand_for() -> None:
     flips_G = np.array([2, 4, 8, 8, 20, 30, 50])
     shares = shares_for(np.array([0, 4, 14, 50, 90]), flips_G)
     assert shares == pytest.approx((0, 0.05, 0.25, 1, 1))
+
+
+def test_a_reader_is_told_the_entropy_of_each_gate_and_the_margin() -> None:
+    alpha_NLE = np.array([[[1, 0, 0, 0], [1, 1, 1, 1]], [[1, 1, 0, 0], [0.2, 0.2, 0, 0]]])
+    logprob_NC = np.log([[0.1, 0.7, 0.2], [0.45, 0.1, 0.45]])
+    records: Any = SimpleNamespace(alpha_NLE=alpha_NLE, logprob_NC=logprob_NC)
+    expected = [[0, np.log(4), np.log(0.7 / 0.2)], [np.log(2), np.log(2), 0]]
+    assert figures_of(records) == pytest.approx(np.array(expected))
 
 
 def test_random_experts_equal_the_router_where_all_experts_are_copies(

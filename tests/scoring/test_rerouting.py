@@ -348,7 +348,9 @@ def test_equal_tokens_of_two_prompts_draw_experts_of_their_own(
         def begin(step: Pass) -> None:
             passes(step)
             if not step.is_prefix:
-                keys.extend(passes.keys(0, len(step.question_T)).view(len(step.questions), -1))
+                own_T, other_T = (passes.keys(layer, len(step.question_T)) for layer in (0, 1))
+                assert (own_T != other_T).all(), "each layer draws anew"
+                keys.extend(own_T.view(len(step.questions), -1))
 
         engine.score(asked, begin)
         one, other = keys
