@@ -21,6 +21,7 @@ from expertcut.commands import dispatch as dispatch_command
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
 from expertcut.commands import merge as merge_command
+from expertcut.commands import place as place_command
 from expertcut.commands import profile as profile_command
 from expertcut.commands import prune as prune_command
 from expertcut.commands import publish as publish_command
@@ -36,6 +37,8 @@ from expertcut.profiling import trace as traces
 from expertcut.profiling.statistics import LayerStatistics, LayerSums, TextLayer
 
 if TYPE_CHECKING:
+    from expertcut.edits.cache_plan import CacheFile
+    from expertcut.edits.placement_results import PlacementFile
     from expertcut.evaluation.dispatch_results import DispatchResult
     from expertcut.evaluation.results import ModelResult, Results
     from expertcut.hub.upload import Published
@@ -478,6 +481,14 @@ def dispatch(results: Sequence[PathLike], **settings: Any) -> "DispatchResult":
         files = [os.fspath(path) for path in results]
         options = dispatch_command.DispatchSettings.read(results=files, **settings)
         return dispatch_command.run(options, _ProgressUI())
+
+
+def place(trace: PathLike, **settings: Any) -> "PlacementFile | CacheFile":
+    """Places a trace's experts on devices or in a cache, as `expertcut place`; `out` keeps it."""
+    with TemporaryDirectory(prefix="expertcut-") as folder:
+        settings = {"out": Path(folder) / "placement", **settings}
+        options = place_command.PlaceSettings.read(trace=Path(trace), **settings)
+        return place_command.run(options, _ProgressUI())
 
 
 def heal(checkpoint: PathLike, **settings: Any) -> Checkpoint:

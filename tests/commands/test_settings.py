@@ -29,6 +29,7 @@ NEEDED = {
     "show": ["there"],
     "merge": ["--keep", "4"],
     "heal": ["there"],
+    "place": ["there"],
     "eval": ["there"],
     "dispatch": ["there"],
     "report": ["there"],

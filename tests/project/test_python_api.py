@@ -158,6 +158,15 @@ def test_a_trace_is_that_of_the_command(model, expertcut: Commands):
     assert "sequences" in repr(trace) and "8 experts" in loaded._repr_html_()
 
 
+def test_a_placement_is_that_of_the_command(model, expertcut: Commands):
+    base, quiz = model
+    api.trace(base, **quiz, tokens=900, out="t")
+    placed = api.place("t", devices=2)
+    expertcut("place t --devices 2 --out p")
+    assert Path("p/placement.json").read_bytes() == placed.json_bytes()
+    assert api.place("t", cache=2, out="c").experts == 2 and Path("c/cache.json").is_file()
+
+
 def test_every_object_shows_itself_in_a_notebook(model):
     base, quiz = model
     profile = api.profile(base, split="val", **quiz)

@@ -30,7 +30,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GROUPS = {
     "Start": ("demo",),
     "Measure": ("profile", "trace", "show", "audit"),
-    "Change": ("prune", "merge", "reweight", "route", "heal"),
+    "Change": ("prune", "merge", "reweight", "route", "heal", "place"),
     "Judge": ("sweep", "eval", "dispatch"),
     "Share": ("report", "publish", "run"),
 }
@@ -46,10 +46,17 @@ LINKING = (
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 # Not of expertcut.
-OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seeds", "--worlds"}
+OPTIONS_OF_OTHERS = {
+    "--rounds",
+    "--section",
+    "--seeds",
+    "--worlds",
+    "--init-expert-location",
+    "--ep-num-redundant-experts",
+}
 OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
-MAX_README_LINES = 133
-MAX_PAGES = 17  # beside log.md
+MAX_README_LINES = 134
+MAX_PAGES = 18  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:

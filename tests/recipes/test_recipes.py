@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from expertcut.commands import UI
+from expertcut.edits.placement_results import load_placement, trace_hash
 from expertcut.errors import OutputError, PlanError, RecipeError
 from expertcut.evaluation.dispatch_results import load_dispatch
 from expertcut.profiling.trace import load_trace
@@ -406,6 +407,20 @@ def test_a_trace_is_a_stage_of_its_own(done: Place) -> None:
     assert load_trace(done.folder / "trace").info.n_tokens <= 500
 
 
+def test_a_placement_is_a_stage_behind_the_trace(done: Place) -> None:
+    with done.file.open("a") as file:
+        file.write("trace: {tokens: 1k}\nplace: {devices: 2}\nreport:\n")
+    assert done.run().ran == ("trace", "place", "report")
+    found = load_placement(done.folder / "placement")
+    assert found.devices == 2 and found.trace == trace_hash(load_trace(done.folder / "trace"))
+    assert "Placement: placement" in (done.folder / "report.html").read_text()
+    assert done.run().ran == ()
+    done.change("place: {devices: 2}", "place: {cache: 2, csv: true}")
+    assert done.run().ran == ("place", "report")
+    assert (done.folder / "placement" / "cache.csv").is_file()
+    assert not (done.folder / "placement" / "placement.json").exists()
+
+
 def test_a_merge_is_a_variant_too(done: Place) -> None:
     done.change("prune: {keep: 5, verify: false}", "merge: {keep: 5, verify: false}")
     assert done.run().ran == ("cut", "eval")
@@ -469,6 +484,9 @@ HOSTILE = {
     "model: x\ntrace: {tokens: 1M, logits: true}": "logits are kept of at most 65,536 tokens",
     "model: x\ntrace: {text: a, shots: 0}": "unknown key 'shots'",
     "model: x\nvariants: [{name: trace, prune: }]\ntrace:": "taken by the run itself",
+    "model: x\nplace: {devices: 4}": "place reads a trace of the run: add trace",
+    "model: x\ntrace:\nplace:": "give --devices N or --cache C",
+    "model: x\ntrace:\nplace: {devices: 4, write: true}": "unknown key 'write'",
     "model: x\neval:\ndispatch: {by: skills.csv}": "skills.csv is not there",
     "model: x\neval:\ndispatch: {by: routing}": "--by routing reads a profile",
     "model: x\neval:\ndispatch: {by: fish}": "must be subject, routing or a .csv file",

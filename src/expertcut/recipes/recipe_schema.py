@@ -17,6 +17,7 @@ from expertcut.commands.dispatch import DispatchSettings
 from expertcut.commands.eval import EvalSettings
 from expertcut.commands.heal import HealSettings
 from expertcut.commands.merge import MergeSettings
+from expertcut.commands.place import PlaceSettings
 from expertcut.commands.profile import ProfileSettings
 from expertcut.commands.prune import PruneSettings
 from expertcut.commands.publish import PublishSettings, Repo
@@ -127,6 +128,20 @@ class TraceSection(TraceSettings):
         return self.text or ([] if recipe.has_quiz else recipe.profile.text)
 
 
+class PlaceSection(PlaceSettings):
+    """`expertcut place` of the run's trace."""
+
+    trace: FilePath = option(Path(), "The run's.", in_recipe=False)
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        try:
+            self.check()
+        except SettingsError as error:
+            refuse(str(error))
+        return self
+
+
 class ReportSection(Settings):
     """`expertcut report` of the run folder."""
 
@@ -223,9 +238,10 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
     eval: EvalSection | None = None
     dispatch: DispatchSection | None = None
     trace: TraceSection | None = None
+    place: PlaceSection | None = None
     report: ReportSection | None = None
     publish: Annotated[list[PublishSection], Field(default_factory=list)]
-    sections: ClassVar = ("profile", "show", "eval", "dispatch", "trace", "report")
+    sections: ClassVar = ("profile", "show", "eval", "dispatch", "trace", "place", "report")
 
     @classmethod
     def keys(cls, *, in_recipe: bool = False) -> dict[str, str]:
@@ -256,8 +272,14 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
         return self
 
     @model_validator(mode="after")
+    def _has_a_trace_to_place(self) -> Self:
+        if self.place and not self.trace:
+            refuse("place reads a trace of the run: add trace")
+        return self
+
+    @model_validator(mode="after")
     def _names_no_variant_as_a_stage(self) -> Self:
-        for kind in ("dispatch", "trace"):
+        for kind in ("dispatch", "trace", "place"):
             if getattr(self, kind) and any(variant.name == kind for variant in self.variants):
                 refuse(f"the name {kind} is taken by the run itself: choose another")
         return self

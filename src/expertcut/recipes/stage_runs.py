@@ -16,6 +16,7 @@ from expertcut.commands import (
     eval,
     heal,
     merge,
+    place,
     profile,
     prune,
     publish,
@@ -31,6 +32,7 @@ from expertcut.recipes.manifest import RECIPE_FILE, Inputs, Ledger, StageRecord,
 from expertcut.recipes.recipe_schema import KINDS, HealSection, Recipe
 from expertcut.recipes.stages import (
     DISPATCH,
+    PLACEMENT,
     PROFILE,
     REPORT,
     RESULTS,
@@ -183,6 +185,13 @@ def _trace(run: RecipeRun, _: Stage) -> None:
     tracing.run(recipe.trace.updated(**given), run.ui)
 
 
+def _place(run: RecipeRun, _: Stage) -> None:
+    """Places the experts by the run's trace; an existing folder was made by this recipe."""
+    assert run.recipe.place is not None
+    given = {"trace": run.folder / TRACE, "out": run.folder / PLACEMENT, "force": True}
+    place.run(run.recipe.place.updated(**given), run.ui)
+
+
 def _show(run: RecipeRun, _: Stage) -> None:
     """Prints the profile's tables, and writes them as Markdown, JSON and CSV."""
     from expertcut.checkpoints.output_dir import atomic_dir
@@ -273,7 +282,7 @@ def _publish(run: RecipeRun, stage: Stage) -> None:
 
 _RUNS: dict[str, Callable[[RecipeRun, Stage], object]] = {
     **{"profile": _profile, "show": _show, "eval": _eval, "dispatch": _dispatch, "trace": _trace},
-    "publish": _publish,
+    **{"place": _place, "publish": _publish},
     "report": lambda run, _: report.run(report.ReportSettings(run=run.folder), run.ui),
     **dict.fromkeys(KINDS, _edit),
 }

@@ -17,9 +17,11 @@ from expertcut.recipes.recipe_schema import (
     VariantKind,
 )
 
-Kind = Literal["profile", "show", VariantKind, "eval", "dispatch", "trace", "report", "publish"]
+Kind = Literal[
+    "profile", "show", VariantKind, "eval", "dispatch", "trace", "place", "report", "publish"
+]
 PROFILE, TRACE, RESULTS, REPORT = "profile", "trace", "results.json", "report.html"
-DISPATCH, ROUTES = "dispatch.json", "routes.csv"
+DISPATCH, ROUTES, PLACEMENT = "dispatch.json", "routes.csv", "placement"
 # The recipe's keys in a stage's hash, in the order of older runs.
 _LOADED = ("model", "revision", "trust_remote_code", "dtype", "device", "device_map")
 _QUIZ = ("quiz", "quiz_revision", "shots", "subjects", "truncate")
@@ -69,6 +71,10 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     if recipe.trace:
         stages.append(_trace_stage(recipe, recipe.trace))
         results += ("trace",)
+    if recipe.place:
+        settings = recipe.place.recipe_values()
+        stages.append(Stage("place", "place", settings, makes=(PLACEMENT,), after=("trace",)))
+        results += ("place",)
     if recipe.report:
         settings = recipe.report.recipe_values()
         stages.append(Stage("report", "report", settings, makes=(REPORT, "report"), after=results))

@@ -19,6 +19,7 @@ from expertcut.reporting.dispatch_page import dispatch_sections
 from expertcut.reporting.expert_maps import expert_sections
 from expertcut.reporting.generation_page import generation_sections
 from expertcut.reporting.page_sections import Explorer, Section, figures_of
+from expertcut.reporting.place_page import placement_sections
 from expertcut.reporting.plots import colour_stops, draw
 from expertcut.reporting.tables import as_csv, printable
 from expertcut.reporting.trace_page import trace_sections
@@ -32,6 +33,7 @@ SECTIONS = (
     page_sections.search_sections,
     expert_sections,
     trace_sections,
+    placement_sections,
     page_sections.provenance_sections,
 )
 PAGE = "report.html"

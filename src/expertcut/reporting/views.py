@@ -13,7 +13,9 @@ import yaml
 from pydantic import BaseModel
 
 from expertcut.edits import plan as plans
+from expertcut.edits.cache_plan import CACHE_FILE, CacheFile, load_cache
 from expertcut.edits.criteria import compare
+from expertcut.edits.placement_results import PLACEMENT_FILE, PlacementFile, load_placement
 from expertcut.edits.plan import HOLDING_FILE, PLAN_FILE, PROOF_FILE, PlanFile, load_plan
 from expertcut.edits.splits import read_scored_split
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
@@ -40,6 +42,7 @@ from expertcut.reporting import (
     dispatch_tables,
     edit_tables,
     eval_tables,
+    place_tables,
     profile_tables,
     route_tables,
     text_profile_tables,
@@ -61,6 +64,7 @@ PROOFS: dict[str, Callable[[Path], Proof]] = {
 KINDS = (
     *(PROFILE_FILE, TRACE_FILE, PLAN_FILE, *PROOFS),
     *(SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE),
+    *(PLACEMENT_FILE, CACHE_FILE),
 )
 _WITH_CHUNKS = {PROFILE_FILE, TRACE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
 T = TypeVar("T")
@@ -92,6 +96,8 @@ class Run:
     audits: list[NamedDocument[Audit]]
     dispatches: list[NamedDocument[DispatchResult]]
     traces: list[NamedDocument[Trace]]
+    placements: list[NamedDocument[PlacementFile]]
+    caches: list[NamedDocument[CacheFile]]
 
     def profile_of(self, plan: PlanFile) -> NamedDocument[Findings] | None:
         """The profile that a plan was chosen on, or another of its model."""
@@ -140,6 +146,8 @@ def gather(path: Path) -> Run:
         audits=read(AUDIT_FILE, searches.load_audit),
         dispatches=read(DISPATCH_FILE, load_dispatch),
         traces=read(TRACE_FILE, lambda file: load_trace(file.parent)),
+        placements=read(PLACEMENT_FILE, load_placement),
+        caches=read(CACHE_FILE, load_cache),
     )
 
 
@@ -266,6 +274,7 @@ def _document(path: Path, margin: float) -> Shown:
         by_key = {"otherwise": DISPATCH_FILE, "models": RESULTS, "base_experts": ROUTE_FILE}
         by_key |= {"cells": SWEEP_FILE, "harms": AUDIT_FILE, "noise_gain": ORACLE_FILE}
         by_key |= {"same_questions": HOLDING_FILE}
+        by_key |= {"devices": PLACEMENT_FILE, "rates": CACHE_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
         return _VIEWS[kind](path, margin)
     raise OutputError(
@@ -397,7 +406,7 @@ def stage_names(folder: Path) -> list[str]:
         recipe = yaml.safe_load("\n".join(recipe_in(folder)))
         named = [variant["name"].strip() for variant in recipe.get("variants") or ()]
         published = ["publish " + section["variant"] for section in recipe.get("publish") or ()]
-        order = ["show", *named, "eval", "dispatch", "report"]
+        order = ["show", *named, "eval", "dispatch", "trace", "place", "report"]
         return ["profile", *(name for name in order if name in (*recipe, *named)), *published]
     return []
 
@@ -454,6 +463,19 @@ def _dispatch(path: Path, _margin: float) -> Shown:
     )
 
 
+def _placement(path: Path, _margin: float) -> Shown:
+    found = load_placement(path)
+    said = [labelled(*fact) for fact in place_tables.placement_facts(found)]
+    tables = [place_tables.placement_table(found)]
+    return _shown(found, tables, place_tables.placement_csv, *said)
+
+
+def _cache(path: Path, _margin: float) -> Shown:
+    found = load_cache(path)
+    said = [labelled(*fact) for fact in place_tables.cache_facts(found)]
+    return _shown(found, [place_tables.cache_table(found)], place_tables.cache_csv, *said)
+
+
 _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     PLAN_FILE: _plan,
     PROOF_FILE: lambda path, _: _shown(
@@ -464,6 +486,8 @@ _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     ORACLE_FILE: _oracle,
     HOLDING_FILE: _holding,
     AUDIT_FILE: _audit,
+    PLACEMENT_FILE: _placement,
+    CACHE_FILE: _cache,
     RESULTS: _results,
     MANIFEST_FILE: _run,
     DISPATCH_FILE: _dispatch,  # last: a run's folder may hold one too
