@@ -1,6 +1,8 @@
 """A rule on a base of layout exact: the constants stay, and routers choose by the rule."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer
 
 from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.edits.plan import load_plan
+from expertcut.errors import ContractError
 from expertcut.hub.provenance import verified
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, find_source, load, modelling_code
@@ -100,6 +103,17 @@ def test_a_changed_file_of_the_three_is_not_run(changed: str, tmp_path: Path) ->
         load(find_source(str(tmp_path / "routed")), LoadOptions())
 
 
+@pytest.mark.parametrize("tilt", [{"bias": {3: 1.0}}, {"scale": {3: 2.0}}])
+def test_biases_and_factors_are_an_edit_of_their_own(tilt: dict[str, Any], tmp_path: Path) -> None:
+    """Expert 3 is a constant: a factor has no weights to act on, and a bias has a place before."""
+    base = make_base(tmp_path / "base", "olmoe")
+    exact = open_model(make_exact(base, tmp_path / "exact", constants_for(REMOVED, is_zero=True)))
+    plan = routed_plan(exact, "skip", 0.7)
+    edits = {name: edit.model_copy(update=tilt) for name, edit in plan.edits.items()}
+    with pytest.raises(ContractError, match="where a rule goes alone: reweight it first"):
+        make_routed(exact, replace(plan, edits=edits), tmp_path / "none")
+
+
 def test_no_expert_runs_for_a_skipped_one(tmp_path: Path) -> None:
     """Not even with weight 0: as many rows reach the experts as the rule keeps of kept experts."""
     base = make_base(tmp_path / "base", "qwen3_moe")
@@ -154,6 +168,7 @@ def test_the_command_holds_it_to_the_rule_at_run_time(world: Path, expertcut: Co
     assert against.pop("the rule at run time") < 1e-4 < 0.01 < against.popitem()[1]
     expertcut(f"eval cut routed {ASKED} --out results.json")
     expertcut("publish routed who/what --dry-run")
+    assert {file.name for file in verified(world / "routed").files} >= set(FILES)
     card = (world / "routed" / "README.md").read_text()
     assert (
         "modeling_routed_exact.py" in card.replace("\\", "")

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
+from expertcut.checkpoints.exact import is_exact
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, PlanRouting
 from expertcut.errors import ContractError
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ExpertRouting
 from expertcut.models.load import Source
 from expertcut.models.moe_block import MoeBlock
@@ -41,6 +43,12 @@ class RerouteEdit(Edit):
 
     def check(self, layout: LayoutWriter, source: Source, plan: EditPlan) -> None:
         layout.check_routing(source, self.rerouting)
+        is_tilted = any(edit.tilted for edit in plan.edits.values())
+        if is_tilted and is_exact(read_config(source.path)):
+            raise ContractError(
+                f"{source.id} has layout exact, where a rule goes alone: reweight it first, with "
+                "--layout exact, then route that"
+            )
         if plan.is_biased and plan.apply_at == "answer":
             raise ContractError(
                 "a routing rule goes with biases at every token only: leave --apply-at answer out"
