@@ -59,6 +59,9 @@ def test_a_calibrated_checkpoint_answers_as_its_rule_at_run_time(
     at_by_layer = {i: edit.at for i, edit in enumerate(plan.blocks.values())}
     fit_by_layer = {i: edit.fit for i, edit in enumerate(plan.blocks.values()) if edit.fit}
     assert len(set(at_by_layer.values())) > 1, "each layer has its own threshold"
+    shown = expertcut("show routed")
+    assert all(f"{at:.4g}" in shown for at in at_by_layer.values())
+    assert f"Rule {rule} uses" in shown and "Calibrated on" in shown
     quiz = load_quiz(Selection(str(world / "quiz"), shots=1))
     profile = load_profile(world / "p")
     engine = engine_as_profiled(profile, found_source(profile), LoadOptions())

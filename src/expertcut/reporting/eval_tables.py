@@ -37,9 +37,13 @@ def plan_table(plan: PlanFile) -> Table:
             for expert, members in (edit.merged or {}).items()
         ]
         joined = ["; ".join(groups) or None] if is_merged else []
+        joined += [edit.at] if plan.routing else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
+    heads += "; threshold::.4g" if plan.routing else ""
     note = f"{made_on(plan)}; model {plan.model.label}."
+    if plan.routing and (mean := plan.routing.experts_per_token) is not None:
+        note += f" Rule {plan.routing.rule} uses {mean:.2f} experts a token."
     return Table(f"Plan: {plan.action} ({plan.layout})", columns(heads), rows, note)
 
 
@@ -47,6 +51,8 @@ def made_on(plan: PlanFile) -> str:
     """How a plan was chosen and on which questions, or on which a checkpoint was trained."""
     by = "" if plan.criterion in ("", "by hand") else "by "
     verb = "Trained" if plan.action.startswith("heal") else f"Chosen {by}{plan.criterion}".strip()
+    if plan.routing and " --experts " in plan.action:
+        verb = "Calibrated"
     return f"{verb} on {chosen_text(plan.chosen_on, plan.blend)}"
 
 
