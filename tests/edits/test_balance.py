@@ -50,7 +50,7 @@ def test_a_router_that_is_even_keeps_b_at_0() -> None:
     even_TE = np.array([np.roll(np.arange(E)[::-1], t) for t in range(2 * E)])
     layer = balance_layer(([sequence_of(even_TE)], [sequence_of(even_TE)]), 0, block_of(), 0.1)
     assert not layer.bias_E.any()
-    assert layer.tuned == layer.held_out == (0.0, 0.0) and layer.kept == 1.0
+    assert layer.tuned == layer.held_out == layer.behind == (0.0, 0.0) and layer.kept == 1.0
 
 
 @pytest.mark.parametrize("selection_E", [None, np.linspace(0, 0.01, E)])
@@ -61,6 +61,7 @@ def test_an_expert_of_three_times_the_load_is_evened_out_on_other_sequences_too(
     layer = balance_layer(halves, 0, block_of(), 0.05, selection_E=selection_E)
     assert layer.tuned[0] > 1.8 > 0.05 >= layer.tuned[1]
     assert layer.held_out[0] > 1.8 > 0.2 > layer.held_out[1]
+    assert layer.behind == layer.held_out  # no shots
     assert layer.bias_E.argmin() == 5
     assert layer.bias_E.mean() == pytest.approx(0, abs=1e-7)
     # b stands on α where the family has a selection bias, on logits elsewhere.
@@ -90,6 +91,9 @@ def test_shots_count_once_for_each_question_that_has_them() -> None:
     every_TK = np.concatenate([sequence.experts_TLK[:, 0] for sequence in whole])
     wanted_E = np.bincount(every_TK.ravel(), minlength=E)
     assert tokens.load(tokens.experts_TK, E).tolist() == wanted_E.tolist()
+    behind = Tokens.of(whole, 0, block, has_shots=False)
+    own_TK = np.concatenate([sequence.experts_TLK[9:, 0] for sequence in whole])
+    assert behind.experts_TK.tolist() == own_TK.tolist() and set(behind.weight_T.tolist()) == {1}
     chosen_TK = Gate(block).choose(tokens.logits_TE, torch.zeros(E))
     assert tokens.same(chosen_TK, tokens.experts_TK) == 1.0
 

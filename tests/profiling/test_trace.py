@@ -292,7 +292,7 @@ def test_the_command_resumes_and_refuses_another_setting(
 ) -> None:
     asked = ("trace", checkpoint("olmoe"), "--quiz", quiz_folder, "--shots", 1, "--limit", 2)
     said = expertcut(*asked, "--out", "t")
-    assert "6 test questions" in said and "expertcut show t" in said
+    assert "6 test questions" in said and "expertcut show t" in said and "bound" not in said
     before = chunk_bytes(Path("t"))
     removed = min(before)
     (Path("t/chunks") / removed).unlink()
@@ -305,6 +305,19 @@ def test_the_command_resumes_and_refuses_another_setting(
     assert "trace of another quiz" in expertcut(*asked, "--tokens", 300, "--out", "t", status=2)
     expertcut(*asked)
     assert len(list(Path("traces").glob("*-birds-????????/trace.json"))) == 1
+    assert "1 of 6 questions, then --tokens 100 are spent" in expertcut(*asked, "--tokens", 100)
+
+
+def test_the_default_bound_warns_of_nothing_where_texts_are_shorter(
+    expertcut: Commands, checkpoint: Checkpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = written(Path(), "code", texts(5, seed=5))
+    asked = ("trace", checkpoint("olmoe"), "--text", file, "--length", LENGTH)
+    said = expertcut(*asked, "--out", "t")
+    assert "5 documents: code" in said and not caplog.records
+    assert max(map(len, load_trace(Path("t")).sequences())) == LENGTH
+    expertcut(*asked, "--tokens", 30, "--out", "few")
+    assert sum(map(len, load_trace(Path("few")).sequences())) == 30
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from expertcut.errors import ProfileError
 from expertcut.profiling.trace_findings import TraceFindings
 from expertcut.reporting import trace_tables as tables
 from expertcut.reporting.page import write
@@ -97,6 +98,28 @@ def test_a_trace_without_two_documents_is_halved_in_its_pieces_or_in_the_middle(
     )
     assert [len(half) for half in TraceFindings(trace)._halves] == [2, 1]
     assert TraceFindings(trace).predictability.recall["token_id"].whole == 1
+
+
+def test_a_layer_that_routes_no_token_has_no_numbers() -> None:
+    sequences = [random_sequence(np.random.default_rng(n), 20, (8, 4), 2) for n in range(12)]
+    for sequence in sequences:
+        sequence.experts_TLK[:, 1] = -1
+    findings = found(sequences, (8, 4))
+    content = json.loads(json.dumps(findings.as_json(), allow_nan=False))
+    assert content["load"]["max_vio"][1] is None and content["load"]["max_vio"][0] > 0
+    assert content["recall"]["layer_before"]["value"] is None
+    texts = [
+        cell for table in tables.finding_tables(findings) for row in table.texts() for cell in row
+    ]
+    assert "–" in texts and not any("nan" in cell for cell in texts)
+    assert "nan" not in " ".join(tables.finding_sentences(findings))
+
+
+def test_a_trace_of_one_token_is_refused() -> None:
+    one: Any = random_sequence(np.random.default_rng(0), 1, (8,), 2)
+    trace: Any = SimpleNamespace(halves=lambda: ([one], []), n_experts_L=[8], path="t")
+    with pytest.raises(ProfileError, match="t has one token: trace more"):
+        _ = TraceFindings(trace).drops
 
 
 def test_the_map_of_transitions_is_of_the_layers_that_tell_most_of_each_other() -> None:

@@ -16,6 +16,7 @@ from expertcut.commands import (
     text_option,
 )
 from expertcut.errors import SettingsError
+from expertcut.reporting.tables import labelled
 from expertcut.settings import FilePath, Text, flag_of, option
 
 if TYPE_CHECKING:
@@ -153,4 +154,8 @@ def _tracing(settings: TraceSettings, ui: UI) -> "QuizTracing | TextTracing | Ro
         moe = load(source, load_as)
         return TextTracing(moe, settings.load_corpus(moe.tokenizer), options, settings.kept)
     quiz = settings.load_quiz()
-    return QuizTracing(load(source, load_as), quiz, settings.limit, options, settings.kept)
+    tracing = QuizTracing(load(source, load_as), quiz, settings.limit, options, settings.kept)
+    if (n := len(tracing.quiz)) < len(quiz):
+        spent = f"{n:,} of {len(quiz):,} questions, then --tokens {settings.tokens} are spent"
+        ui.say([], [labelled("bound", spent)])
+    return tracing

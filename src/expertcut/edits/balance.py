@@ -78,8 +78,15 @@ class Tokens:
     weight_T: Tensor
 
     @classmethod
-    def of(cls, sequences: Iterable[Sequence], layer: int, block: BlockInfo) -> "Tokens":
-        """The tokens of whole sequences, shots included; ProfileError without logits."""
+    def of(
+        cls,
+        sequences: Iterable[Sequence],
+        layer: int,
+        block: BlockInfo,
+        *,
+        has_shots: bool = True,
+    ) -> "Tokens":
+        """The tokens of sequences, with or without their shots; ProfileError without logits."""
         shots: dict[bytes, int] = {}
         parts: list[tuple[Array, Array]] = []
         weights: list[int] = []
@@ -89,11 +96,11 @@ class Tokens:
             n = sequence.n_shared
             own = sequence.logits_TLE[:, layer, : block.experts], sequence.experts_TLK[:, layer]
             key = sequence.token_T[:n].tobytes()
-            if n and key not in shots:
+            if n and has_shots and key not in shots:
                 shots[key] = len(parts)
                 parts.append((own[0][:n], own[1][:n]))
                 weights.append(0)
-            if n:
+            if n and has_shots:
                 weights[shots[key]] += 1
             parts.append((own[0][n:], own[1][n:]))
             weights.append(1)
@@ -120,14 +127,15 @@ class Tokens:
 
 @dataclass(frozen=True)
 class BalancedLayer:
-    """One layer before and under b; `held_out` numbers are of sequences that did not choose b."""
+    """One layer before and under b."""
 
     layer: int
     block: str
     bias_E: Array
     acts_on_selection: bool
     tuned: tuple[float, float]  # MaxVio before and after
-    held_out: tuple[float, float]
+    held_out: tuple[float, float]  # of sequences that did not choose b
+    behind: tuple[float, float]  # of these behind their shots, which the others had too
     kept: float  # share of the held-out choices that stay
 
 
@@ -193,18 +201,28 @@ def balance_layer(
     selection_E: Array | None = None,
     constant: Collection[int] = (),
 ) -> BalancedLayer:
-    """Finds b on the first half of the sequences, and judges it on the second."""
-    tuning, judging = (Tokens.of(half, layer, block) for half in halves)
+    """Finds b on the first half of the sequences, and judges it on the second.
+
+    The second begins with the same shots as the first, so it is judged behind them too.
+    """
+    tuning, held_out = (Tokens.of(half, layer, block) for half in halves)
+    behind = Tokens.of(halves[1], layer, block, has_shots=False)
     gate, zero_E = fitting_gate(tuning, block, selection_E), torch.zeros(block.experts)
     bias_E = balancing_bias(tuning, gate, target, constant)
+    biases = (zero_E, torch.from_numpy(bias_E).float())
     violations = []
-    for tokens in (tuning, judging):
-        chosen = [
-            gate.choose(tokens.logits_TE, b) for b in (zero_E, torch.from_numpy(bias_E).float())
-        ]
-        loads = [tokens.load(experts_TK, block.experts) for experts_TK in chosen]
-        violations.append((max_violation(loads[0], constant), max_violation(loads[1], constant)))
-        kept = tokens.same(chosen[1], chosen[0])
+    for tokens in (tuning, behind, held_out):
+        before_TK, after_TK = (gate.choose(tokens.logits_TE, b_E) for b_E in biases)
+        loads = (tokens.load(chosen_TK, block.experts) for chosen_TK in (before_TK, after_TK))
+        before, after = (max_violation(load_E, constant) for load_E in loads)
+        violations.append((before, after))
     return BalancedLayer(
-        layer, block.name, bias_E, selection_E is not None, violations[0], violations[1], kept
+        layer=layer,
+        block=block.name,
+        bias_E=bias_E,
+        acts_on_selection=selection_E is not None,
+        tuned=violations[0],
+        behind=violations[1],
+        held_out=violations[2],
+        kept=tokens.same(after_TK, before_TK),
     )

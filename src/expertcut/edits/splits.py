@@ -35,7 +35,7 @@ from expertcut.profiling.storage import (
     once_per_profile,
     profile_of,
 )
-from expertcut.profiling.trace import RoutesTraceInfo, Trace, TracedQuiz
+from expertcut.profiling.trace import RoutesTraceInfo, TextTraceInfo, Trace, TracedQuiz
 
 UNUSED = "were not used"
 
@@ -325,6 +325,7 @@ def profiled_corpus(profile: Profile) -> Corpus:
     selection = TextSelection(
         specs=tuple(f"{source.spec}={source.weight}" for source in sources),
         revisions={source.spec: source.revision for source in sources},
+        is_bound=isinstance(profile.info, TextTraceInfo),
         **text.model_dump(include={"max_tokens", "tokens", "seed", "assistant_only"}),
     )
     tokenizer = load_tokenizer(source, trust_remote_code=profile.trust_remote_code)

@@ -104,16 +104,16 @@ def use_counts(sequences: Iterable[trace.Sequence], n_layers: int, n_experts: in
 
 
 def load(sequences: Sequence[trace.Sequence], n_experts_L: Sequence[int]) -> Load:
-    """Of all tokens, layer by layer."""
+    """Of all tokens, layer by layer; NaN where a layer routes none."""
     uses = use_counts(sequences, len(n_experts_L), max(n_experts_L))
     uses_by_layer = [uses_E[:n] for uses_E, n in zip(uses, n_experts_L, strict=True)]
-    mean_L = np.array([uses_E.mean() for uses_E in uses_by_layer])
+    mean_L = np.array([uses_E.mean() or np.nan for uses_E in uses_by_layer])
     most_L, deviation_L = ([f(x) for x in uses_by_layer] for f in (np.max, np.std))
     shares = _probability(sequences, n_experts_L)
     losses = None
     if shares is not None:
         pairs = zip(uses_by_layer, shares, strict=True)
-        losses = np.array([len(f_E) * (f_E @ p_E) / f_E.sum() for f_E, p_E in pairs])
+        losses = np.array([len(f_E) * (f_E @ p_E) / (f_E.sum() or np.nan) for f_E, p_E in pairs])
     return Load(np.array(most_L) / mean_L - 1, np.array(deviation_L) / mean_L, losses)
 
 

@@ -83,11 +83,12 @@ def measure(
 def rate(hits_SL: Array, choices_SL: Array) -> Rate:
     """Σ hits / Σ choices; NaN where nothing was chosen."""
     hits_S, choices_S = hits_SL.sum(1).astype(float), choices_SL.sum(1).astype(float)
-    ends = interval(lambda w_DS: (w_DS @ hits_S) / (w_DS @ choices_S), len(hits_S))
     with np.errstate(invalid="ignore"):
-        by_layer_L = hits_SL.sum(0) / choices_SL.sum(0)
-    ci95 = None if ends is None else (float(ends[0]), float(ends[1]))
-    return Rate(float(hits_S.sum() / choices_S.sum()), ci95, by_layer_L)
+        ends = interval(lambda w_DS: (w_DS @ hits_S) / (w_DS @ choices_S), len(hits_S))
+        whole, by_layer_L = hits_S.sum() / choices_S.sum(), hits_SL.sum(0) / choices_SL.sum(0)
+    is_known = ends is not None and not np.isnan(ends).any()
+    ci95 = (float(ends[0]), float(ends[1])) if ends is not None and is_known else None
+    return Rate(float(whole), ci95, by_layer_L)
 
 
 def _srp(uses_SLM: Array, places_L: Array) -> Srp:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from expertcut.errors import ProfileError
 from expertcut.profiling import expert_load, locality, predictability
 from expertcut.profiling.locality import Locality, Rate, Srp
 from expertcut.profiling.predictability import Predictability
@@ -41,7 +42,8 @@ class TraceFindings:
         whole = [*halves[0], *halves[1]]
         if len(whole) > 1:
             return whole[::2], whole[1::2]
-        middle = len(whole[0]) // 2
+        if not (middle := len(whole[0]) // 2):
+            raise ProfileError(f"{self.trace.path} has one token: trace more to see what follows")
         return [_cut(whole[0], slice(0, middle))], [_cut(whole[0], slice(middle, None))]
 
     @cached_property
@@ -127,7 +129,11 @@ def _cut(s: Sequence, tokens: slice) -> Sequence:
 
 def _rate(rate: Rate) -> dict[str, Any]:
     ci95 = None if rate.ci95 is None else list(rate.ci95)
-    own = {"value": rate.whole, "ci95": ci95, "by_layer": _list(rate.by_layer_L)}
+    own = {
+        "value": None if np.isnan(rate.whole) else rate.whole,
+        "ci95": ci95,
+        "by_layer": _list(rate.by_layer_L),
+    }
     if isinstance(rate, Srp):
         own |= {"experts": rate.size, "experts_by_layer": _list(rate.size_L)}
     return own

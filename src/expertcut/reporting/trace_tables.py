@@ -73,6 +73,8 @@ def segment_table(findings: TraceFindings) -> Table:
     note = "SRP: F1 of the experts served to a whole segment, against those that its tokens choose;"
     note += " experts: how many are served, in each layer. SCH: hits of a cache that knows the "
     note += "segment ahead (arXiv 2505.16056). Intervals over sequences."
+    if longer := [m for m in findings.segments if m not in found.srp]:
+        note += f" No sequence has {min(longer)} tokens."
     return Table("Local routing consistency", heads, rows, note)
 
 
@@ -103,7 +105,7 @@ def locality_table(findings: TraceFindings) -> Table:
             named.append((f"{name} {sizes[cache]}" if is_wide else name, ".1%", rate, is_wide))
     heads = (Column("layer"), *(Column(name, spec, wide) for name, spec, _, wide in named))
     rows: list[list[Cell]] = [
-        [layer, *(float(rate.by_layer_L[layer]) for _, _, rate, _ in named)]
+        [layer, *(_known(rate.by_layer_L[layer]) for _, _, rate, _ in named)]
         for layer in range(len(findings.n_experts_L))
     ]
     title = f"Locality by layer; hits of a cache of {sizes[middle]} experts"
@@ -133,7 +135,7 @@ def predictability_table(findings: TraceFindings) -> Table:
             load.balance_loss_L[layer] if load.balance_loss_L is not None else np.nan,
             findings.information_nats[layer - 1] if layer else np.nan,
         ]
-        rows.append([layer, *(None if np.isnan(number) else float(number) for number in numbers)])
+        rows.append([layer, *map(_known, numbers)])
     heads = columns(
         "layer; token id::.1%; popularity::.1%; layer before::.1%; I/H::.2f; shuffled::.2f; "
         "MaxVio::.2f | variation::.2f; balance loss::.3f; I before, nats::.3f"
@@ -224,7 +226,8 @@ def _held(findings: TraceFindings) -> str:
     found, cache = findings.locality, middle_cache(findings)
     size = dict(zip(found.caches, cache_sizes(findings), strict=True))[cache]
     lru, static = found.hits["lru", cache], found.hits["static", cache]
-    gains = [round(100 * gain) + 0 for gain in lru.by_layer_L - static.by_layer_L]
+    points_L = 100 * (lru.by_layer_L - static.by_layer_L)
+    gains = [round(gain) for gain in points_L[~np.isnan(points_L)]] or [0]
     total = experts_text(findings.n_experts_L)
     text = f"With {size} of {total} experts in fast memory LRU, empty at first, hits"
     return f"{text} {points_span(min(gains), max(gains))} the {size} most used ones do."
@@ -255,6 +258,10 @@ def _dropped_in_turn(findings: TraceFindings) -> str:
     shares = _dropped(drops.dropped_CLX[at].sum(0), drops.choices_LX.sum(0))
     listed = " ".join("–" if share is None else f"{100 * share:.0f}" for share in shares)
     return f"Dropped at capacity 1.25, by tenth of the sequence: {listed} %."
+
+
+def _known(number: float) -> float | None:
+    return None if np.isnan(number) else float(number)
 
 
 def _interval(rate: Rate, places: int = 0) -> str | None:
