@@ -36,7 +36,7 @@ def plan_table(plan: PlanFile) -> Table:
             f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
             for expert, members in (edit.merged or {}).items()
         ]
-        joined = ["; ".join(groups) or None] if is_merged else []
+        joined: list[Cell] = ["; ".join(groups) or None] if is_merged else []
         joined += [edit.at] if plan.routing else []
         rows.append([name, len(edit.keep), ids_text(edit.keep), bias, scale, *joined])
     heads = "block; kept; experts; bias; scale" + ("; joined by" if is_merged else "")
