@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace as Fake
@@ -347,6 +348,28 @@ def test_the_verdict_by_routing_is_that_of_predicted_subjects(quiz: Path, tmp_pa
     before = wrong.model_dump(mode="json")  # as written before the true subjects were kept apart
     del before["by_routing"]["true_subjects"]
     assert DispatchResult.model_validate_json(json.dumps(before)).cross_fitted == wrong.cross_fitted
+
+
+def test_another_seed_deals_other_folds_and_keeps_the_routes(quiz: Path, tmp_path: Path) -> None:
+    def knows(model: str) -> Knows:
+        return lambda q: random.Random(f"{model} {q.subject} {q.row}").random() < 0.6
+
+    file = write_results(tmp_path / "results.json", quiz, {name: knows(name) for name in "abcd"})
+    predictions = load_predictions([file])
+    categories = read_categories("subject", predictions)
+    request: Any = {"results": (str(file),), "by": "subject", "way": "accuracy", "most": None}
+    found = [
+        dispatch(
+            predictions,
+            categories,
+            DispatchRequest(**request, max_bytes=None, profile=None, seed=seed),
+        )
+        for seed in range(4)
+    ]
+    assert len({(one.best_single, one.cross_fitted.accuracy) for one in found}) > 1
+    assert (
+        len({one.model_dump_json(include={"categories", "single", "oracle"}) for one in found}) == 1
+    )
 
 
 def test_a_profile_with_one_expert_a_token_tells_the_subject_too(

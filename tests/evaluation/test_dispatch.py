@@ -1,6 +1,7 @@
 """Choosing models by category: planted differences, none, budgets, recruits, the routing reader."""
 
 import random
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -303,6 +304,32 @@ def test_the_bar_of_helps_is_the_best_model_with_the_best_single_one_in_its_gaps
     assert most_right(world, routes) == 60 + 70
     alone = learned(answered(full_N[None] * 1.0), SelectionOptions())
     assert most_right(answered(full_N[None] * 1.0), alone) == 100
+
+
+def test_choosing_helps_only_beyond_what_any_single_model_gets_right() -> None:
+    change = compare(np.arange(100) < 50, np.arange(100) < 70)
+    assert [verdict(change, 70, most) for most in (69, 70)] == ["helps", "no evidence"]
+    back = compare(np.arange(100) < 70, np.arange(100) < 50)
+    assert verdict(back, 50, 0) == "hurts"
+
+
+def test_equal_votes_add_up_and_chance_is_that_of_the_choices() -> None:
+    world = some_models()
+    crossed = cross_fit_routes(world, by_subject(world), SelectionOptions())
+    best_N = world.logprob_MNC.sum(axis=0).argmax(axis=1)
+    assert (crossed.votes_N == (best_N == world.answer_N)).all()
+    assert (crossed.votes_N != crossed.single_N).any()
+    for n_choices in (2, 5):
+        assert answered(world.right_MN, n_choices=n_choices).chance == pytest.approx(1 / n_choices)
+
+
+def test_the_oracle_null_leaves_out_models_beyond_the_bytes() -> None:
+    world, options = some_models(), SelectionOptions(max_bytes=20)
+    world = replace(world, size_M=np.array([10, 10, 99, 99]))
+    few = replace(world, logprob_MNC=world.logprob_MNC[:2], size_M=world.size_M[:2])
+    found = oracle_null(world, learned(world, options))
+    assert found == oracle_null(few, learned(few, options))
+    assert found[1] < oracle_null(world, learned(world, SelectionOptions()))[0]
 
 
 def test_the_oracle_null_draws_no_answers_where_a_model_gave_none() -> None:
