@@ -186,6 +186,8 @@ def main() -> None:
     if asked.whole:
         whole()
         return
+    if asked.moe_lrc is None:
+        options.error("--moe-lrc names a copy of github.com/ljcleo/moe-lrc")
     if asked.write:
         asked.write.write_text(json.dumps(vectors(asked.moe_lrc), separators=(",", ":")) + "\n")
         return

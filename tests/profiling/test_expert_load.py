@@ -93,7 +93,7 @@ def test_batches_of_tokens_that_are_alike_use_fewer_experts():
     rng = np.random.default_rng(3)
     group_T = rng.integers(0, 4, 256)
     experts_TLK = (2 * group_T[:, None, None] + np.arange(2)).astype(int)
-    order_T = expert_load.grouped(expert_load.one_hot(experts_TLK[:, 0], 8), 16)
+    order_T = expert_load.grouped(expert_load.one_hot(experts_TLK[:, 0], 8), np.arange(256), 16)
     assert sorted(order_T) == list(range(256))
     mixed = expert_load.distinct_experts(experts_TLK, 8, 16)[0]
     alike = expert_load.distinct_experts(experts_TLK[order_T], 8, 16)[0]

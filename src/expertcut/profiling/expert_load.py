@@ -155,16 +155,16 @@ def distinct_experts(experts_TLK: Array, n_experts: int, batch: int) -> Array:
     return np.asarray(chosen.any(1).sum(2).mean(0))
 
 
-def grouped(figures_TG: Array, batch: int) -> Array:
+def grouped(figures_VG: Array, id_T: Array, batch: int) -> Array:
     """An order (T,) of tokens in which those of a batch are alike, within pools of 8 batches.
 
-    A pool is halved at the middle of the direction in which its tokens differ most, and so on down
-    to batches. ExpertFlow (arXiv 2410.17954) deals tokens by their predicted routes likewise.
+    `figures_VG` are those of each token id. A pool is halved at the middle of the direction in
+    which its tokens differ most, and so on down to batches. ExpertFlow (arXiv 2410.17954) deals tokens by their predicted routes likewise.
     """
-    order = [
-        _halved(np.arange(start, min(start + _POOL * batch, len(figures_TG))), figures_TG, batch)
-        for start in range(0, len(figures_TG), _POOL * batch)
-    ]
+    order = []
+    for start in range(0, len(id_T), _POOL * batch):
+        figures_TG = figures_VG[id_T[start : start + _POOL * batch]].astype(np.float32)
+        order.append(start + _halved(np.arange(len(figures_TG)), figures_TG, batch))
     return np.concatenate(order)
 
 

@@ -5,7 +5,7 @@ V token ids. Shots that sequences share are left out: the same tokens with the s
 every sequence, would be predicted perfectly.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -155,24 +155,22 @@ def _hits(
 ) -> dict[str, Array]:
     """Choices (T, L) of `own` that are predicted right by what was counted on `fit`."""
     experts_TLK = np.concatenate([s.experts_TLK for s in own])
-    tables, popularity = _tables(own, fit, n_experts_L)
+    tables = _tables(own, fit, n_experts_L)
     id_T, counts = _ids(own, fit)[0], transition_counts(fit, n_experts_L)
     names = ("token_id", "popularity", "layer_before")
     hits = {name: np.zeros(experts_TLK.shape[:2], np.int64) for name in names}
-    for layer, (n_experts, k) in enumerate(zip(n_experts_L, places_L, strict=True)):
+    for layer, ((table_VE, popularity_E), k) in enumerate(zip(tables, places_L, strict=True)):
         chosen_TK = experts_TLK[:, layer]
-        table_VE = _first(tables[layer], k)
-        hits["token_id"][:, layer] = _right(table_VE[id_T], chosen_TK)
-        is_popular_E = _first(popularity[layer][None], k)[0]
+        hits["token_id"][:, layer] = _right(_first(table_VE, k)[id_T], chosen_TK)
+        is_popular_E = _first(popularity_E[None], k)[0]
         hits["popularity"][:, layer] = np.append(is_popular_E, False)[chosen_TK].sum(1)
         if layer:
             before_TE = one_hot(experts_TLK[:, layer - 1], n_experts_L[layer - 1])
             count_EF = counts[layer - 1]
             follows_EF = count_EF / np.maximum(_uses(fit, layer - 1, len(count_EF))[:, None], 1)
             score_TF = before_TE @ follows_EF.astype(np.float32)
-            score_TF += 1e-4 * popularity[layer] / max(popularity[layer].max(), 1)
+            score_TF += 1e-4 * popularity_E / max(popularity_E.max(), 1)
             hits["layer_before"][:, layer] = _right(_first(score_TF, k), chosen_TK)
-        assert table_VE.shape[1] == n_experts
     return hits
 
 
@@ -185,17 +183,15 @@ def _ids(own: Sequence[trace.Sequence], fit: Sequence[trace.Sequence]) -> tuple[
 
 def _tables(
     own: Sequence[trace.Sequence], fit: Sequence[trace.Sequence], n_experts_L: Sequence[int]
-) -> tuple[list[Array], list[Array]]:
-    """Scores (V, E) by token id, popularity behind the point, and popularity (E,), by layer."""
+) -> Iterator[tuple[Array, Array]]:
+    """Of each layer scores (V, E) by token id, popularity behind the point, and popularity (E,)."""
     _, id_T, n_ids = _ids(own, fit)
     experts_TLK = np.concatenate([s.experts_TLK for s in fit])
-    tables, popularity = [], []
     for layer, n_experts in enumerate(n_experts_L):
         counts_VE = _id_counts(id_T, experts_TLK[:, layer], n_experts, n_ids)
-        popularity.append(counts_VE.sum(0).astype(float))
-        behind_E = popularity[-1] / (popularity[-1].max() + 1)
-        tables.append((counts_VE + behind_E).astype(np.float32))
-    return tables, popularity
+        popularity_E = counts_VE.sum(0).astype(float)
+        behind_E = popularity_E / (popularity_E.max() + 1)
+        yield (counts_VE + behind_E).astype(np.float32), popularity_E
 
 
 def _uses(fit: Sequence[trace.Sequence], layer: int, n_experts: int) -> Array:
@@ -225,11 +221,10 @@ def batch_experts(
             continue
         experts_TLK = np.concatenate([s.experts_TLK for s in own])[:_GROUPED_TOKENS]
         id_T = _ids(own, fit)[0][:_GROUPED_TOKENS]
-        pairs = zip(_tables(own, fit, n_experts_L)[0], places_L, strict=True)
-        routes_VG = np.concatenate([_first(table_VE, k) for table_VE, k in pairs], 1)
-        routes_TG = routes_VG[id_T].astype(np.float32)
+        pairs = zip(_tables(own, fit, n_experts_L), places_L, strict=True)
+        routes_VG = np.concatenate([_first(table_VE, k) for (table_VE, _), k in pairs], 1)
         for batch, pair in found.items():
-            order_T = grouped(routes_TG, batch)
+            order_T = grouped(routes_VG, id_T, batch)
             pair.append((distinct_experts(experts_TLK, most, batch),
                          distinct_experts(experts_TLK[order_T], most, batch)))  # fmt: skip
     means = {batch: np.mean(pairs, axis=0) for batch, pairs in found.items() if pairs}
