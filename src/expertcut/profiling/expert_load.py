@@ -159,7 +159,8 @@ def grouped(figures_VG: Array, id_T: Array, batch: int) -> Array:
     """An order (T,) of tokens in which those of a batch are alike, within pools of 8 batches.
 
     `figures_VG` are those of each token id. A pool is halved at the middle of the direction in
-    which its tokens differ most, and so on down to batches. ExpertFlow (arXiv 2410.17954) deals tokens by their predicted routes likewise.
+    which its tokens differ most, and so on down to batches. ExpertFlow (arXiv 2410.17954) deals
+    tokens by their predicted routes likewise.
     """
     order = []
     for start in range(0, len(id_T), _POOL * batch):
