@@ -1,5 +1,6 @@
 """A routing trace against brute force (one prompt at a time, hooks only) and against a profile."""
 
+import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from expertcut.profiling.storage import load_profile, read_chunk, write_chunk
 from expertcut.profiling.trace import Trace, load_trace
 from expertcut.profiling.trace_recorder import QuizTracing, TextTracing, TraceOptions
 from expertcut.scoring import engine as engines
+from expertcut.scoring.packing import Pass
+from expertcut.scoring.passes import Run
 from tests.conftest import Commands, open_model
 from tests.profiling.test_text_profile import texts, written
 from tests.support.processes import PROCESSES, Task, chunk_bytes, ended, logged, long_quiz, start
@@ -282,6 +285,53 @@ def test_a_chunk_that_says_what_cannot_be_is_refused(
     write_chunk(file, arrays, of)
     with pytest.raises(ProfileError, match=f"{name} is damaged .*{fault}.*: trace again"):
         list(load_trace(trace.path).sequences())
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"n_tokens": 9}, "t has [\\d,]+ tokens, and its trace.json says 9: trace again"),
+        ({"n_tokens": 0}, "trace.json is not a valid trace: n_tokens"),
+        ({"chunk_questions": 257}, "trace.json is not a valid trace: chunk_questions"),
+        ({"text": {}}, "trace.json is not a valid trace: text"),
+        ({"settings": {}}, "trace.json is not a valid trace: settings.dtype"),
+        ({"quiz": None}, "trace.json is not a valid trace: quiz"),
+    ],
+)
+def test_a_description_that_lies_is_refused(
+    change: dict[str, Any], fault: str, checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path
+) -> None:
+    traced(open_model(checkpoint("olmoe")), quiz, tmp_path / "t", tokens=500)
+    file = tmp_path / "t" / "trace.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ProfileError, match=fault):
+        list(load_trace(tmp_path / "t").sequences())
+    file.unlink()
+    with pytest.raises(ProfileError, match=r"no trace in .*: run `expertcut trace`"):
+        load_trace(tmp_path / "t")
+
+
+def test_passes_that_run_out_of_memory_come_again_in_halves_to_the_same_trace(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe = open_model(checkpoint("olmoe"))
+    whole, forward = traced(moe, quiz, tmp_path / "whole", weights=True), Run._forward
+    tracing = QuizTracing(moe, quiz, 4, HOW, TraceOptions(weights=True))
+
+    def short_of_memory(run: Run, step: Pass) -> torch.Tensor:
+        found = forward(run, step)
+        if len(step.questions) > 1:
+            raise MemoryError
+        return found
+
+    monkeypatch.setattr(Run, "_forward", short_of_memory)
+    list(tracing.run(tmp_path / "halved"))
+    halved = load_trace(tmp_path / "halved")
+    assert any("halved_passes" in chunk for chunk in halved.read_chunks())
+    for one, two in zip(whole.sequences(), halved.sequences(), strict=True):
+        assert (one.experts_TLK == two.experts_TLK).all()
+        assert one.weights_TLK is not None and two.weights_TLK is not None
+        np.testing.assert_allclose(one.weights_TLK, two.weights_TLK, rtol=2e-3)
 
 
 # The command
