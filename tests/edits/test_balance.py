@@ -1,5 +1,6 @@
 """`reweight --balance`: biases even out the loads of experts, where these are uneven."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from expertcut.edits.balance import (
 )
 from expertcut.edits.plan import BlockEdit, load_plan
 from expertcut.errors import ProfileError
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.trace import Sequence, load_trace
 from tests.conftest import Commands, open_model
@@ -63,7 +65,7 @@ def test_an_expert_of_three_times_the_load_is_evened_out_on_other_sequences_too(
     assert layer.held_out[0] > 1.8 > 0.2 > layer.held_out[1]
     assert layer.behind == layer.held_out  # no shots
     assert layer.bias_E.argmin() == 5
-    assert layer.bias_E.mean() == pytest.approx(0, abs=1e-7)
+    assert layer.bias_E.mean() == pytest.approx(0, abs=1e-6)
     # b stands on α where the family has a selection bias, on logits elsewhere.
     assert np.abs(layer.bias_E).max() < 1 if selection_E is not None else layer.bias_E[5] < -1.2
     assert 0.5 < layer.kept < 0.95
@@ -112,12 +114,11 @@ def test_choices_that_do_not_follow_from_the_logits_are_refused() -> None:
 def traced(
     expertcut: Commands, checkpoint: Callable[..., Path], quiz_folder: Path
 ) -> Callable[..., Path]:
-    """A model's folder, with its profile in `p` and its trace in `t`."""
+    """A model's folder, with its trace in `t`."""
 
     def make(family: str, **changes: object) -> Path:
         model = checkpoint(family, **changes)
         asked = f"--quiz {quiz_folder} --split val --shots 0"
-        expertcut(f"profile {model} {asked} --out p")
         expertcut(f"trace {model} {asked} --logits --out t")
         return model
 
@@ -143,9 +144,11 @@ def test_a_family_with_a_selection_bias_gets_it_there_and_keeps_its_weights(
     family: str,
 ) -> None:
     model = traced(family)
-    said = expertcut("reweight --balance 0.1 --trace t --profile p --out out --wide")
+    said = expertcut("reweight --balance 0.1 --trace t --out out --wide")
     assert "MaxVio" in said and "of the choices stay" in " ".join(said.split())
     plan = load_plan(tmp_path / "out")
+    first, _ = load_trace(tmp_path / "t").halves()
+    assert plan.chosen_on.questions == len(first) and plan.criterion == "load"
     assert (plan.layout, plan.action) == ("stock", "reweight --balance 0.1")
     assert all(edit.selection and not edit.bias for edit in plan.blocks.values())
     against_base, against_exact = plan.proof.held_out
@@ -154,7 +157,7 @@ def test_a_family_with_a_selection_bias_gets_it_there_and_keeps_its_weights(
     for old, new, edit in zip(before.blocks, after.blocks, plan.blocks.values(), strict=True):
         moved_E = new.selection_bias() - old.selection_bias()
         wanted_E = torch.tensor([edit.selection.get(e, 0.0) for e in range(E)])
-        torch.testing.assert_close(moved_E, wanted_E.to(moved_E), rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(moved_E, wanted_E.to(moved_E), rtol=1e-3, atol=2e-6)
     gates = [[p for n, p in m.model.named_parameters() if "bias" not in n] for m in (before, after)]
     assert all(torch.equal(a, b) for a, b in zip(*gates, strict=True))
     expertcut(f"trace {tmp_path / 'out'} --quiz {quiz_folder} --split val --shots 0 --out after")
@@ -169,11 +172,11 @@ def test_another_family_gets_biases_of_its_gates_in_layout_exact(
     modules_cache: None,
 ) -> None:
     traced("olmoe")
-    expertcut("reweight --balance 0.1 --trace t --profile p --layout exact --out out")
+    expertcut("reweight --balance 0.1 --trace t --layout exact --out out")
     plan = load_plan(tmp_path / "out")
     assert [sorted(edit.bias) for edit in plan.blocks.values()] == [[*range(E)]] * 2
     assert plan.proof.held_out[1].max_abs_logprob_diff < 1e-4
-    again = expertcut("reweight --balance 30 --trace t --profile p --layout exact --out none")
+    again = expertcut("reweight --balance 30 --trace t --layout exact --out none")
     assert "no checkpoint, for the loads are within 30 already" in " ".join(again.split())
     assert not (tmp_path / "none").exists()
 
@@ -181,24 +184,25 @@ def test_another_family_gets_biases_of_its_gates_in_layout_exact(
 def test_what_cannot_be_balanced_is_refused(
     expertcut: Commands,
     traced: Callable[..., Path],
-    checkpoint: Callable[..., Path],
     quiz_folder: Path,
 ) -> None:
-    model = traced("olmoe", num_experts=16)
+    model = traced("olmoe", num_experts=16, rope_theta=5e3)
     asked = f"--quiz {quiz_folder} --split val --shots 0"
     expertcut(f"trace {model} {asked} --out bare")
-    expertcut(f"trace {checkpoint('olmoe')} {asked} --logits --out other")
     for words, why in {
         "--balance 0.1": "needs --trace TRACE",
         "--trace t": "needs --balance",
         "--balance 0.1 --trace t --boost 0:3": "give --boost in a command of its own",
         "--balance 0.1 --trace t --cross-fit": "give --cross-fit in a command of its own",
         "--balance 0.1 --trace bare": "keeps no router logits",
-        "--balance 0.1 --trace other": "is of another model",
+        "--balance 0.1 --trace t --profile p": "leave --profile out",
         "--balance 0.1 --trace t": "take --layout exact",
         "--balance 0.1 --trace nowhere": "no trace in nowhere",
     }.items():
-        line = expertcut(f"reweight {words} --profile p", status=2)
+        line = expertcut(f"reweight {words}", status=2)
         assert line.count("\n") == 1 and why in line, line
+    (model / "config.json").write_text(json.dumps(read_config(model) | {"rope_theta": 7.0}))
+    line = expertcut("reweight --balance 0.1 --trace t --layout exact", status=2)
+    assert line.count("\n") == 1 and "another model" in line, line
     with pytest.raises(ValueError, match="does not stay"):
         BlockEdit(keep=(0, 1), selection={2: 0.5})

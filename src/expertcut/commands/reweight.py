@@ -9,6 +9,7 @@ from expertcut.commands import SILENT, UI, CheckpointSettings, Files, output_opt
 from expertcut.commands.profile import profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
+from expertcut.errors import SettingsError
 from expertcut.reporting.tables import labelled
 
 if TYPE_CHECKING:
@@ -32,6 +33,15 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
     force_write: bool = output_option(
         False, "Write the checkpoint even if --cross-fit does not show that it helps."
     )
+
+    def check(self) -> None:
+        """Refuses options that do not go together, with a SettingsError."""
+        super().check()
+        if self.balance is not None and (self.profile or self.model):
+            what = "--profile" if self.profile else "MODEL"
+            raise SettingsError(
+                f"--balance works from --trace, which names its model: leave {what} out"
+            )
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,12 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     from expertcut.edits.router_edits import procedure_name
 
     check_settings(settings)
+    if settings.balance is not None:
+        return _balanced(settings, ui)
     profile = settings.choosing_profile(ui)
     from expertcut.evaluation.reweight_search import by_hand, chosen, decide, prepared  # torch
     from expertcut.reporting.edit_tables import decision_sentences, decision_tables
 
-    if settings.balance is not None:
-        return _balanced(settings, profile, ui)
     if settings.is_by_hand:
         edit = by_hand(profile, settings)
         assert edit.draft is not None
@@ -99,13 +109,18 @@ def choose(settings: ReweightSettings, ui: UI) -> Choice:
     return Choice(profile, edit, folder, decision.proof if decision else None)
 
 
-def _balanced(settings: ReweightSettings, profile: "Profile", ui: UI) -> Choice:
-    from expertcut.evaluation.reweight_search import balanced
+def _balanced(settings: ReweightSettings, ui: UI) -> Choice:
+    """Biases from a trace, which takes the place of the profile."""
+    from expertcut.edits.splits import traced_profile
     from expertcut.profiling.trace import load_trace
-    from expertcut.reporting.balance_tables import balance_sentences, balance_table
 
     assert settings.trace is not None and settings.balance is not None, "checked"
     trace = load_trace(settings.trace)
+    profile = traced_profile(trace)
+    profile.trust_remote_code = settings.trust_remote_code
+    from expertcut.evaluation.reweight_search import balanced  # torch
+    from expertcut.reporting.balance_tables import balance_sentences, balance_table
+
     folder = settings.output_folder(profile, f"balance-{settings.balance:g}", ui)
     ui.quiet()
     with ui.parts("balancing", folder) as report:
@@ -152,7 +167,8 @@ def write(
         return folder if options.extra_files else None
     make = write_plan if settings.plan_only else build
     built = make(profile, edit.draft, folder, options)
-    settings.say_profile(profile, ui)
+    if settings.balance is None:
+        settings.say_profile(profile, ui)
     if built and settings.wide:
         ui.say(tables.held_out_tables(built), [])
     sentences = tables.adapter_sentences(built) if built else []

@@ -175,7 +175,7 @@ def balancing_bias(
             break
     if not frozen:  # moves no choice, and least of all gate weights
         best_E = best_E - best_E.mean()
-    return np.asarray(best_E.double().numpy())
+    return np.asarray(best_E.double().numpy().round(6))
 
 
 def fitting_gate(tokens: Tokens, block: BlockInfo, selection_E: Array | None) -> Gate:

@@ -18,7 +18,7 @@ from expertcut.checkpoints.build import engine_as_profiled, profiled_source
 from expertcut.checkpoints.export import WRITERS
 from expertcut.checkpoints.tensor_names import blocks_of
 from expertcut.data import Quiz
-from expertcut.data.corpus import as_quiz, hash_lines
+from expertcut.data.corpus import as_quiz
 from expertcut.edits import router_edits
 from expertcut.edits.balance import BalancedLayer, balance_layer
 from expertcut.edits.edit_settings import ReweightSettings
@@ -26,7 +26,7 @@ from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right, stored_selection
 from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
-from expertcut.edits.splits import profiled_on, profiled_quiz, questions_for, traced_profile
+from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.errors import ContractError, ProfileError
 from expertcut.evaluation.cross_fit import CrossFitResult, cross_fit, cross_fit_result, numbered
 from expertcut.models.load import LoadOptions, Source
@@ -281,16 +281,11 @@ def balanced(
 ) -> tuple[Reweighting, list[BalancedLayer]]:
     """Biases that even out the loads of a trace; no draft where all are even enough.
 
-    Raises ProfileError: a trace of another model, or one without logits; ContractError: the layout
-    cannot hold the biases.
+    `profile` is that of the trace. Raises ProfileError: a trace without logits; ContractError: the
+    layout cannot hold the biases.
     """
     model, target = profile.info.model, settings.balance
     assert target is not None, "checked"
-    if trace.info.model.fingerprint != model.fingerprint:
-        raise ProfileError(
-            f"--trace {trace.path} is of another model, {trace.info.model.id}: trace "
-            f"{model.id} with --logits"
-        )
     if not trace.info.settings.logits:
         raise ProfileError(f"{trace.path} keeps no router logits: trace again with --logits")
     if any(block.places is not None for block in model.blocks):
@@ -309,9 +304,6 @@ def balanced(
             )
             layers.append(own)
     draft = router_edits.balance_draft(profile, layers, target, settings.layout)
-    if draft is not None:
-        used = hash_lines(profiled_on(traced_profile(trace)))
-        draft = replace(draft, used=used)
     return Reweighting(draft), layers
 
 
