@@ -25,6 +25,7 @@ Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady")
 DRAWS = 1000
 _ROWS = 2048  # of a simulation at once
+_MOST_PASSES = 40  # over small numbers, which are faster to compare than to count as indices
 _HIGH = 1 << 32  # a priority: a count in the upper half, the time of the last use in the lower
 _MOST = np.iinfo(np.int64).max
 
@@ -107,23 +108,31 @@ def segment_uses(
 
     Every token begins a segment that does not reach past its sequence.
     """
-    n_layers, most = len(n_experts_L), max(n_experts_L)
+    n_layers = len(n_experts_L)
     uses_SLM = np.zeros((len(sequences), n_layers, length + 1), np.int32)
-    padded_L = most - np.asarray(n_experts_L)  # experts that a layer lacks are never used
+    # Differences of running counts: exact also where those pass the largest number of their type.
+    dtype = np.uint8 if length < 256 else np.uint32
     for uses_LM, sequence in zip(uses_SLM, sequences, strict=True):
-        n_segments = len(sequence) - length + 1
-        if n_segments < 1:
+        if len(sequence) < length:
             continue
-        flat_XK = sequence.experts_TLK.reshape(-1, sequence.experts_TLK.shape[2])
-        chosen_TLE = one_hot(flat_XK, most, np.int32).reshape(len(sequence), n_layers, most)
-        before_TLE = np.zeros((len(sequence) + 1, *chosen_TLE.shape[1:]), np.int32)
-        np.cumsum(chosen_TLE, axis=0, out=before_TLE[1:])
-        uses_TLE = before_TLE[length:] - before_TLE[:-length]
-        uses_TLE += (length + 1) * np.arange(n_layers, dtype=np.int32)[:, None]
-        counts = np.bincount(uses_TLE.ravel(), minlength=uses_LM.size)
-        uses_LM[:] = counts.reshape(uses_LM.shape)
-        uses_LM[:, 0] -= n_segments * padded_L
+        for layer, n_experts in enumerate(n_experts_L):
+            before_TE = np.zeros((len(sequence) + 1, n_experts), dtype)
+            chosen_TE = one_hot(sequence.experts_TLK[:, layer], n_experts, dtype)
+            np.cumsum(chosen_TE, axis=0, dtype=dtype, out=before_TE[1:])
+            uses_LM[layer] = _histogram(before_TE[length:] - before_TE[:-length], length)
     return uses_SLM
+
+
+def _histogram(uses_TE: Array, most: int) -> Array:
+    """How often each number from 0 to `most` occurs."""
+    largest = int(uses_TE.max())
+    if largest > _MOST_PASSES:
+        return np.bincount(uses_TE.ravel(), minlength=most + 1)
+    counts_M = np.zeros(most + 1, int)
+    for n in range(1, largest + 1):
+        counts_M[n] = np.count_nonzero(uses_TE == n)
+    counts_M[0] = uses_TE.size - counts_M.sum()
+    return counts_M
 
 
 def best_f1(uses_XM: Array) -> tuple[Array, Array]:
