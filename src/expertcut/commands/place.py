@@ -9,6 +9,8 @@ from expertcut.errors import OutputError, SettingsError
 from expertcut.settings import Count, FilePath, option
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from expertcut.edits.cache_plan import CacheFile
     from expertcut.edits.placement_results import PlacementFile
     from expertcut.profiling.storage import Profile
@@ -121,12 +123,11 @@ def _place(settings: PlaceSettings, found: "Trace", folder: Path, ui: UI) -> "Pl
     import numpy as np
 
     from expertcut.checkpoints import serving
-    from expertcut.checkpoints.build import BuildOptions, permute_checkpoint, profiled_source
+    from expertcut.checkpoints.build import profiled_source
     from expertcut.checkpoints.output_dir import atomic_dir
     from expertcut.edits import placement_results as placements
     from expertcut.edits.placement import STARTS, Devices
     from expertcut.edits.plan import expert_ids
-    from expertcut.edits.splits import traced_profile
     from expertcut.files import write_atomically
     from expertcut.reporting import place_tables as tables
 
@@ -157,18 +158,31 @@ def _place(settings: PlaceSettings, found: "Trace", folder: Path, ui: UI) -> "Pl
         for name, content in files.items():
             write_atomically(temporary / name, content)
         if settings.write:
-            options = BuildOptions(settings.load_as(), settings.verify)
-            action = f"place --devices {settings.devices}"
-            where = temporary / "checkpoint"
-            permute_checkpoint(traced_profile(found), file.order, where, options, action=action)
+            same = _write_checkpoint(settings, found, file.order, temporary / "checkpoint")
     ui.say([tables.placement_table(file)], [])
     facts = tables.placement_facts(file)
     if not files:
         facts.append(("engines", "no engine's file: they ask for one number of experts a layer"))
     names = [placements.PLACEMENT_FILE, *files, *(["checkpoint/"] if settings.write else [])]
     facts.append(("files", ", ".join(names)))
+    if settings.write and same:
+        facts.append(("choices", same))
     ui.end(facts, folder, ["report", str(folder)])
     return file
+
+
+def _write_checkpoint(
+    settings: PlaceSettings, found: "Trace", order: "Sequence[Sequence[int]]", folder: Path
+) -> str:
+    """Writes the experts in this order, and says how many choices differ on held-out questions."""
+    from expertcut.checkpoints.build import BuildOptions, permute_checkpoint
+    from expertcut.checkpoints.permute_edit import moved_sentence
+    from expertcut.edits.splits import traced_profile
+
+    options = BuildOptions(settings.load_as(), settings.verify)
+    action = f"place --devices {settings.devices}"
+    built = permute_checkpoint(traced_profile(found), order, folder, options, action=action)
+    return moved_sentence(built.proof) if built.proof else ""
 
 
 def _plan_cache(
