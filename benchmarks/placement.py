@@ -148,12 +148,11 @@ def main() -> None:
             theirs = f"{stay(counts, [*layers], np.eye(devices)) / total:.2%}"
         theirs += f", bound {-found.mip_dual_bound:.2%}"
         rows.append([what, ours_text, theirs, "", took])
-        halves = bisected(counts, devices, options.seconds)
-        theirs = "no placement"
+        halves = bisected(counts, devices, options.seconds) if devices > 2 else None
         if halves is not None:
             layers = [np.eye(devices)[device_E] for device_E in halves]
             theirs = f"{stay(counts, layers, np.eye(devices)) / total:.2%}, by halves"
-        rows.append([what, ours_text, theirs, "", took])
+            rows.append([what, ours_text, theirs, "", took])
     heads = {"what": "", "ours": "", "EPLB, or ExFlow by HiGHS": "", "ours worse": ""}
     heads |= {"ours, s": ".1f"}
     report(options.out, f"Placement on {devices} devices", heads, rows)

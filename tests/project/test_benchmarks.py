@@ -4,12 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from benchmarks import against_vllm, gpu_full_size
+from benchmarks import against_vllm, gpu_full_size, placement
 from benchmarks.common import timed
 from benchmarks.work import Shape, count
 
+from expertcut.edits import placement as placing
 from expertcut.scoring.packing import Encoded
 
 SHAPE = Shape(width=8, inner=4, layers=3, experts=6, top_k=2, words=50)
@@ -77,3 +79,19 @@ def test_the_script_for_a_gpu_runs_on_a_small_shape(
     gpu_full_size.main()
     (row,) = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert row[0] == 2 and row[1] > 600 and row[2] > 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_program_of_exflow_has_the_optimum_of_place_where_loads_are_not_bounded(
+    seed: int,
+) -> None:
+    counts = [np.random.default_rng(seed).integers(0, 50, (6, 6)).astype(float)]
+    loads = [counts[0].sum(1), counts[0].sum(0)]
+    found = placement.exflow(counts, 6, 2, 60)
+    assert found.status == 0
+    ours = placing.place(counts, loads, placing.Devices(2), [2.0, 2.0])
+    assert -found.fun == pytest.approx(ours.objective)
+    device_LE = placement.bisected(counts, 2, 60)
+    assert device_LE is not None
+    same_EF = device_LE[0][:, None] == device_LE[1]
+    assert (counts[0] * same_EF).sum() / counts[0].sum() == pytest.approx(-found.fun)

@@ -46,14 +46,8 @@ LINKING = (
 )
 EARLIER_OPTIONS = {"--positions", "--prove", "--keep-fraction"}  # hidden, named as such
 # Not of expertcut.
-OPTIONS_OF_OTHERS = {
-    "--rounds",
-    "--section",
-    "--seeds",
-    "--worlds",
-    "--init-expert-location",
-    "--ep-num-redundant-experts",
-}
+OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seconds", "--seeds", "--worlds"}
+OPTIONS_OF_OTHERS |= {"--init-expert-location", "--ep-num-redundant-experts"}
 OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 134
 MAX_PAGES = 18  # beside log.md
