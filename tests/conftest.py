@@ -228,6 +228,9 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = str(tmp_path_factory.mktemp("modules"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
         patch.setattr(sys, "path", [*sys.path])
+        # The package of an earlier folder would hide what is imported from this one.
+        for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+            patch.delitem(sys.modules, name)
         yield
     for name in [n for n in sys.modules if n.startswith("transformers_modules")]:
         del sys.modules[name]

@@ -42,7 +42,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     count(safetensors_index, "read_file", lambda file: f"header of {file}")
     count(storage, "layers_of", lambda *_: "layers")
-    count(storage, "read_chunk", lambda file, _: f"chunk {file}")
+    count(storage, "read_chunk", lambda file, *_: f"chunk {file}")
     count(plan, "load_plan", lambda *_: "plan")
     count(sources, "_find_source", lambda *_: "quiz")
     return found

@@ -150,9 +150,9 @@ def removed_before_chunks(file: Path) -> None:
     """Safetensors' own reader opens files where no audit hook sees it."""
     read = storage.read_chunk
 
-    def late(path: Path, of: str = "") -> object:
+    def late(*args: object) -> object:
         file.unlink(missing_ok=True)
-        return read(path, of)
+        return read(*args)  # type: ignore[arg-type]
 
     storage.read_chunk = late  # type: ignore[assignment]
 
