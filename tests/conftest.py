@@ -227,8 +227,9 @@ def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         folder = str(tmp_path_factory.mktemp("modules"))
         patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", folder)
-        patch.setattr(sys, "path", [*sys.path])
         # The package of an earlier folder would hide what is imported from this one.
+        others = [p for p in sys.path if not (Path(p) / "transformers_modules").is_dir()]
+        patch.setattr(sys, "path", others)
         for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
             patch.delitem(sys.modules, name)
         yield
