@@ -158,6 +158,26 @@ def test_odp_calibrates_what_the_tokens_that_keep_all_experts_leave() -> None:
         assert odp.thresholds(mean) != skip.thresholds(mean)
 
 
+def test_a_shared_threshold_keeps_the_mean_over_all_layers() -> None:
+    drawn = torch.Generator().manual_seed(0)
+    scores = {layer: torch.rand(900, generator=drawn) ** (layer + 1) for layer in range(3)}
+    scores = {layer: own.sort(descending=True)[0] for layer, own in scores.items()}
+    sample = GateSample("skip", scores, 3)
+    apart, shared = (sample.thresholds(2.0, is_shared=both) for both in (False, True))
+    assert len({*shared.values()}) == 1 and len({*apart.values()}) == 3
+    used = [float((own >= shared[layer]).float().mean()) for layer, own in scores.items()]
+    assert sum(used) / 3 == pytest.approx(1 / 3, abs=1e-3) and max(used) > 1.2 * min(used)
+
+
+def test_a_shared_threshold_is_asked_by_its_option(
+    profile: Profile, quiz: Quiz, tmp_path: Path
+) -> None:
+    whole = swept(profile, quiz, tmp_path, rule="skip", experts="1.5", shared=True).sweep
+    own = [cell for cell in whole.cells if cell.setting.rule == "skip"]
+    assert own and all(len({*cell.thresholds}) == 1 for cell in own)
+    assert own[0].setting.label.startswith("to 1.5 shared")
+
+
 def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
     profile: Profile, quiz: Quiz, tmp_path: Path
 ) -> None:
@@ -180,6 +200,7 @@ def test_a_sweep_goes_on_where_it_ended_and_refuses_another(
     [
         ({"rule": "skip", "at": "2"}, "--at 2 is not a threshold"),
         ({"rule": "skip", "at": "0.5", "experts": "2"}, "leave one of them out"),
+        ({"rule": "skip", "at": "0.5", "shared": True}, "--shared calibrates one threshold"),
         ({"rule": "top-k", "experts": "1.5"}, "must be a whole number"),
         ({"rule": "skip", "tune": True}, "different things"),
         ({"sweep": False, "rule": "skip", "at": "0.1,0.2"}, "one threshold"),

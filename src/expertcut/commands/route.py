@@ -55,6 +55,7 @@ class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.Route
         at = self.at or ("" if usual is None or self.experts or self.tune else f"{usual:g}")
         words += [f"--at {at}"] if at else []
         words += [f"--experts {self.experts}"] if self.experts is not None else []
+        words += ["--shared"] if self.shared else []
         words += [f"--most {self.most}"] if self.most is not None else []
         words += ["--weights renormalised"] if self.weights != "gate" else []
         words += [f"--tune --margin {self.margin:g}"] if self.tune else []

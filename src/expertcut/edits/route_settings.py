@@ -80,7 +80,8 @@ class RouteSetting(Record):
     """One setting of a rule: `at`, or thresholds calibrated to `experts` a token in the mean.
 
     `draw` numbers the random controls: of rule random, or of another rule where as many experts are
-    left out, but random ones. Of contrast `at` is the rank of the weak run's expert.
+    left out, but random ones. Of contrast `at` is the rank of the weak run's expert. With `shared`
+    all layers have one calibrated threshold.
     """
 
     rule: str
@@ -88,6 +89,7 @@ class RouteSetting(Record):
     experts: FiniteFloat | None = None
     draw: int | None = Field(default=None, ge=0)
     beta: FiniteFloat | None = Field(default=None, ge=0)
+    shared: Literal[True] | None = None
 
     @property
     def is_control(self) -> bool:
@@ -104,7 +106,7 @@ class RouteSetting(Record):
         """The setting without its rule, as tables write it."""
         text = "" if self.at is None else f"{self.at:g}"
         if self.experts is not None:
-            text = f"to {self.experts:g}"
+            text = f"to {self.experts:g}{' shared' if self.shared else ''}"
         if self.beta is not None:
             text = f"{self.beta:g} rank {self.at:g}"
         return text if self.draw is None else f"{text} draw {self.draw}".strip()
@@ -132,6 +134,7 @@ class RouteSettings(Settings):
         None, "Calibrate thresholds, layer by layer, to this mean number of experts a token.",
         metavar="N",
     )  # fmt: skip
+    shared: bool = _router(False, "Calibrate one threshold for all layers together.")
     most: Annotated[str, BeforeValidator(_number_texts)] | None = _router(
         None, "Use at most this many experts a token, or all.  [default: the model's K]",
         metavar="N",
@@ -210,6 +213,11 @@ class RouteSettings(Settings):
             raise SettingsError(f"--level {self.level} is of --rule random: add it to the rules")
         if self.at is not None and self.experts is not None:
             raise SettingsError("--at and --experts both set the threshold: leave one of them out")
+        if self.shared and (self.at is not None or not {*self.rules} & {*CALIBRATED}):
+            raise SettingsError(
+                "--shared calibrates one threshold for all layers: give --experts, or one of the "
+                f"rules {', '.join(CALIBRATED)} without --at"
+            )
         for rule in self.rules:
             self._check_rule(rule)
         self._check_contrast()
@@ -323,6 +331,10 @@ class RouteSettings(Settings):
             except ContractError as error:
                 raise SettingsError(f"--rule {setting.rule}: {error}") from None
 
+    def calibrated(self, rule: str, experts: float) -> RouteSetting:
+        """A setting whose thresholds give this mean number of experts a token."""
+        return RouteSetting(rule=rule, experts=experts, shared=self.shared or None)
+
     def candidates(self, top_k: int) -> tuple[float, ...]:
         """Means of experts a token that `--tune` tries, below K and from the most on."""
         steps = int(2 * min(top_k - 0.5, self.most_of(self.rule, top_k) or top_k))
@@ -369,7 +381,7 @@ class RouteSettings(Settings):
             raise SettingsError(f"--rule {rule} needs a threshold: give --at F{how}")
         if rule == "top-k":
             return [RouteSetting(rule=rule, at=float(round(mean))) for mean in means]
-        return [RouteSetting(rule=rule, experts=mean) for mean in means]
+        return [self.calibrated(rule, mean) for mean in means]
 
     def _check_most(self, rule: str, top_k: int) -> None:
         if self.most_of(rule, top_k) == 1 and rule not in ("null", "top-k"):

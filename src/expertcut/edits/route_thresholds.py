@@ -99,10 +99,11 @@ class GateSample:
         """The most experts that a token may use."""
         return _RULES[self.rule].n_fixed + self.n_places
 
-    def thresholds(self, experts: float) -> dict[int, float]:
+    def thresholds(self, experts: float, *, is_shared: bool = False) -> dict[int, float]:
         """By layer the `at` with which these tokens use so many experts in the mean.
 
         A few more where scores are tied at the end of what the rule takes, as of two equal weights.
+        With `is_shared` one for all layers, and the mean is over them.
         """
         own, kind = _RULES[self.rule], RULE_KINDS[self.rule]
         n_all = self.n_most
@@ -114,9 +115,13 @@ class GateSample:
                 f"--experts {experts:g} must lie between {least:g} and {n_all} for "
                 f"--rule {self.rule}, the most that a token may use: change it or --most"
             )
+        by_layer = self.scores_by_layer
+        if is_shared:
+            together = torch.cat([*by_layer.values()]).sort(descending=True).values
+            by_layer = dict.fromkeys(by_layer, together)
         return {
             layer: min(max(own.at(_level(scores, share)), kind.low), kind.high)
-            for layer, scores in self.scores_by_layer.items()
+            for layer, scores in by_layer.items()
         }
 
 

@@ -60,7 +60,9 @@ class Rules:
         """The rule with its thresholds by layer; a SettingsError where the model has no place."""
         layers = [block.layer for block in self.engine.moe.blocks]
         if setting.experts is not None and setting.rule in CALIBRATED:
-            at_by_layer = self.samples[setting.rule].thresholds(setting.experts)
+            at_by_layer = self.samples[setting.rule].thresholds(
+                setting.experts, is_shared=bool(setting.shared)
+            )
         else:
             at_by_layer = dict.fromkeys(layers, 0.0 if setting.at is None else setting.at)
         n_experts = min(block.n_experts for block in self.engine.moe.blocks)

@@ -104,14 +104,14 @@ def tune(
     steps, tried = count(1), dict[float, Comparison]()
 
     def right_at(mean: float) -> Array:
-        right_N = right(scorer.ruled(RouteSetting(rule=rule, experts=mean)), records.answer_N)
+        right_N = right(scorer.ruled(settings.calibrated(rule, mean)), records.answer_N)
         if mean not in tried:
             report(next(steps), 0)
         tried[mean] = compare(records.is_correct_N, right_N)
         return right_N
 
     def random_right_at(mean: float, draw: int) -> Array:
-        setting = RouteSetting(rule=rule, experts=mean)
+        setting = settings.calibrated(rule, mean)
         report(next(steps), 0)
         return right(scorer.left_out(setting, settings.seed + draw), records.answer_N)
 
@@ -124,7 +124,8 @@ def tune(
         draws = DRAWS if settings.draws is None else settings.draws
         found = cross_fit_holding(own, means, right_at, random_right_at, draws)
         mean = found.experts
-        procedure = f"route --rule {rule} --tune --margin {100 * margin:g}"
+        shared = " --shared" if settings.shared else ""
+        procedure = f"route --rule {rule}{shared} --tune --margin {100 * margin:g}"
         proof = holding_result(
             found,
             base_accuracy,
@@ -135,7 +136,7 @@ def tune(
         )
     else:
         mean = own.choose(means, right_at, np.ones(len(records), dtype=bool))
-    chosen = None if mean is None else RouteSetting(rule=rule, experts=mean)
+    chosen = None if mean is None else settings.calibrated(rule, mean)
     routing = None if chosen is None else rules.rerouting(chosen)
     return RouteTuning(tuning, rule, chosen, routing, tried, base_accuracy, proof)
 
