@@ -98,48 +98,39 @@ class EvalSection(EvalSettings):
     backend: Literal["hf", "vllm"] = option("hf", "As of the command.", is_recorded="set")
 
 
-class DispatchSection(DispatchSettings):
+class _CheckedSection(Settings):
+    """A section whose options are refused together as those of its command."""
+
+    def check(self) -> None:
+        """Refuses options that do not go together; its command's settings do."""
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> Self:
+        try:
+            self.check()
+        except SettingsError as error:
+            refuse(str(error))
+        return self
+
+
+class DispatchSection(DispatchSettings, _CheckedSection):
     """`expertcut dispatch` of the run's evaluation, and of `results` of others on the same quiz."""
 
     results: ReadPaths = option([], "Results of other evaluations.")
 
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        try:
-            self.check()
-        except SettingsError as error:
-            refuse(str(error))
-        return self
 
-
-class TraceSection(TraceSettings):
+class TraceSection(TraceSettings, _CheckedSection):
     """`expertcut trace` of the recipe's model, on its quiz or on texts."""
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        try:
-            self.check()
-        except SettingsError as error:
-            refuse(str(error))
-        return self
 
     def texts_of(self, recipe: "Recipe") -> list[str]:
         """Its texts; those of the profile where it names none and the recipe has no quiz."""
         return self.text or ([] if recipe.has_quiz else recipe.profile.text)
 
 
-class PlaceSection(PlaceSettings):
+class PlaceSection(PlaceSettings, _CheckedSection):
     """`expertcut place` of the run's trace."""
 
     trace: FilePath = option(Path(), "The run's.", in_recipe=False)
-
-    @model_validator(mode="after")
-    def _goes_together(self) -> Self:
-        try:
-            self.check()
-        except SettingsError as error:
-            refuse(str(error))
-        return self
 
 
 class ReportSection(Settings):
