@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints import shards
-from expertcut.checkpoints.merge_edit import Experts, is_interleaved, unedited_routers
+from expertcut.checkpoints.merge_edit import Experts, unedited_routers
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.data import round_robin
 from expertcut.edits.edit_settings import CutSettings, MergeMethod, MergeSettings
@@ -32,6 +32,7 @@ from expertcut.edits.router_edits import tilts
 from expertcut.edits.selection import choose
 from expertcut.edits.splits import questions_for
 from expertcut.errors import PlanError
+from expertcut.models.expert_matrices import is_interleaved
 from expertcut.models.hooks import registered, replaced_forward
 from expertcut.models.safetensors_index import read_headers
 from expertcut.profiling.storage import Profile

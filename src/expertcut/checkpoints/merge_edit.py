@@ -23,6 +23,7 @@ from expertcut.edits import merging
 from expertcut.edits.edit_settings import RouterRow
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
+from expertcut.models.expert_matrices import is_interleaved
 from expertcut.models.hooks import registered, replaced_forward
 from expertcut.models.load import MoeModel
 from expertcut.models.moe_block import MoeBlock
@@ -170,19 +171,6 @@ class MergeEdit(Edit):
             f"Each of {len(self.blocks)} MoE layers has {of} merged into {n_left}: a removed "
             "one lives on in one that stays, which it has joined."
         )
-
-
-@torch.inference_mode()
-def is_interleaved(experts: Any) -> bool:
-    """Whether gate and up alternate: by the output that the second column changes."""
-    if not (hasattr(experts, "_apply_gate") and getattr(experts, "has_gate", False)):
-        return False
-    width = experts.gate_up_proj.shape[1 if not experts.is_transposed else 2]
-    ones_1I = torch.ones(1, width, device=experts.gate_up_proj.device)
-    moved_1I = ones_1I.clone()
-    moved_1I[0, 1] += 1
-    difference_I = (experts._apply_gate(moved_1I) - experts._apply_gate(ones_1I))[0]
-    return bool(difference_I[0] != 0)
 
 
 def _merge_experts(

@@ -113,15 +113,16 @@ def _with_known(
 def own_output(experts: Any, expert: int, x_MD: Tensor) -> Tensor:
     """Outputs of one expert, from the attributes that transformers gives every family."""
     up = "gate_up_proj" if experts.has_gate else "up_proj"
-    hidden_MI = _project(experts, up, expert, x_MD)
+    hidden_MI = project(experts, up, expert, x_MD)
     hidden_MI = experts._apply_gate(hidden_MI) if experts.has_gate else experts.act_fn(hidden_MI)
-    output_MD = _project(experts, "down_proj", expert, hidden_MI)
+    output_MD = project(experts, "down_proj", expert, hidden_MI)
     if experts.has_post_expert_norm:
         output_MD = experts.post_expert_norm(output_MD)
     return output_MD
 
 
-def _project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+def project(experts: Any, name: str, expert: int, x: Tensor) -> Tensor:
+    """One projection of an expert, by the attribute's name."""
     weight = getattr(experts, name)[expert]
     bias = getattr(experts, f"{name}_bias")[expert] if experts.has_bias else None
     return linear(x, weight.T if experts.is_transposed else weight, bias)
