@@ -142,6 +142,17 @@ def test_pmq_is_the_program_of_mc_moe():
             assert tuple(found.choice_U[own] + 1) == best
 
 
+def test_pmq_without_room_for_its_two_largest_options_is_refused():
+    error_UO, _ = table(1)
+    bytes_UO, uses = np.tile([1, 2, 3], (L * E, 1)), np.ones(L * E)
+    known = {"layer_U": LAYER_U, "tokens_U": uses, "weight_U": uses}
+    assert pmq(error_UO, bytes_UO, L * (E + 3), **known).size == L * (E + 3)
+    with pytest.raises(SettingsError, match="no allocation within 6 bytes gives 2 options"):
+        pmq(error_UO, bytes_UO, L * (E + 2), **known)
+    error_UO[:, 2] = np.inf  # of two options one is left to the program
+    assert (pmq(error_UO, bytes_UO, L * (E + 1), **known).choice_U == 1).sum() == L
+
+
 def test_pmq_scores_forbid_what_errors_forbid_and_ignore_the_scale_of_a_layer():
     error_UO, _ = table(2)
     error_UO[3, 1] = np.inf

@@ -129,6 +129,11 @@ def test_compress_json_is_read_as_it_was_written(tmp_path: Path):
     assert table.menu == parse_options("4,8")
     assert table.layers == ("model.layers.0.mlp",) * 2
     text = (tmp_path / "compress.json").read_text()
-    (tmp_path / "compress.json").write_text(text.replace('"model.layers.0.mlp:0",', ""))
-    with pytest.raises(PlanError, match="error is not a table of 1 units"):
-        load_compression(tmp_path / "compress.json")
+    for part, other, refusal in (
+        ('"model.layers.0.mlp:0",', "", "error is not a table of 1 units"),
+        ('"8"\n', '"9"\n', "options: '9' is not an option"),
+    ):
+        assert text.count(part) == 1
+        (tmp_path / "compress.json").write_text(text.replace(part, other))
+        with pytest.raises(PlanError, match=refusal):
+            load_compression(tmp_path / "compress.json")

@@ -96,8 +96,8 @@ def _check_budget(error_UO: Array, bytes_UO: Array, budget: int, fixed: int) -> 
     smallest = fixed + smallest_size(error_UO, bytes_UO)
     if smallest > budget:
         raise SettingsError(
-            f"{budget:,} bytes are below the smallest size that these options allow, {smallest:,} "
-            "bytes: raise the budget or name a smaller option"
+            f"a budget of {budget:,} bytes is too small: the smallest size that these options "
+            f"allow is {smallest:,} bytes"
         )
 
 
@@ -121,10 +121,7 @@ class _Program:
         while True:
             result = self._run(limit, time_limit)
             if result.x is None:
-                raise SettingsError(
-                    f"the program has no solution within {budget:,} bytes ({result.message}): "
-                    "raise the budget"
-                )
+                raise SettingsError(self._why_none(budget, result.status))
             choice_U = result.x.reshape(self.cost_UO.shape).argmax(axis=1)
             cost = float(self.cost_UO[units, choice_U].sum())
             over = int(self.extra_UO[units, choice_U].sum()) - limit
@@ -136,6 +133,14 @@ class _Program:
             else:  # again without what is in no better choice, whose costs hid the others'
                 self.is_allowed_UO &= self.cost_UO <= cost
                 self.cost_UO[~self.is_allowed_UO] = 0
+
+    def _why_none(self, budget: int, status: int) -> str:
+        if status in _STATUS:
+            return "no allocation was found within the time limit: take --grain layer"
+        return (
+            f"no allocation within {budget:,} bytes gives {len(self.least)} options to an expert "
+            "each: raise the budget, or take --by error"
+        )
 
     @property
     def _unit(self) -> float:
@@ -195,10 +200,10 @@ def pmq(
     the largest of a layer, the time limit that of a layer.
     """
     _check_budget(error_UO, bytes_UO, budget, fixed)
-    score_UO = pmq_scores(error_UO, tokens_U, weight_U, layer_U)
-    n_options, largest_U = error_UO.shape[1], bytes_UO.max(axis=1)
-    upper = np.argsort(bytes_UO.sum(axis=0), kind="stable")[max(n_options - 2, 1) :]
-    least = {int(option): 1 for option in upper} if n_options > 1 else {}
+    score_UO, largest_U = pmq_scores(error_UO, tokens_U, weight_U, layer_U), bytes_UO.max(axis=1)
+    allowed = np.flatnonzero(np.isfinite(error_UO).all(axis=0)).tolist()
+    allowed.sort(key=lambda option: bytes_UO[:, option].sum())
+    least = dict.fromkeys(allowed[max(len(allowed) - 2, 1) :], 1)
     choice_U, parts = np.zeros(len(error_UO), int), []
     for layer in np.unique(layer_U):
         is_in_U = layer_U == layer

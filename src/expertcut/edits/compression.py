@@ -235,7 +235,7 @@ def check_menu(
         )
 
 
-_Count = Annotated[int, Field(ge=0)]
+_Count = Annotated[int, Field(ge=0, le=1 << 48)]
 _Error = Annotated[float, Field(ge=0)]
 
 
@@ -285,6 +285,10 @@ class CompressionFile(Record):
         for name, rows in (("error", self.error), ("bytes", self.bytes)):
             if {len(self.units), *map(len, rows)} != {len(rows), len(self.options)}:
                 raise ValueError(f"{name} is not a table of {len(self.units)} units")
+        try:
+            parse_options(",".join(self.options))
+        except SettingsError as error:
+            raise ValueError(f"options: {error}") from None
         return self
 
     @property

@@ -48,7 +48,7 @@ def compressed(
         if option.kind == "bits":
             tensors[name], dense[name] = _integers(weight_RC, option.bits, group_size)
         elif option.kind == "lowrank":
-            tensors[name] = factors(weight_RC, option, inputs.get(name))
+            tensors[name] = _factors(weight_RC, option, inputs.get(name))
             dense[name] = low_rank(
                 **{k.removeprefix("weight_"): t for k, t in tensors[name].items()}
             )
@@ -104,7 +104,7 @@ def _integers(weight_RC: Tensor, bits: int, group_size: int) -> tuple[dict[str, 
     return tensors, dequantise(ints_RC, scale_RG)
 
 
-def factors(weight_RC: Tensor, option: Option, inputs_MC: Tensor | None) -> dict[str, Tensor]:
+def _factors(weight_RC: Tensor, option: Option, inputs_MC: Tensor | None) -> dict[str, Tensor]:
     """U (R, P), V (P, C) of the truncated SVD, and the rows S (K, C) of W − UV with their ids.
 
     The rows are those with the largest ‖row·X‖ over the tokens, without tokens the longest. The
@@ -142,6 +142,6 @@ def _constant(
             around_MD = x_MD - x_MD.mean(dim=0)
             spread = float(around_MD.square().sum())
             slope = float((around_MD * y_MD).sum()) / spread if spread else 0.0
-            c = torch.tensor(slope).to(dtype).item()
+            c = torch.tensor(slope, dtype=dtype).item()
         v_D = y_MD.mean(dim=0) - c * x_MD.mean(dim=0) if c else y_MD.mean(dim=0)
     return c, v_D.to(dtype)
