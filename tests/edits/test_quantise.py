@@ -1,6 +1,7 @@
 """One expert made smaller: bytes as compressed-tensors writes them, factors, constants."""
 
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from expertcut.edits.allocation import allocate, smallest_size
 from expertcut.edits.compression import Option, Projection, parse_options
-from expertcut.edits.quantise import Compressed, compressed, pack, quantise
+from expertcut.edits.quantise import Compressed, compressed, ggml_round_trip, pack, quantise
 from expertcut.models.modeling_packed import dequantise, low_rank, unpack
 from expertcut.models.safetensors_index import DTYPES
 
@@ -229,3 +230,24 @@ def test_low_rank_expert_is_given_its_factors_and_not_four_bits():
     error_EO = np.array([[error(str(o), w, tokens()) for o in menu] for w in (planted, expert())])
     bytes_EO = np.full((2, 2), max(sizes_O))  # at equal bytes
     assert allocate(error_EO, bytes_EO, 2 * max(sizes_O)).choice_U.tolist() == [1, 0]
+
+
+def test_blocks_of_llama_cpp_round_to_the_nearest_of_their_steps():
+    weight_RC = expert(dtype=torch.float32)["gate"]
+    blocks_RGS = weight_RC.unflatten(1, (-1, 32))
+    largest_RG = blocks_RGS.abs().amax(dim=2)
+    errors = []
+    for ggml_type, steps in (("q8_0", 127), ("q5_0", 16), ("q4_0", 8)):
+        found_RC = ggml_round_trip(weight_RC, ggml_type)
+        assert found_RC is not None
+        moved_RG = (found_RC.unflatten(1, (-1, 32)) - blocks_RGS).abs().amax(dim=2)
+        assert (moved_RG <= largest_RG / steps * 1.01).all()
+        errors.append(float(moved_RG.square().mean()))
+    assert errors == sorted(errors) and errors[0] > 0
+
+
+def test_a_type_that_gguf_cannot_write_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch):
+    weight_RC = torch.ones(2, 256)
+    assert ggml_round_trip(weight_RC, "q4_K") is None
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    assert ggml_round_trip(weight_RC, "q8_0") is None

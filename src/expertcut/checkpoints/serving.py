@@ -1,15 +1,30 @@
-"""A placement in the forms that inference engines read: SGLang, vLLM and vLLM-Ascend.
+"""Placements and widths in the forms that other tools read.
 
-Experts are rows of the checkpoint here, as the engines number them; devices are contiguous parts
-of a layer's places. Each form is for models with equally many experts in every layer.
+A placement: SGLang, vLLM and vLLM-Ascend. Experts are rows of the checkpoint here, as the engines
+number them; devices are contiguous parts of a layer's places. Each form is for models with equally
+many experts in every layer. Widths of experts: llama-quantize and llm-compressor.
 """
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from expertcut.checkpoints.tensor_names import PROJECTIONS, DiskBlock, Headers
+from expertcut.edits.compression import Option, Projection
+from expertcut.errors import ContractError
 
 Rows = Sequence[Sequence[int]]
 """The rows on each device of one layer."""
+TENSOR_TYPES = "tensor-types.txt"
+RECIPE = "recipe.yaml"
+_WHOLE = Option("whole")
+_GGUF_ALIGNMENT = 32
+_F32_IN_GGUF = ("norm.weight", "shared_expert_gate.weight")
 
 
 def serving_files(layers: Mapping[str, Rows], n_layers: int | None) -> dict[str, bytes]:
@@ -54,3 +69,107 @@ def layer_numbers(names: Sequence[str]) -> list[int] | None:
         return None
     numbers = [int(own[0]) for own in found]
     return numbers if len({*numbers}) == len(numbers) else None
+
+
+def tensor_types(
+    headers: Headers, blocks: Mapping[str, DiskBlock], options: Mapping[str, Option]
+) -> bytes:
+    """`tensor-types.txt` for llama-quantize, from the option of each block.
+
+    A line for each projection, which lies in one tensor with all experts of a layer, and a last one
+    that keeps the dtype of all others: the first line that is found in a tensor's name counts.
+    """
+    numbers = layer_numbers(list(blocks))
+    if numbers is None:
+        raise ContractError(f"the names of blocks do not tell their layers: {', '.join(blocks)}")
+    types = _ggml_types(headers, blocks, options)
+    lines = [
+        rf"blk\.{number}\.ffn_{projection}_exps={ggml}"
+        for number, block in zip(numbers, blocks, strict=True)
+        for projection, ggml in types[block].items()
+    ]
+    return "\n".join([*lines, f"weight={_rest(headers, blocks)}\n"]).encode()
+
+
+def gguf_bytes(
+    headers: Headers, blocks: Mapping[str, DiskBlock], options: Mapping[str, Option]
+) -> int:
+    """Bytes of all tensors in the GGUF file that these types give, each padded to 32.
+
+    Norms, routers, biases and vectors are float32 there, whatever they are on disk.
+    """
+    f32 = tuple(block.router_weight for block in blocks.values()) + _F32_IN_GGUF
+    item_bytes = 4 if _rest(headers, blocks) == "f32" else 2
+    sizes, experts = [], set[str]()
+    for name, block in blocks.items():
+        for own in block.by_expert:
+            experts |= {*own.values()}
+        for part, tensor in block.by_expert[0].items():
+            option = options[name] if part in PROJECTIONS else _WHOLE
+            shape = headers[tensor].shape
+            one = option.gguf_bytes({part: (shape[0], shape[1])}, headers[tensor].dtype)
+            sizes.append(one * block.n_experts)
+    for name, stored in headers.items():
+        if name not in experts:
+            is_f32 = len(stored.shape) < 2 or not name.endswith(".weight") or name.endswith(f32)
+            sizes.append(math.prod(stored.shape) * (4 if is_f32 else item_bytes))
+    return sum(-(-size // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT for size in sizes)
+
+
+def llama_cpp_commands(
+    checkpoint: str,
+    headers: Headers,
+    blocks: Mapping[str, DiskBlock],
+    options: Mapping[str, Option],
+) -> tuple[str, str]:
+    """What makes a checkpoint's GGUF, and what quantises that.
+
+    llama-quantize reads the file of types only where the type in its last word is quantised.
+    """
+    types = _ggml_types(headers, blocks, options)
+    used = Counter(ggml for own in types.values() for ggml in own.values())
+    named = [ggml.upper() for ggml, _ in used.most_common() if "f" not in ggml]
+    rest = _rest(headers, blocks)
+    whole, quantised = f"{checkpoint}-{rest}.gguf", f"{checkpoint}.gguf"
+    file = f"--tensor-type-file {checkpoint}/{TENSOR_TYPES}"
+    return (
+        f"python convert_hf_to_gguf.py {checkpoint} --outtype {rest} --outfile {whole}",
+        f"llama-quantize {file} {whole} {quantised} {(named or ['Q8_0'])[0]}",
+    )
+
+
+def _ggml_types(
+    headers: Headers, blocks: Mapping[str, DiskBlock], options: Mapping[str, Option]
+) -> dict[str, dict[Projection, str]]:
+    return {
+        name: {
+            PROJECTIONS[part]: options[name].ggml_type(headers[own].shape[1], headers[own].dtype)
+            for part, own in block.by_expert[0].items()
+            if part in PROJECTIONS
+        }
+        for name, block in blocks.items()
+    }
+
+
+def _rest(headers: Headers, blocks: Mapping[str, DiskBlock]) -> str:
+    """The type of what is left as it is: the dtype of experts."""
+    first = next(iter(blocks.values())).by_expert[0]
+    return _WHOLE.ggml_type(1, headers[next(iter(first.values()))].dtype)
+
+
+def quantisation_recipe(quantization_config: Mapping[str, Any]) -> bytes:
+    """`recipe.yaml`: the groups of a checkpoint's config, by llm-compressor's GPTQModifier.
+
+    For the unquantised model: GPTQ (arXiv 2210.17323) in place of rounding to nearest.
+    """
+    keys = ("num_bits", "type", "symmetric", "strategy", "group_size")
+    groups = {
+        name: {
+            "targets": [*group["targets"]],
+            "weights": {key: group["weights"][key] for key in keys},
+        }
+        for name, group in quantization_config["config_groups"].items()
+    }
+    modifiers = {"GPTQModifier": {"ignore": ["lm_head"], "config_groups": groups}}
+    recipe = {"quantization_stage": {"quantization_modifiers": modifiers}}
+    return yaml.safe_dump(recipe, sort_keys=False).encode()

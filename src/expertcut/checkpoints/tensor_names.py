@@ -10,12 +10,17 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from expertcut.edits.compression import Projection
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import StoredTensor
 
 Headers = Mapping[str, StoredTensor]
 OutsideAxes = Mapping[str, Mapping[str, int]]  # by a block's loaded name: tensor on disk, its axis
 CONSTANT = "approx_value"  # the only tensor of a removed expert in layout exact
+PROJECTIONS: Mapping[str, Projection] = {
+    **{"gate_proj.weight": "gate", "up_proj.weight": "up", "down_proj.weight": "down"},
+    **{"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"},
+}
 
 _EXPERT = r"(?P<expert>0|[1-9]\d*)"
 _OF_ONE_EXPERT = re.compile(rf"(?P<block>.+)\.experts\.{_EXPERT}\.(?P<part>.+)")

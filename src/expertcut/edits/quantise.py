@@ -145,3 +145,20 @@ def _constant(
             c = torch.tensor(slope, dtype=dtype).item()
         v_D = y_MD.mean(dim=0) - c * x_MD.mean(dim=0) if c else y_MD.mean(dim=0)
     return c, v_D.to(dtype)
+
+
+def ggml_round_trip(weight_RC: Tensor, ggml_type: str) -> Tensor | None:
+    """A matrix in a type of llama.cpp and back, in float32, by the package gguf.
+
+    None without it (the extra `gguf`), and for K-quants, which it reads but cannot write.
+    """
+    try:
+        from gguf import GGMLQuantizationType, dequantize, quantize
+    except ImportError:
+        return None
+    kind = GGMLQuantizationType[ggml_type.upper()]
+    try:
+        packed = quantize(weight_RC.float().numpy(), kind)
+    except NotImplementedError:
+        return None
+    return torch.from_numpy(dequantize(packed, kind))
