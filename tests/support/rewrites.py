@@ -48,6 +48,7 @@ class Tensors:
     """A source without a model, all of whose tensors with experts lie in their blocks."""
 
     headers: Headers
+    packing: None = None
 
     def expert_axes(self, _names: Sequence[str]) -> dict[str, tuple[str, int]]:
         return {}

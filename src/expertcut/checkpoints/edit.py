@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.shards import Change, Rewrite
-from expertcut.checkpoints.tensor_names import DiskBlock, Headers
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers, renumbered
 from expertcut.data.corpus import CalibrationSet
 from expertcut.edits.calibrate import Constants, Fit
 from expertcut.edits.layouts import Positions
 from expertcut.edits.merging import Quality
-from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
+from expertcut.edits.plan import BlockEdit, Compression, EditPlan, PlanFile
 from expertcut.edits.splits import Questions
 from expertcut.errors import ContractError
 from expertcut.models.expert_routing import ExpertRouting
@@ -45,6 +45,7 @@ class TensorChanges(Rewrite):
     blocks: Mapping[str, DiskBlock]
     unused: frozenset[str] = frozenset()
     routing: ExpertRouting | None = None  # the rule of the routers
+    compression: Compression | None = None  # in the way that the edits' options say
 
     def change(self, name: str) -> Change:
         """What becomes of a tensor so far."""
@@ -128,9 +129,7 @@ class LayoutWriter(Protocol):
         for name, block in tensors.blocks.items():
             order = tensors.edits[name].order or ()
             for position, expert in enumerate(order if block.by_expert else ()):
-                prefix = f"{block.name}.experts.{position}"
-                own = block.by_expert[expert]
-                tensors.renamed |= {tensor: f"{prefix}.{part}" for part, tensor in own.items()}
+                tensors.renamed |= renumbered(block, expert, position)
             for tensor, axis in block.axes.items() if order else ():
                 tensors.keep_rows(tensor, axis, order)
 
@@ -149,7 +148,7 @@ class LayoutWriter(Protocol):
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
         """`config.json` of the new checkpoint."""
 
-    def files(self, _source: Source) -> Mapping[str, bytes]:
+    def files(self, _source: Source, _tensors: TensorChanges) -> Mapping[str, bytes]:
         """Further files, by name, in place of those that are copied."""
         return {}
 

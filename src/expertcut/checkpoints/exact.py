@@ -38,6 +38,7 @@ class ExactWriter(LayoutWriter):
 
     def check(self, source: Source, *, is_cutting: bool) -> None:
         config = read_config(source.path)
+        source.refuse_packed("cut with layout exact")
         refuse_routed(source, config)
         _check_exact(config, is_cutting=is_cutting)
 
@@ -94,7 +95,7 @@ class ExactWriter(LayoutWriter):
                 earlier[name] = tuple(sorted(map(order.index, earlier[name])))
         return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
 
-    def files(self, _source: Source) -> Mapping[str, bytes]:
+    def files(self, _source: Source, _tensors: TensorChanges) -> Mapping[str, bytes]:
         return {MODELLING_FILE: modelling_code()}
 
 

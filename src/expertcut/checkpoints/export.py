@@ -7,9 +7,11 @@ from pathlib import Path
 
 import torch
 
+from expertcut.checkpoints.compress_edit import CompressEdit
 from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.merge_edit import MergeEdit
+from expertcut.checkpoints.packed import PackedWriter
 from expertcut.checkpoints.permute_edit import PermuteEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.reroute_edit import RerouteEdit
@@ -34,10 +36,12 @@ WRITERS: Mapping[Layout, LayoutWriter] = {
     "stock": StockWriter(),
     "exact": ExactWriter(),
     "routed": RoutedWriter(),
+    "packed": PackedWriter(),
 }
 # A factor acts before the rescaling of a cut, which rounds anew; merged experts replace kept ones.
 EDITS: list[type[Edit]] = [
-    *(ScaleEdit, PruneEdit, BiasEdit, SelectionEdit, MergeEdit, RerouteEdit, PermuteEdit)
+    *(ScaleEdit, PruneEdit, BiasEdit, SelectionEdit, MergeEdit, RerouteEdit, PermuteEdit),
+    CompressEdit,
 ]
 
 
@@ -98,7 +102,7 @@ def export(
         )
     for file in companions(source.path):
         write_atomically(folder / file.name, file.read_bytes())
-    for name, content in writer.files(source).items():
+    for name, content in writer.files(source, rewrite).items():
         write_atomically(folder / name, content)
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
 

@@ -99,7 +99,9 @@ class PruneEdit(Edit):
                 continue
             kept = zip(self.blocks[block.name].keep, self.folds[block.layer], strict=True)
             factors = {expert: float(factor) for expert, factor in kept}
-            if any(p.device.type == "meta" for p in block.experts.parameters()):
+            parameters = [*block.experts.parameters()]
+            has_constants = len(parameters[0]) != block.n_experts  # of a packed model
+            if has_constants or any(p.device.type == "meta" for p in parameters):
                 scale_E = torch.ones(block.n_experts, dtype=torch.float64)
                 scale_E[list(factors)] = torch.tensor([*factors.values()]).double()
                 yield tilted([block], Tilts(scale_by_layer={block.layer: scale_E}))
@@ -129,19 +131,28 @@ class PruneEdit(Edit):
 
 
 @contextmanager
-def constant_experts(blocks: Sequence[MoeBlock], constants: Constants) -> Iterator[None]:
-    """Makes outputs of experts of an unedited model constant: the layout's reference."""
+def constant_experts(
+    blocks: Sequence[MoeBlock],
+    constants: Constants,
+    copied: Mapping[str, Mapping[int, float]] | None = None,
+) -> Iterator[None]:
+    """Makes outputs of experts of an unedited model constant: the layout's reference.
+
+    `copied` are factors of their input, which is added.
+    """
     with ExitStack() as stack:
         for block in blocks:
             if by_expert := constants.get(block.name):
-                forward = partial(_with_constants, own_forward(block.experts), by_expert)
+                factors = (copied or {}).get(block.name, {})
+                forward = partial(_with_constants, own_forward(block.experts), by_expert, factors)
                 stack.enter_context(replaced_forward(block.experts, forward))
-                _check_constants(block, by_expert)
+                _check_constants(block, {e: v + factors.get(e, 0) for e, v in by_expert.items()})
         yield
 
 
 @torch.inference_mode()
 def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
+    """Checks the outputs of inputs of ones."""
     given = next(value for value in block.call.args if isinstance(value, Tensor))
     experts_M = torch.tensor([*by_expert], device=given.device)
     x_MD = given.new_ones(len(experts_M), given.shape[-1])
@@ -155,6 +166,7 @@ def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
 def _with_constants(
     forward: Callable[..., Tensor],
     by_expert: Mapping[int, Tensor],
+    factors: Mapping[int, float],
     x_TD: Tensor,
     experts_TK: Tensor,
     weights_TK: Tensor,
@@ -163,8 +175,10 @@ def _with_constants(
     y_TD = forward(x_TD, experts_TK, weights_TK.masked_fill(is_removed_TK, 0))
     for expert, value_D in by_expert.items():
         tokens_M, slots_M = (experts_TK == expert).nonzero(as_tuple=True)
-        weights_M1 = weights_TK[tokens_M, slots_M, None]
-        y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * value_D.to(x_TD)).to(y_TD))
+        weights_M1, given_D = weights_TK[tokens_M, slots_M, None], value_D.to(x_TD)
+        if factor := factors.get(expert):
+            given_D = given_D + factor * x_TD[tokens_M]
+        y_TD = y_TD.index_add(0, tokens_M, (weights_M1 * given_D).to(y_TD))
     return y_TD
 
 

@@ -80,11 +80,11 @@ class RoutedWriter(StockWriter):
     def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
         return routed_config(config, routing)
 
-    def files(self, source: Source) -> Mapping[str, bytes]:
+    def files(self, source: Source, _tensors: TensorChanges) -> Mapping[str, bytes]:
         names = [ROUTED_FILE]
         if is_exact(read_config(source.path)):
             names += [MODELLING_FILE, ROUTED_EXACT_FILE]
-        return {**{name: modelling_code(name) for name in names}, **_tokenizer_files(source)}
+        return {**{name: modelling_code(name) for name in names}, **tokenizer_files(source)}
 
 
 _EXACT = ExactWriter()
@@ -152,7 +152,7 @@ def _last_logits(moe: MoeModel) -> Tensor:
     return logits_TV
 
 
-def _tokenizer_files(source: Source) -> dict[str, bytes]:
+def tokenizer_files(source: Source) -> dict[str, bytes]:
     """The tokenizer's config with its class: transformers may have chosen it by `model_type`."""
     file = source.path / "tokenizer_config.json"
     config = read_object(file, 500_000_000) if file.is_file() else {}

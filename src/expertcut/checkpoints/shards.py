@@ -114,6 +114,15 @@ class Change:
     make: Callable[[], Iterator[Tensor]] | None = None
 
 
+@dataclass(frozen=True)
+class Made:
+    """One of the tensors that take the place of a tensor; `make` gives its values."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+
 @dataclass
 class Rewrite:
     """What becomes of each tensor of a checkpoint, by its name there; others are copied."""
@@ -121,6 +130,8 @@ class Rewrite:
     removed: set[str] = field(default_factory=set)
     renamed: dict[str, str] = field(default_factory=dict)  # to new names, also of changed tensors
     changed: dict[str, Change] = field(default_factory=dict)
+    # By the tensor whose place they take, by final name; made one at a time.
+    made: dict[str, Mapping[str, Made]] = field(default_factory=dict)
     added: dict[str, Tensor] = field(default_factory=dict)  # by final name, after all others
 
 
@@ -132,12 +143,18 @@ class Piece:
     dtype: str
     shape: tuple[int, ...]
     origin: Tensor | StoredTensor
-    change: Change | None = None
+    change: Change | Made | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the values."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    @property
+    def ranges(self) -> list[Range]:
+        """The bytes of the source that it is read from."""
+        rows = self.change.rows if isinstance(self.change, Change) else None
+        return [] if isinstance(self.origin, Tensor) else _ranges(self.origin, rows)
 
     def entry(self, begin: int) -> dict[str, object]:
         """Its entry in the header of a file."""
@@ -206,8 +223,12 @@ def _pieces(stored: Stored, rewrite: Rewrite) -> Iterator[Piece]:
     kept = set(stored.tensors) - rewrite.removed
     assert rewrite.removed <= set(stored.tensors), "what is removed must be there"
     assert {*rewrite.renamed, *rewrite.changed} <= kept, "what is renamed or changed must stay"
+    assert set(rewrite.made) <= kept - {*rewrite.changed}, "what is made anew must stay unchanged"
     for name, tensor in stored.tensors.items():
-        if name not in rewrite.removed:
+        if name in rewrite.made:
+            for new, made in rewrite.made[name].items():
+                yield Piece(new, made.dtype, made.shape, tensor, made)
+        elif name not in rewrite.removed:
             change = rewrite.changed.get(name)
             shape = change.shape if change else tensor.shape
             yield Piece(rewrite.renamed.get(name, name), tensor.dtype, shape, tensor, change)
@@ -307,7 +328,7 @@ def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
     if piece is None or isinstance(piece.origin, Tensor) or not hasattr(os, "posix_fadvise"):
         return
     source = sources[piece.origin.file].fileno()
-    for begin, size_bytes in _ranges(piece.origin, piece.change.rows if piece.change else None):
+    for begin, size_bytes in piece.ranges:
         size_bytes = min(size_bytes, _ANNOUNCED_BYTES)
         os.posix_fadvise(source, begin, size_bytes, os.POSIX_FADV_WILLNEED)
 
@@ -315,6 +336,12 @@ def _announce(piece: Piece | None, sources: dict[Path, FileIO]) -> None:
 def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> None:
     if isinstance(piece.origin, Tensor):
         write_all(target, _bytes(piece.origin))
+        return
+    if isinstance(piece.change, Made):
+        tensor = piece.change.make()
+        found = (_DTYPE_NAMES[tensor.dtype], tuple(tensor.shape))
+        assert found == (piece.dtype, piece.shape), f"{piece.name} came out wrong"
+        write_all(target, _bytes(tensor))
         return
     if piece.change is not None and piece.change.make is not None:
         n_bytes = 0
@@ -325,8 +352,7 @@ def _write_piece(piece: Piece, sources: dict[Path, FileIO], target: FileIO) -> N
             n_bytes += len(content)
         assert n_bytes == piece.size_bytes, f"{piece.name} came out wrong"
         return
-    source = sources[piece.origin.file]
-    ranges = _ranges(piece.origin, piece.change.rows if piece.change else None)
+    source, ranges = sources[piece.origin.file], piece.ranges
     if piece.change is None or piece.change.apply is None:
         copy_ranges(source, target, ranges)
         return

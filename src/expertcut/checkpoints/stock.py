@@ -10,7 +10,13 @@ from torch import Tensor
 
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
 from expertcut.checkpoints.exact import is_exact, refuse_routed
-from expertcut.checkpoints.tensor_names import Headers, OutsideAxes, match_blocks
+from expertcut.checkpoints.tensor_names import (
+    Headers,
+    OutsideAxes,
+    match_blocks,
+    renumbered,
+    with_constants,
+)
 from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit
@@ -19,6 +25,7 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ExpertRouting, routing_in
 from expertcut.models.load import Source
 from expertcut.models.meta_model import router_widths
+from expertcut.models.modeling_packed import PACKING_KEY
 from expertcut.models.moe_block import SELECTION_BIAS
 from expertcut.models.validate import with_expert_count, with_top_k
 from expertcut.scoring.rerouting import Rerouting
@@ -82,6 +89,8 @@ class StockWriter(LayoutWriter):
                     f"{block.name} has {block.n_experts} experts on disk, the plan keeps "
                     f"{edits[name].keep[-1]}: it is of another model"
                 )
+        if source.packing is not None:
+            matched = {name: with_constants(own, headers) for name, own in matched.items()}
         return TensorChanges(headers=headers, edits=edits, blocks=matched, unused=unused)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
@@ -94,8 +103,7 @@ class StockWriter(LayoutWriter):
                 if expert not in keep:
                     tensors.removed |= set(own.values())
                 elif (position := keep.index(expert)) != expert:
-                    prefix = f"{block.name}.experts.{position}"
-                    tensors.renamed |= {n: f"{prefix}.{part}" for part, n in own.items()}
+                    tensors.renamed |= renumbered(block, expert, position)
             for tensor, axis in block.axes.items():
                 tensors.keep_rows(tensor, axis, keep)
             tensors.removed |= tensors.unused
@@ -129,6 +137,8 @@ class StockWriter(LayoutWriter):
         if n_kept < n_experts and (routing := tensors.routing or routing_in(config)):
             routing.check_cut(n_kept)
         counted = with_expert_count(config, n_experts, n_kept)
+        if PACKING_KEY in counted:
+            counted[PACKING_KEY] = _packing(counted[PACKING_KEY], tensors)
         if n_kept < n_experts and tensors.unused:
             counted = without_further_tokens(counted)
         return self._with_rule(counted, tensors.routing) if tensors.routing else counted
@@ -136,6 +146,19 @@ class StockWriter(LayoutWriter):
     def _with_rule(self, config: dict[str, Any], routing: ExpertRouting) -> dict[str, Any]:
         """The config with the rule in it."""
         return with_top_k(config, int(routing.layers[0]))
+
+
+def _packing(said: Mapping[str, Any], tensors: TensorChanges) -> dict[str, Any]:
+    """How experts are stored, by their new numbers."""
+    options = {name: dict(own) for name, own in said["options"].items()}
+    for name, block in tensors.blocks.items():
+        rows = tensors.edits[name].order or tensors.edits[name].keep
+        own = options.get(block.name, {"*": "whole"})
+        if {*own} != {"*"}:
+            options[block.name] = {
+                str(i): own.get(str(row), own.get("*", "")) for i, row in enumerate(rows)
+            }
+    return {**said, "options": options}
 
 
 def _added(tensor: Tensor, added: Mapping[int, float | Tensor]) -> Tensor:

@@ -1,8 +1,9 @@
 """The tensors of each MoE block on disk, recognised by names and shapes, not by family.
 
 Three forms are known: a tensor per expert and projection (`…mlp.experts.3.down_proj.weight`,
-`…block_sparse_moe.experts.3.w2.weight`), all experts in one tensor (GPT-OSS: `…experts.down_proj`)
-and Granite's `…input_linear.weight` and `…output_linear.weight`.
+`…block_sparse_moe.experts.3.w2.weight`), or several in its place where it is packed
+(`….down_proj.weight_packed`, as modeling_packed.py lists them); all experts in one tensor (GPT-OSS:
+`…experts.down_proj`); and Granite's `…input_linear.weight` and `…output_linear.weight`.
 """
 
 import math
@@ -21,17 +22,22 @@ PROJECTIONS: Mapping[str, Projection] = {
     **{"gate_proj.weight": "gate", "up_proj.weight": "up", "down_proj.weight": "down"},
     **{"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"},
 }
+COPIED = "approx_scale"  # beside it in a packed checkpoint, of an expert that copies its input
 
 _EXPERT = r"(?P<expert>0|[1-9]\d*)"
 _OF_ONE_EXPERT = re.compile(rf"(?P<block>.+)\.experts\.{_EXPERT}\.(?P<part>.+)")
-_CONSTANT_EXPERT = re.compile(rf"(?P<block>.+)\.constant_experts\.{_EXPERT}\.(?P<part>{CONSTANT})")
+_CONSTANT_EXPERT = re.compile(
+    rf"(?P<block>.+)\.constant_experts\.{_EXPERT}\.(?P<part>{CONSTANT}|{COPIED})"
+)
 _OF_ALL_EXPERTS = re.compile(
     r"(?P<block>.+)\.(experts\.(?P<part>[^.\d].*)|(?P<granite>(input|output)_linear)\.weight)"
 )
 _SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
 _ROUTER = re.compile(r"(router|gate|moe_statics)\..+")
 _FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)")  # multi-token prediction
-_LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight|bias))?")
+# Of a packed projection its scales and factors: what is multiplied, if the expert is.
+_LAST = re.compile(r"(down_proj|w2|output_linear)([._](weight(_scale|_u|_s)?|bias))?")
+_PACKED = re.compile(r"(?<=\.weight)_(packed|scale|shape|u|v|s|rows)$")
 
 
 @dataclass(frozen=True)
@@ -148,9 +154,28 @@ def _layer(block: str) -> tuple[str, int]:
     raise ContractError(f"{block} holds experts but names no layer: this form is not supported")
 
 
-def constant_name(block: str, expert: int) -> str:
+def constant_name(block: str, expert: int, part: str = CONSTANT) -> str:
     """The tensor name of a removed expert's constant; loaders without such experts refuse it."""
-    return f"{block}.constant_experts.{expert}.{CONSTANT}"
+    return f"{block}.constant_experts.{expert}.{part}"
+
+
+def with_constants(block: DiskBlock, headers: Headers) -> DiskBlock:
+    """The block with the tensors of its constant experts as their own: all go where others do."""
+    by_expert = []
+    for expert, own in enumerate(block.by_expert):
+        names = {part: constant_name(block.name, expert, part) for part in (CONSTANT, COPIED)}
+        by_expert.append(own or {part: name for part, name in names.items() if name in headers})
+    constants = {n for own in by_expert for part, n in own.items() if part in (CONSTANT, COPIED)}
+    return replace(block, by_expert=tuple(by_expert), last=block.last | constants)
+
+
+def renumbered(block: DiskBlock, expert: int, number: int) -> dict[str, str]:
+    """The names of an expert's tensors, and those that they have under another number."""
+    kinds = {CONSTANT: "constant_experts", COPIED: "constant_experts"}
+    return {
+        name: f"{block.name}.{kinds.get(part, 'experts')}.{number}.{part}"
+        for part, name in block.by_expert[expert].items()
+    }
 
 
 def earlier_constants(headers: Headers) -> dict[str, str]:
@@ -226,9 +251,12 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
             found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
     if sorted(found) != list(range(len(found))):
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
-    own = tuple({} if set(found[e]) == {CONSTANT} else found[e] for e in range(len(found)))
+    own = tuple({} if CONSTANT in found[e] else found[e] for e in range(len(found)))
     first = next((expert for expert, parts in enumerate(own) if parts), 0)
-    forms = [{p: (headers[n].shape, headers[n].dtype) for p, n in parts.items()} for parts in own]
+    forms = [_form(parts, headers) for parts in own]
+    if any(_PACKED.search(part) for parts in own for part in parts):
+        # Each in its own way, which the config says; Source.headers are checked against that.
+        forms = [{_PACKED.sub("", part): ((), "") for part in form} for form in forms]
     for expert, form in enumerate(forms):
         if form and form != forms[first]:
             raise ContractError(
@@ -236,6 +264,10 @@ def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping
                 "name, shape or dtype: experts that are not alike are not supported"
             )
     return own
+
+
+def _form(parts: Mapping[str, str], headers: Headers) -> dict[str, tuple[tuple[int, ...], str]]:
+    return {part: (headers[name].shape, headers[name].dtype) for part, name in parts.items()}
 
 
 def _router_axes(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Layout = Literal["stock", "exact", "routed"]
+Layout = Literal["stock", "exact", "routed", "packed"]
 CutLayout = Literal["stock", "exact"]  # what removes, biases or merges experts can be written in
 Positions = Literal["answer", "all"]
 Removed = Literal["zero", "mean"]  # output of removed experts in layout exact
@@ -46,5 +46,13 @@ LAYOUTS: Mapping[Layout, LayoutRules] = {
         needs_equal_counts=True,
         fits_biases=True,
         options=frozenset({"fold"}),
+    ),
+    # Every expert stays, each stored in its own way.
+    "packed": LayoutRules(
+        removal="reroute",
+        keeps_rows=True,
+        needs_equal_counts=False,
+        fits_biases=False,
+        options=frozenset(),
     ),
 }

@@ -13,7 +13,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 
 from expertcut.data.ngrams import NGRAMS_FILE
 from expertcut.documents import Format1, Identified, Record
@@ -50,6 +50,8 @@ class BlockEdit(Record):
     order: tuple[Expert, ...] | None = None  # ids of the new router's rows, if they moved
     # For each merged expert the shares of its members, itself included.
     merged: dict[Expert, dict[Expert, FiniteFloat]] | None = None
+    # How experts are stored, `*` all of them; None as before.
+    options: dict[str, str] | None = None
     at: FiniteFloat | None = None  # threshold of the plan's routing rule; None keeps the routing
     fit: ErrorCoefficients | None = None  # coefficients of rule fitted
 
@@ -59,6 +61,9 @@ class BlockEdit(Record):
             raise ValueError("keep must be ascending numbers, none of them twice")
         if others := {*self.tilted, *(self.merged or {}), *(self.selection or {})} - set(self.keep):
             raise ValueError(f"expert {min(others)} does not stay, but is changed")
+        wanted = [["*"], sorted(map(str, self.keep))]
+        if self.options is not None and sorted(self.options) not in wanted:
+            raise ValueError("options must name every expert that stays, or * alone")
         own = self.order or self.keep
         if len({*own}) < len(own) or not {*self.keep} <= {*own}:
             raise ValueError("order must name every expert that stays, none of them twice")
@@ -141,6 +146,20 @@ class PlanRouting(RoutingRule):
         return cls(**{name: getattr(rule, name) for name in RoutingRule.model_fields})
 
 
+class Compression(Record):
+    """How experts are stored in fewer bytes; their options are in the blocks."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
+    loader: Literal["vllm", "llama.cpp", "transformers"] = Field(alias="for")
+    grain: Literal["layer", "expert"]
+    by: str
+    group_size: int = Field(ge=1)
+    budget_bytes: int | None
+    bytes: int  # of all safetensors files
+    bits: FiniteFloat  # per weight of an expert
+    gap: FiniteFloat | None  # between the plan's error and the least possible
+
+
 class Point(Record):
     """One try of a search for the strength; `biases` are (layer, expert, bias in logits)."""
 
@@ -166,6 +185,7 @@ class PlanFile(Record):
     fold: Fold | None = None
     apply_at: Positions | None = None
     routing: PlanRouting | None = None
+    compression: Compression | None = None
     chosen_on: ChosenOn
     blend: PlanBlend | None = None
     adapter: PlanAdapter | None = None
@@ -219,6 +239,12 @@ class ExpertIds:
             rows=rows,
             order=None if order in ((), expected) else order,
             merged=None if edit.merged is None else merged,
+            options=None
+            if edit.options is None
+            else {
+                e if e == "*" else str(self.number(block, int(e))): o
+                for e, o in edit.options.items()
+            },
             at=edit.at,
             fit=edit.fit,
         )
@@ -238,6 +264,7 @@ class EditPlan:
     fold: Fold = "answer"  # for layout stock
     apply_at: Positions = "all"  # of biases
     routing: RoutingRule | None = None  # thresholds are in the edits
+    compression: Compression | None = None  # options are in the edits
     is_cut: bool = False
     numbers: ExpertIds = ExpertIds()  # of the rows
     is_tuned: bool = False  # chosen on the tuning questions instead of the profile's

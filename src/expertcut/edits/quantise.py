@@ -34,11 +34,13 @@ def compressed(
     x_MD: Tensor,
     y_MD: Tensor,
     group_size: int,
+    *,
+    rows: Mapping[Projection, Tensor] | None = None,
 ) -> Compressed:
     """An expert with these matrices (R, C), and with these inputs and outputs on its tokens.
 
     `inputs` (M, C) of each projection are needed by low rank with rows alone, `x_MD` and `y_MD` by
-    the constants. There may be no tokens.
+    the constants. There may be no tokens. `rows` (K,) are those of low rank, if known.
     """
     if option.is_constant:
         dtype = next(iter(weights.values())).dtype
@@ -48,7 +50,7 @@ def compressed(
         if option.kind == "bits":
             tensors[name], dense[name] = _integers(weight_RC, option.bits, group_size)
         elif option.kind == "lowrank":
-            tensors[name] = _factors(weight_RC, option, inputs.get(name))
+            tensors[name] = _factors(weight_RC, option, inputs.get(name), (rows or {}).get(name))
             dense[name] = low_rank(
                 **{k.removeprefix("weight_"): t for k, t in tensors[name].items()}
             )
@@ -104,7 +106,9 @@ def _integers(weight_RC: Tensor, bits: int, group_size: int) -> tuple[dict[str, 
     return tensors, dequantise(ints_RC, scale_RG)
 
 
-def _factors(weight_RC: Tensor, option: Option, inputs_MC: Tensor | None) -> dict[str, Tensor]:
+def _factors(
+    weight_RC: Tensor, option: Option, inputs_MC: Tensor | None, rows_K: Tensor | None = None
+) -> dict[str, Tensor]:
     """U (R, P), V (P, C) of the truncated SVD, and the rows S (K, C) of W − UV with their ids.
 
     The rows are those with the largest ‖row·X‖ over the tokens, without tokens the longest. The

@@ -253,6 +253,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
         fold=draft.fold if "fold" in rules.options and not is_merging else None,
         apply_at=draft.apply_at if draft.is_biased else None,
         routing=plans.PlanRouting.of(draft.routing) if draft.routing else None,
+        compression=draft.compression,
         chosen_on=ChosenOn(
             quiz=chosen.id,
             split=chosen.split,

@@ -16,6 +16,7 @@ are often so peaked that several rules give the same weights. A block that break
 `EXCEPTIONS` lists families that break one and are supported, with what is not claimed of them.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +31,6 @@ from torch import Tensor, nn
 
 from expertcut.errors import ContractError
 from expertcut.models import hooks, moe_block
-from expertcut.models.expert_routing import TYPE_PREFIX
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
 from expertcut.models.modeling_routed import SCORES, Scoring
@@ -114,7 +114,7 @@ def _tolerance(*routings: Routing) -> float:
 
 
 def _is_exempt(law: Law, model_type: str) -> bool:
-    return (law, model_type.removeprefix(TYPE_PREFIX)) in EXCEPTIONS
+    return (law, re.sub(r"^(routed|packed)_", "", model_type)) in EXCEPTIONS
 
 
 def _is_table(block: MoeBlock, routing: Routing) -> bool:

@@ -1,9 +1,10 @@
 """Loads models: from a folder or hub id to a checked source and a model with its MoE blocks.
 
-The modelling file in checkpoints of layouts `exact` and `routed` runs without `--trust-remote-code`
-if it equals, byte for byte, that of this package or of an earlier version.
+The modelling file in checkpoints of layouts `exact`, `routed` and `packed` runs without
+`--trust-remote-code` if it equals, byte for byte, that of this package or of an earlier version.
 """
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,22 +19,24 @@ from transformers.utils import logging
 
 from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.files import advance, hub_reason
-from expertcut.models import checkpoint_dir, safetensors_index, validate
+from expertcut.models import checkpoint_dir, modeling_packed, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.find_blocks import find_blocks, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
+from expertcut.models.modeling_packed import PACKING_KEY, Packing
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
 
 MODELLING_FILE, ROUTED_FILE = "modeling_exact.py", "modeling_routed.py"
-ROUTED_EXACT_FILE = "modeling_routed_exact.py"
+ROUTED_EXACT_FILE, PACKED_FILE = "modeling_routed_exact.py", "modeling_packed.py"
 # By the file that config.json names: itself, and those that it imports.
 _CODE_FILES = {
     MODELLING_FILE: (MODELLING_FILE,),
     ROUTED_FILE: (ROUTED_FILE,),
     ROUTED_EXACT_FILE: (ROUTED_EXACT_FILE, MODELLING_FILE, ROUTED_FILE),
+    PACKED_FILE: (PACKED_FILE, MODELLING_FILE),
 }
 # SHA-256 of earlier files: two whose constants are called `experts.<id>.approx_value`, and one
 # whose rule skip compares with the largest gate weight even where `most` leaves that expert out.
@@ -118,10 +121,35 @@ class Source:
         return known[stamps]
 
     @property
+    def packing(self) -> Packing | None:
+        """How weights are packed; None for plain weights. A ModelError if they are not so."""
+        stored = self.even_quantized
+        known: list[tuple[Stored, Packing | None]] = self.__dict__.setdefault("_packing", [])
+        if not known or known[-1][0] is not stored:
+            config = read_config(self.path) if (self.path / "config.json").exists() else {}
+            packing = safetensors_index.read_packing(self.path, config, stored)
+            known.append((stored, packing))
+        return known[-1][1]
+
+    @property
+    def dense(self) -> Stored:
+        """The headers as unpacked weights would have them; other quantized weights included."""
+        return safetensors_index.dense(self.packing, self.even_quantized)
+
+    @property
     def stored(self) -> Stored:
-        """The headers of unquantized weights."""
-        safetensors_index.refuse_quantized(self.path, self.even_quantized)
+        """The headers of weights that are not quantized, or packed."""
+        if self.packing is None:
+            safetensors_index.refuse_quantized(self.path, self.even_quantized)
         return self.even_quantized
+
+    def refuse_packed(self, what: str) -> None:
+        """Raises a ContractError for packed weights, which cannot be `what`."""
+        if self.packing is not None:
+            raise ContractError(
+                f"{self.id} has packed experts (compress), which cannot be {what}: take the model "
+                "that it was made from, and compress the result"
+            )
 
     @property
     def headers(self) -> Mapping[str, StoredTensor]:
@@ -161,7 +189,7 @@ def find_source(model: str, revision: str | None = None) -> Source:
     if not source.weight_files:
         checkpoint_dir.refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
-    stored = source.even_quantized
+    stored = source.dense
     if "auto_map" not in config:  # else it depends on whether that code is run
         validate.check_counts(source.path, config, stored)
     return source
@@ -240,7 +268,7 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
             read_object(file, 500_000_000)  # the largest known has 33 MB
     raw, config = read_config(source.path), None
     with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
-        if ROUTING_KEY in raw and runs_our_code_only(source.path, raw):
+        if {ROUTING_KEY, PACKING_KEY} & {*raw} and runs_our_code_only(source.path, raw):
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=True)
         return AutoTokenizer.from_pretrained(
             source.path, config=config, trust_remote_code=trust_remote_code, local_files_only=True
@@ -255,7 +283,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     # The config was tested without weights before, so an error here may be in any file.
     with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
-        model, info = _MODELS.from_pretrained(
+        model, info = _class_of(config).from_pretrained(
             source.path,
             config=config,
             trust_remote_code=is_trusted,
@@ -327,15 +355,30 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     with validate.translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), True
-        validate.check_counts(folder, raw, source.even_quantized)
-        validate.check_quantization(folder, raw)
+        validate.check_counts(folder, raw, source.dense)
+        if source.packing is None:
+            validate.check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
+        if source.packing is not None and PACKING_KEY not in raw:  # as vLLM reads it
+            del config.quantization_config
+            setattr(config, PACKING_KEY, dataclasses.asdict(source.packing))
         if not may_run_code and type(config) not in _MODELS._model_mapping:
             raise validate.not_a_text_model(folder, config.to_dict())
         with torch.device("meta"):  # tensors with shapes and no bytes
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=may_run_code)
-        validate.check_total(folder, model, source.even_quantized)
+            if (model_class := _class_of(config)) is _MODELS:
+                model = _MODELS.from_config(config, trust_remote_code=may_run_code)
+            else:
+                model = model_class._from_config(config)
+        validate.check_total(folder, model, source.dense)
     return config, may_run_code
+
+
+def _class_of(config: Any) -> Any:
+    """What loads a model; for weights as vLLM reads them the class that unpacks its family's."""
+    is_own = type(config).__name__.startswith("Packed")  # its code brings the class
+    if is_own or not hasattr(config, PACKING_KEY):
+        return _MODELS
+    return getattr(modeling_packed, f"Packed{_MODELS._model_mapping[type(config)].__name__}")
 
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
@@ -354,7 +397,7 @@ def fits_in_memory(source: Source, options: LoadOptions) -> bool:
     """Whether the weights, in their dtype after loading, fit in the free memory of the device."""
     device = find_device(options.device)
     dtype = _dtype(options.dtype, device)
-    tensors = source.even_quantized.tensors.values()
+    tensors = source.dense.tensors.values()
     n_bytes = sum(tensor.end - tensor.begin for tensor in tensors)
     if isinstance(dtype, torch.dtype):
         n_bytes = sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.models.find_blocks import routers
-from expertcut.models.validate import expert_count, lost_weights, with_expert_count
+from expertcut.models.validate import expert_count, family_config, lost_weights, with_expert_count
 
 # Raised by transformers if a config or tensors do not fit.
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -100,7 +100,8 @@ def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
     try:
         made = model = None
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+            text = json.dumps(family_config(config))
+            (Path(folder) / "config.json").write_text(text, encoding="utf-8")
             try:
                 made = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             except ValueError as error:

@@ -4,14 +4,17 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from expertcut.errors import ModelError
 from expertcut.models.checkpoint_dir import check_size, parse, read_config
+
+if TYPE_CHECKING:
+    from expertcut.models.modeling_packed import Packing
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -66,8 +69,10 @@ def read_stored(folder: Path) -> Stored:
 
 
 def refuse_quantized(folder: Path, stored: Stored) -> None:
-    """Refuses a checkpoint whose config.json or tensors are quantized."""
+    """Refuses a checkpoint whose config.json or tensors are quantized; a packed one is not."""
     config = read_config(folder) if (folder / "config.json").exists() else {}
+    if read_packing(folder, config, stored) is not None:
+        return
     for part in (config, config.get("text_config")):
         if quantized := part.get("quantization_config") if isinstance(part, dict) else None:
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
@@ -76,6 +81,95 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
         packed = ("_blocks", "_scales", ".weight_scale_inv")  # MXFP4; block-wise fp8
         if tensor.dtype in _QUANTIZED_BITS or name.endswith(packed):
             raise ModelError(f"{tensor.file} is quantized ({name} is {tensor.dtype}): {TAKE_PLAIN}")
+
+
+def read_packing(folder: Path, config: Mapping[str, Any], stored: Stored) -> "Packing | None":
+    """How weights are packed, in our own form or in that of vLLM; None for plain or other weights.
+
+    Raises ModelError for tensors that are not what config.json says.
+    """
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.tensors.items()}
+    try:
+        packing = packing_of(config, tensors)
+        if packing is not None:
+            packing.matrices(tensors)
+    except ValueError as error:
+        raise ModelError(f"{weights_file(folder)} is damaged: {str(error)[:300]}") from None
+    return packing
+
+
+def packing_of(
+    config: Mapping[str, Any], tensors: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> "Packing | None":
+    """How a config says that tensors (dtype, shape) are packed; ValueError for a form of ours.
+
+    Of compressed-tensors `pack-quantized` with symmetric groups of one size. The width of a matrix
+    is that among the config's which its shapes have: targets may be any regular expression.
+    """
+    from expertcut.models.modeling_packed import PACKING_KEY, Packing
+
+    if PACKING_KEY in config:
+        return Packing.of(config[PACKING_KEY])
+    if (widths := _widths(config.get("quantization_config"))) is None:
+        return None
+    (group_size,) = {size for _, size in widths}
+    modules: dict[str, str] = {}
+    for name, (_, shape) in tensors.items():
+        if name.endswith(".weight_packed"):
+            module = name.removesuffix(".weight_packed")
+            scale = tensors.get(f"{module}.weight_scale", ("", ()))[1]
+            n_columns = scale[-1] * group_size if scale else 0
+            fitting = [b for b, _ in widths if shape[1:] == (-(-n_columns * b // 32),)]
+            if len(fitting) != 1:
+                raise ValueError(
+                    f"{name} has shape {list(shape)} beside {list(scale)} scales, which fits "
+                    f"{len(fitting)} of the widths that config.json says: must fit one"
+                )
+            modules[module] = str(fitting[0])
+    return Packing(group_size, {}, modules)
+
+
+def _widths(quantized: Any) -> set[tuple[int, int]] | None:
+    """The bits and group size of each config group; None unless all are packed symmetric groups."""
+    if not isinstance(quantized, dict) or quantized.get("quant_method") != "compressed-tensors":
+        return None
+    groups, found = quantized.get("config_groups"), set[tuple[int, int]]()
+    formats = [quantized.get("format")]
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or group.get("input_activations"):
+            return None
+        formats.append(group.get("format") or formats[0])
+        bits, size = weights.get("num_bits"), weights.get("group_size")
+        is_group = weights.get("strategy") == "group" and weights.get("symmetric") is True
+        is_plain = weights.get("actorder") in (None, False, "static", "weight")
+        if not (is_group and is_plain and weights.get("type") == "int"):
+            return None
+        if type(bits) is not int or type(size) is not int or not 1 <= bits <= 8 or size < 1:
+            return None
+        found.add((bits, size))
+    is_packed = set(formats) == {"pack-quantized"} and not quantized.get("kv_cache_scheme")
+    return found if is_packed and len({size for _, size in found}) == 1 else None
+
+
+def dense(packing: "Packing | None", stored: Stored) -> Stored:
+    """The tensors as they would be unpacked."""
+    if packing is None:
+        return stored
+    tensors = {name: (tensor.dtype, tensor.shape) for name, tensor in stored.tensors.items()}
+    first = {}
+    for weight, matrix in packing.matrices(tensors).items():
+        n_bytes = math.prod(matrix.shape) * DTYPES[matrix.dtype].itemsize
+        for part in matrix.parts.values():
+            first[part] = (weight, matrix, n_bytes)
+    found: dict[str, StoredTensor] = {}
+    for name, tensor in stored.tensors.items():
+        if name in first:
+            weight, matrix, n_bytes = first[name]
+            found[weight] = StoredTensor(tensor.file, matrix.dtype, matrix.shape, 0, n_bytes)
+        elif not name.endswith(".approx_scale"):
+            found[name] = tensor
+    return replace(stored, tensors=found)
 
 
 def read_even_quantized(folder: Path) -> Stored:

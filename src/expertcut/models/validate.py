@@ -16,6 +16,7 @@ from torch import Tensor
 
 from expertcut.errors import ContractError, ExpertcutError, ModelError
 from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.modeling_packed import PACKING_KEY, TYPE_PREFIX
 from expertcut.models.safetensors_index import TAKE_PLAIN, Stored, StoredTensor, weights_file
 
 _BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
@@ -169,6 +170,14 @@ def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dic
     if isinstance(text := config.get("text_config"), dict):
         edited["text_config"] = with_expert_count(text, before, after)
     return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
+
+
+def family_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a packed model's family, with unpacked weights; of others itself."""
+    if PACKING_KEY not in config:
+        return {key: value for key, value in config.items() if key != "quantization_config"}
+    left = {key: value for key, value in config.items() if key not in (PACKING_KEY, "auto_map")}
+    return {**left, "model_type": str(config.get("model_type")).removeprefix(TYPE_PREFIX)}
 
 
 def with_top_k(config: Mapping[str, Any], top_k: int) -> dict[str, Any]:
