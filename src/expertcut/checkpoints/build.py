@@ -261,6 +261,7 @@ def choose_groups(
 ) -> EditPlan:
     """The groups of experts to merge; the count, the layout and the disk are checked first."""
     source, blocks = profiled_source(profile), profile.info.model.blocks
+    source.refuse_packed("merged")
     token_counts(profile)
     check_count(blocks, settings.keep, "stock")
     # Of the same size as any groups would be.

@@ -7,7 +7,7 @@ outputs of a projection, C columns its inputs, D the model's width, K kept rows.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -19,8 +19,16 @@ from expertcut.checkpoints.exact import FAMILIES
 from expertcut.checkpoints.packed import layer_option
 from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.checkpoints.shards import Made, read_tensor
-from expertcut.checkpoints.tensor_names import COPIED, DiskBlock, blocks_of, constant_name
+from expertcut.checkpoints.tensor_names import (
+    COPIED,
+    PROJECTIONS,
+    DiskBlock,
+    blocks_of,
+    constant_name,
+)
+from expertcut.edits.calibrate import sample_inputs
 from expertcut.edits.compression import Option, Projection
+from expertcut.edits.compression_error import expert_tokens
 from expertcut.edits.plan import BlockEdit, Compression, EditPlan, PlanFile
 from expertcut.edits.quantise import Compressed, compressed
 from expertcut.errors import ContractError
@@ -28,11 +36,8 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_matrices import matrices
 from expertcut.models.load import MoeModel, Source
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
+from expertcut.scoring.engine import Engine
 
-PROJECTIONS: Mapping[str, Projection] = {
-    **{"gate_proj.weight": "gate", "up_proj.weight": "up", "down_proj.weight": "down"},
-    **{"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"},
-}
 Rows = Mapping[Projection, Tensor]  # (K,) of low rank, by projection
 Constant = tuple[float, Tensor]  # c, v (D,): the expert gives c·x + v
 
@@ -81,6 +86,34 @@ class CompressEdit(Edit):
             for edit in self.blocks.values()
             for option in options_of(edit, calibration.n_experts).values()
         )
+
+    def fit(self, engine: Engine | None, calibration: Calibration) -> Self:
+        """The rows and constants by the stored tokens that chose an expert."""
+        if engine is None or not self.needs_engine(calibration):
+            return self
+        inputs = sample_inputs(engine, calibration.questions.tuning)
+        headers, size = engine.moe.source.headers, self.compression.group_size
+        rows: dict[str, dict[int, Rows]] = {}
+        constants: dict[str, dict[int, Constant]] = {}
+        for block in engine.moe.blocks:
+            on_disk = blocks_of(headers, self.blocks)[block.name]
+            options = options_of(self.blocks[block.name], block.n_experts)
+            width = headers[on_disk.router_weight].shape[1]
+            gone = [expert for expert, option in options.items() if option.is_constant]
+            if gone:  # an expert that no token chose gives nothing
+                constants[block.name] = dict.fromkeys(gone, (0.0, torch.zeros(width)))
+            for own in expert_tokens(block, inputs[block.layer]):
+                option, expert = options[own.expert], own.expert
+                if not option.is_constant and not option.row_share:
+                    continue
+                first = next(iter(on_disk.by_expert[expert].values()))
+                made = own.compressed(option, headers[first].dtype, size)
+                if made.constant is not None:
+                    constants[block.name][expert] = made.constant
+                else:
+                    of_part = {p: t["weight_rows"] for p, t in made.tensors.items()}
+                    rows.setdefault(block.name, {})[expert] = of_part
+        return replace(self, rows=rows, constants=constants)
 
     def simulate(self, simulation: Simulation) -> None:
         """Puts the experts in that the checkpoint gives when it is loaded."""

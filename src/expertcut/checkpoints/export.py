@@ -16,8 +16,15 @@ from expertcut.checkpoints.permute_edit import PermuteEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.checkpoints.routed import RoutedWriter
-from expertcut.checkpoints.shards import check_space, lay_out, total_bytes, write_checkpoint
+from expertcut.checkpoints.shards import (
+    Shard,
+    check_space,
+    lay_out,
+    total_bytes,
+    write_checkpoint,
+)
 from expertcut.checkpoints.stock import StockWriter
+from expertcut.checkpoints.tensor_names import CONSTANT
 from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit, SelectionEdit
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
@@ -26,7 +33,7 @@ from expertcut.files import write_atomically
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.meta_model import check_loads
-from expertcut.models.safetensors_index import DTYPES
+from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor, dense, packing_of
 
 logger = logging.getLogger(__name__)
 _NOT_COPIED = {*RECORDS, "config.json", "README.md"}
@@ -60,21 +67,42 @@ def check_export(source: Source, plan: EditPlan, n_experts: int, folder: Path) -
     check_space(folder, total_bytes(shards))
     n_kept = len(next(iter(plan.edits.values())).keep)
     if not LAYOUTS[plan.layout].keeps_rows and n_kept < n_experts:
-        config = WRITERS[plan.layout].config(source, rewrite, n_experts)
-        tensors = {
-            p.name: torch.empty(p.shape, dtype=DTYPES[p.dtype], device="meta")
-            for shard in shards
-            for p in shard.pieces
-        }
-        check_loads(config, tensors, f"{source.id} with {n_kept} experts a layer")
+        _check_loads(source, plan, rewrite, shards, n_experts)
+
+
+def _check_loads(
+    source: Source,
+    plan: EditPlan,
+    rewrite: TensorChanges,
+    shards: Sequence[Shard],
+    n_experts: int,
+) -> None:
+    """That the family's class has a place for every tensor, packed ones as they are unpacked."""
+    config = WRITERS[plan.layout].config(source, rewrite, n_experts)
+    pieces = [piece for shard in shards for piece in shard.pieces]
+    stored = Stored({p.name: StoredTensor(Path(), p.dtype, p.shape, 0, 0) for p in pieces}, {})
+    if source.packing is not None:
+        if any(CONSTANT in name for name in stored.tensors):  # the family has no place for them
+            return
+        packing = packing_of(config, {p.name: (p.dtype, p.shape) for p in pieces})
+        stored = dense(packing, stored)
+    tensors = {
+        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
+        for name, tensor in stored.tensors.items()
+    }
+    n_kept = len(next(iter(plan.edits.values())).keep)
+    check_loads(config, tensors, f"{source.id} with {n_kept} experts a layer")
 
 
 def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges:
-    """What a plan's cut does to each tensor; sizes are right, fitted values are not."""
+    """What a plan's cut or options do to each tensor; sizes are right, fitted values are not."""
     width = int(read_config(source.path).get("hidden_size", 0))
-    cut = {name: BlockEdit(keep=edit.keep) for name, edit in plan.edits.items()}
+    cut = {n: BlockEdit(keep=edit.keep, options=edit.options) for n, edit in plan.edits.items()}
     constants = zero_outputs(removed_experts(cut, n_experts), width)
-    return rewrite_of(plan.layout, source, cut, [PruneEdit(cut, plan.layout, constants=constants)])
+    edits: list[Edit] = [PruneEdit(cut, plan.layout, constants=constants)]
+    if (packed := CompressEdit.of(plan)) is not None:
+        edits.append(packed)
+    return rewrite_of(plan.layout, source, cut, edits)
 
 
 def rewrite_of(

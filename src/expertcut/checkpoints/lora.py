@@ -452,6 +452,7 @@ def adapter_cut(
     """An adapter that fits the model, the plan and the disk; None without an adapter."""
     if adapter is None:
         return None
+    source.refuse_packed("cut together with an adapter")
     adapted = AdapterCut(read_adapter(adapter), source, plan, folder)
     shards.check_space(folder, adapted.laid_out({}).size_bytes)
     check_values(adapter / WEIGHTS_FILE)

@@ -25,7 +25,7 @@ from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile
 from expertcut.errors import ContractError
 from expertcut.models.expert_matrices import is_interleaved
 from expertcut.models.hooks import registered, replaced_forward
-from expertcut.models.load import MoeModel
+from expertcut.models.load import MoeModel, Source
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import DTYPES, StoredTensor
 from expertcut.scoring.engine import Engine
@@ -126,6 +126,9 @@ class MergeEdit(Edit):
     @classmethod
     def of(cls, plan: EditPlan | PlanFile) -> Self | None:
         return cls(plan.blocks) if any(edit.merged for edit in plan.blocks.values()) else None
+
+    def check(self, _layout: LayoutWriter, source: Source, _plan: EditPlan) -> None:
+        source.refuse_packed("merged")
 
     def needs_engine(self, _calibration: Calibration) -> bool:
         return True

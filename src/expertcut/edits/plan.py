@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, FiniteFloat, model_validator
 
 from expertcut.data.ngrams import NGRAMS_FILE
 from expertcut.documents import Format1, Identified, Record
+from expertcut.edits.compression import COMPRESSION_FILE, Grain, Loader
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Positions, Removed
 from expertcut.errors import PlanError, ProfileError
 from expertcut.files import read_file, write_atomically
@@ -33,7 +34,10 @@ QUESTIONS_FILE = "chosen_on.txt"
 HOLDING_FILE = "holding.json"
 HEALING_FILE = "healing.json"
 # Of one edit, in its folder.
-RECORDS = (PLAN_FILE, PROOF_FILE, HOLDING_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE)
+RECORDS = (
+    *(PLAN_FILE, PROOF_FILE, HOLDING_FILE, QUESTIONS_FILE, NGRAMS_FILE, HEALING_FILE),
+    COMPRESSION_FILE,
+)
 Expert = Annotated[int, Field(ge=0, lt=1 << 16)]
 
 
@@ -150,8 +154,8 @@ class Compression(Record):
     """How experts are stored in fewer bytes; their options are in the blocks."""
 
     model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True)
-    loader: Literal["vllm", "llama.cpp", "transformers"] = Field(alias="for")
-    grain: Literal["layer", "expert"]
+    loader: Loader = Field(alias="for")
+    grain: Grain
     by: str
     group_size: int = Field(ge=1)
     budget_bytes: int | None

@@ -89,6 +89,7 @@ def heal(checkpoint: str, settings: HealSettings, out: Path, options: Options) -
     """
     working = working_folder(out)
     source = find_source(checkpoint)
+    source.refuse_packed("healed")
     names = [*(part.name for part in (*settings.quizzes, *settings.texts)), settings.eval_quiz]
     files = [Path(name) for name in names if name is not None and Path(name).exists()]
     files += [settings.teacher_cache] if settings.teacher_cache is not None else []

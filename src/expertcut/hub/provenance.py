@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import hf_hub_download, hf_hub_url, try_to_load_from_cache
 
 from expertcut.checkpoints.exact import has_constants, is_exact
-from expertcut.checkpoints.tensor_names import match_blocks
+from expertcut.checkpoints.tensor_names import match_blocks, with_constants
 from expertcut.edits import plan as plans
 from expertcut.errors import ModelError, OutputError, PlanError, SettingsError
 from expertcut.evaluation.results import ModelResult, QuizResults, Results, load_results
@@ -22,11 +22,13 @@ from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.load import (
     MODELLING_FILE,
+    PACKED_FILE,
     ROUTED_EXACT_FILE,
     ROUTED_FILE,
     Source,
     find_source,
 )
+from expertcut.models.modeling_packed import PACKING_KEY
 from expertcut.models.safetensors_index import INDEX_FILE, StoredTensor, read_headers, read_index
 from expertcut.models.validate import expert_count
 from expertcut.reporting.tables import one_line
@@ -63,8 +65,9 @@ class Checkpoint:
 
     @property
     def has_family_form(self) -> bool:
-        """Whether it has the form of its family, without constants, biased gates and rules."""
-        own = self.config.get("biased_gates") or self.config.get(ROUTING_KEY)
+        """Whether it has its family's form: no constants, biased gates, rules or packing."""
+        keys = ("biased_gates", ROUTING_KEY, PACKING_KEY)
+        own = any(self.config.get(key) for key in keys)
         return not has_constants(self.config) and not own
 
     @cached_property
@@ -111,6 +114,8 @@ def verified(folder: Path) -> Checkpoint:
         ids = edit.order or edit.rows or range(block.n_experts)
         rows = zip(range(block.n_experts), ids, strict=False)
         # Those that are not constants.
+        if source.packing is not None:  # whose constants are experts that stay
+            block = with_constants(block, tensors)
         own = [number for row, number in rows if not block.by_expert or block.by_expert[row]]
         is_right = block.n_experts == len(edit.keep) == n_experts
         if plan.removal == "constant":
@@ -123,6 +128,7 @@ def verified(folder: Path) -> Checkpoint:
             )
     needed = {MODELLING_FILE: is_exact(config), ROUTED_FILE: ROUTING_KEY in config}
     needed[ROUTED_EXACT_FILE] = all(needed.values())
+    needed[PACKED_FILE] = PACKING_KEY in config
     lost = [file for file, is_it in needed.items() if is_it and not (folder / file).is_file()]
     if lost:
         raise ModelError(f"{folder} lacks {lost[0]}, which config.json names: export it again")
