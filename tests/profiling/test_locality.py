@@ -18,8 +18,8 @@ POLICIES = (*locality.POLICIES, 4, 16)  # as in the vectors
 
 
 def hits_of(sequences, n_experts_L, policy, size) -> int:
-    sizes = [size] * len(n_experts_L)
-    return int(locality.cache_hits(sequences, n_experts_L, policy, sizes).sum())
+    sizes = np.full((1, len(n_experts_L)), size)
+    return int(locality.cache_hits(sequences, n_experts_L, [policy], sizes).sum())
 
 
 @pytest.mark.parametrize("group", GROUPS, ids=lambda g: f"{g['n_experts']} experts")
@@ -27,13 +27,12 @@ def test_srp_and_the_hits_of_every_policy_and_size_are_those_of_moe_lrc(group):
     n_experts = group["n_experts"]
     sequences = [made(np.array(experts_TK)[:, None]) for experts_TK in group["experts"]]
     assert len(sequences) == 10
-    for m, (f1, size) in zip((4, 16), group["srp"], strict=True):
-        uses_M = locality.segment_uses(sequences, [n_experts], m).sum((0, 1))
-        assert np.array(locality.best_f1(uses_M)) == pytest.approx([f1, size], abs=1e-6)
-    for i, policy in enumerate(POLICIES):
-        for size in range(1, n_experts + 1):
-            hits_SL = locality.cache_hits(sequences, [n_experts], policy, [size])
-            assert hits_SL[:, 0].tolist() == [h[i][size - 1] for h in group["hits"]], policy
+    uses = locality.segment_uses(sequences, [n_experts], (4, 16))
+    for (uses_SM, _), (f1, size) in zip(uses, group["srp"], strict=True):
+        assert np.array(locality.best_f1(uses_SM.sum(0))) == pytest.approx([f1, size], abs=1e-6)
+    sizes_C1 = np.arange(1, n_experts + 1)[:, None]
+    hits_PCSL = locality.cache_hits(sequences, [n_experts], POLICIES, sizes_C1)
+    assert hits_PCSL[..., 0].transpose(2, 0, 1).tolist() == group["hits"]
 
 
 def mixed(rng) -> list:
@@ -51,7 +50,8 @@ def mixed(rng) -> list:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_layers_and_sequences_are_simulated_as_if_each_were_alone(policy):
     sequences = mixed(np.random.default_rng(1))
-    together = locality.cache_hits(sequences, (7, 12), policy, (2, 6))
+    sizes = np.array([(5, 3), (2, 6)])
+    together = locality.cache_hits(sequences, (7, 12), POLICIES, sizes)[POLICIES.index(policy), 1]
     for (s, sequence), (layer, (n_experts, size)) in product(
         enumerate(sequences), enumerate([(7, 2), (12, 6)])
     ):
@@ -62,16 +62,16 @@ def test_layers_and_sequences_are_simulated_as_if_each_were_alone(policy):
 
 def test_uses_in_segments_are_counted_as_by_hand():
     sequences = mixed(np.random.default_rng(2))
-    for m in (1, 4, 33):
-        uses_SLM = locality.segment_uses(sequences, (7, 12), m)
-        expected = np.zeros_like(uses_SLM)
+    lengths = (1, 4, 13, 33)
+    for m, found in zip(lengths, locality.segment_uses(sequences, (7, 12), lengths), strict=True):
+        expected = np.zeros((len(sequences), 2, m + 1), int)
         for s, sequence in enumerate(sequences):
             for start in range(len(sequence) - m + 1):
                 for layer, n_experts in enumerate((7, 12)):
                     ids = sequence.experts_TLK[start : start + m, layer].ravel()
                     for n in np.bincount(ids[ids >= 0], minlength=n_experts):
                         expected[s, layer, n] += 1
-        assert (uses_SLM == expected).all()
+        assert all(map(np.array_equal, found, (expected.sum(1), expected.sum(0))))
 
 
 def test_belady_is_never_worse_and_a_cache_of_all_experts_misses_first_uses_alone():
@@ -97,10 +97,9 @@ def test_a_sticky_trace_hits_as_by_hand():
     # Twelve runs in a circle of four: LRU always drops the pair that comes next, Belady does not.
     assert hits_of([sequence], [8], "lru", 6) == 96 < hits_of([sequence], [8], "belady", 6)
     assert hits_of([sequence], [8], "lru", 8) == 112
-    uses_M = locality.segment_uses([sequence], [8], 5).sum((0, 1))
-    assert uses_M[5] == 12 * 2  # a segment in each run has its experts five times
-    f1, _ = locality.best_f1(locality.segment_uses([sequence], [8], 1).sum((0, 1)))
-    assert f1 == 1
+    (_, five_LM), (_, one_LM) = locality.segment_uses([sequence], [8], (5, 1))
+    assert five_LM[0, 5] == 12 * 2  # a segment in each run has its experts five times
+    assert locality.best_f1(one_LM)[0] == 1
 
 
 def test_static_hits_are_of_the_experts_used_most_in_the_other_half():
@@ -113,10 +112,11 @@ def test_static_hits_are_of_the_experts_used_most_in_the_other_half():
 def test_the_interval_of_a_bootstrap_holds_the_truth_and_needs_ten_sequences():
     rng = np.random.default_rng(4)
     sequences = [random_sequence(rng, 40, (8,), 2) for _ in range(60)]
-    uses_SM = locality.segment_uses(sequences, [8], 4)[:, 0].astype(float)
+    [(uses_SM, _)] = locality.segment_uses(sequences, [8], [4])
     ends = locality.interval(lambda w_DS: locality.best_f1(w_DS @ uses_SM)[0], 60)
     assert ends is not None
     many = [random_sequence(rng, 40, (8,), 2) for _ in range(2000)]
-    truth, _ = locality.best_f1(locality.segment_uses(many, [8], 4).sum((0, 1)))
+    [(_, many_LM)] = locality.segment_uses(many, [8], [4])
+    truth, _ = locality.best_f1(many_LM[0])
     assert ends[0] < truth < ends[1] and ends[1] - ends[0] < 0.05
     assert locality.interval(lambda w_DS: w_DS.sum(1), 9) is None

@@ -153,7 +153,7 @@ def _hits(
         return static_hits(halves, n_experts_L, size_L)
     sequences = [s for half in halves for s in half]
     known = next(own for own in POLICIES if own == policy)
-    return cache_hits(sequences, n_experts_L, known, size_L)
+    return np.asarray(cache_hits(sequences, n_experts_L, [known], np.array([size_L]))[0, 0])
 
 
 def _rate(

@@ -6,28 +6,27 @@ performance), and the hit rate of a cache that knows the next segment (segment c
 rate).
 
 S are sequences, T tokens, L MoE layers, K places of a token, E experts, R rows (one for each
-sequence and layer), C experts that a cache holds, M uses of an expert in a segment of M − 1 tokens,
-D draws of a bootstrap.
+sequence and layer), P policies of a cache, C its sizes or the places of a stack, M uses of an
+expert in a segment of M − 1 tokens, D draws of a bootstrap.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import product
 from typing import Literal
 
 import numpy as np
 
 from expertcut.profiling import trace
-from expertcut.profiling.expert_load import one_hot, places, use_counts
+from expertcut.profiling.expert_load import places, use_counts
 from expertcut.stats import MIN_DOCUMENTS, Array
 
 Policy = Literal["lru", "lfu", "belady"]
 POLICIES: tuple[Policy, ...] = ("lru", "lfu", "belady")
 DRAWS = 1000
-_ROWS = 2048  # of a simulation at once
-_MOST_PASSES = 40  # over small numbers, which are faster to compare than to count as indices
-_HIGH = 1 << 32  # a priority: a count in the upper half, the time of the last use in the lower
-_MOST = np.iinfo(np.int64).max
+_CELLS = 1 << 16  # of the stacks, or of the draws of a bootstrap, at once
+_EMPTY = -1  # a place of a stack
+_MOST_PASSES = 8  # over numbers that are faster to compare than to count
 
 
 @dataclass(frozen=True)
@@ -71,68 +70,97 @@ def measure(
     places_L, choices_SL = places(sequences), choices(sequences)
     segments = [m for m in segments if m <= max(map(len, sequences))]
     size_CL = np.minimum(np.ceil(np.outer(caches, places_L)), n_experts_L).astype(int)
-    hits: dict[tuple[str | int, float], Rate] = {}
-    for cache, size_L in zip(caches, size_CL, strict=True):
-        for policy in (*POLICIES, *segments):
-            hits_SL = cache_hits(sequences, n_experts_L, policy, size_L)
-            hits[policy, cache] = rate(hits_SL, choices_SL)
-        hits["static", cache] = rate(static_hits(halves, n_experts_L, size_L), choices_SL)
-    srp = {m: _srp(segment_uses(sequences, n_experts_L, m), places_L) for m in segments}
+    policies = (*POLICIES, *segments)
+    hits_PCSL = cache_hits(sequences, n_experts_L, policies, size_CL)
+    static_CSL = [static_hits(halves, n_experts_L, size_L) for size_L in size_CL]
+    hits_XSL = np.stack([x for c in range(len(caches)) for x in (*hits_PCSL[:, c], static_CSL[c])])
+    names = [(policy, cache) for cache in caches for policy in (*policies, "static")]
+    hits = dict(zip(names, rates(hits_XSL, choices_SL), strict=True))
+    uses = segment_uses(sequences, n_experts_L, segments)
+    srp = {m: _srp(*own, places_L) for m, own in zip(segments, uses, strict=True)}
     return Locality(srp, tuple(caches), size_CL, hits)
 
 
-def rate(hits_SL: Array, choices_SL: Array) -> Rate:
+def rates(hits_XSL: Array, choices_SL: Array) -> list[Rate]:
     """Σ hits / Σ choices; NaN where nothing was chosen."""
-    hits_S, choices_S = hits_SL.sum(1).astype(float), choices_SL.sum(1).astype(float)
+    hits_SX, choices_S1 = hits_XSL.sum(2).T.astype(float), choices_SL.sum(1)[:, None].astype(float)
     with np.errstate(invalid="ignore"):
-        ends = interval(lambda w_DS: (w_DS @ hits_S) / (w_DS @ choices_S), len(hits_S))
-        whole, by_layer_L = hits_S.sum() / choices_S.sum(), hits_SL.sum(0) / choices_SL.sum(0)
-    is_known = ends is not None and not np.isnan(ends).any()
-    ci95 = (float(ends[0]), float(ends[1])) if ends is not None and is_known else None
-    return Rate(float(whole), ci95, by_layer_L)
+        ends = interval(lambda w_DS: (w_DS @ hits_SX) / (w_DS @ choices_S1), len(hits_SX))
+        whole_X = hits_SX.sum(0) / choices_S1.sum()
+        by_layer_XL = hits_XSL.sum(1) / choices_SL.sum(0)
+    ends_X2 = np.full((len(hits_XSL), 2), np.nan) if ends is None else np.stack(ends, 1)
+    cis = [None if np.isnan(pair).any() else tuple(pair.tolist()) for pair in ends_X2]
+    return list(map(Rate, whole_X.tolist(), cis, by_layer_XL))
 
 
-def _srp(uses_SLM: Array, places_L: Array) -> Srp:
-    f1_L, size_L = best_f1(uses_SLM.sum(0))
-    f1, size = best_f1(uses_SLM.sum((0, 1)))
-    uses_SM = uses_SLM[uses_SLM.any((1, 2))].sum(1).astype(float)
+def rate(hits_SL: Array, choices_SL: Array) -> Rate:
+    """The rate of one."""
+    return rates(hits_SL[None], choices_SL)[0]
+
+
+def _srp(uses_SM: Array, uses_LM: Array, places_L: Array) -> Srp:
+    f1_L, size_L = best_f1(uses_LM)
+    f1, size = best_f1(uses_SM.sum(0))
+    uses_SM = uses_SM[uses_SM.any(1)].astype(float)
     ends = interval(lambda w_DS: best_f1(w_DS @ uses_SM)[0], len(uses_SM))
     ci95 = None if ends is None else (float(ends[0]), float(ends[1]))
     return Srp(float(f1), ci95, f1_L, float(size * places_L.mean()), size_L * places_L)
 
 
 def segment_uses(
-    sequences: Sequence[trace.Sequence], n_experts_L: Sequence[int], length: int
-) -> Array:
-    """(S, L, M): segments of `length` tokens and experts used M times in them, in each sequence.
+    sequences: Sequence[trace.Sequence], n_experts_L: Sequence[int], lengths: Sequence[int]
+) -> list[tuple[Array, Array]]:
+    """(S, M) and (L, M) by length: segments and experts used M times in them.
 
     Every token begins a segment that does not reach past its sequence.
     """
-    n_layers = len(n_experts_L)
-    uses_SLM = np.zeros((len(sequences), n_layers, length + 1), np.int32)
-    # Differences of running counts: exact also where those pass the largest number of their type.
-    dtype = np.uint8 if length < 256 else np.uint32
-    for uses_LM, sequence in zip(uses_SLM, sequences, strict=True):
-        if len(sequence) < length:
-            continue
-        for layer, n_experts in enumerate(n_experts_L):
-            before_TE = np.zeros((len(sequence) + 1, n_experts), dtype)
-            chosen_TE = one_hot(sequence.experts_TLK[:, layer], n_experts, dtype)
-            np.cumsum(chosen_TE, axis=0, dtype=dtype, out=before_TE[1:])
-            uses_LM[layer] = _histogram(before_TE[length:] - before_TE[:-length], length)
-    return uses_SLM
+    shapes = (len(sequences), len(n_experts_L))
+    found = [[np.zeros((n, m + 1), int) for n in shapes] for m in lengths]
+    for s, sequence in enumerate(sequences):
+        chosen_LTE = _chosen(sequence.experts_TLK, max(n_experts_L))
+        for m, (uses_SM, uses_LM) in zip(lengths, found, strict=True):
+            if m <= len(sequence):
+                for uses_M, total_TE in zip(uses_LM, _window_sums(chosen_LTE, m), strict=True):
+                    counts_M = _histogram(total_TE.reshape(-1), m)
+                    uses_M += counts_M
+                    uses_SM[s] += counts_M
+    for m, (uses_SM, uses_LM) in zip(lengths, found, strict=True):
+        n_windows_S = np.maximum([len(s) - m + 1 for s in sequences], 0)
+        uses_SM[:, 0] = n_windows_S * sum(n_experts_L) - uses_SM[:, 1:].sum(1)
+        uses_LM[:, 0] = n_windows_S.sum() * np.array(n_experts_L) - uses_LM[:, 1:].sum(1)
+    return [(uses_SM, uses_LM) for uses_SM, uses_LM in found]
 
 
-def _histogram(uses_TE: Array, most: int) -> Array:
-    """How often each number from 0 to `most` occurs."""
-    largest = int(uses_TE.max())
-    if largest > _MOST_PASSES:
-        return np.bincount(uses_TE.ravel(), minlength=most + 1)
-    counts_M = np.zeros(most + 1, int)
-    for n in range(1, largest + 1):
-        counts_M[n] = np.count_nonzero(uses_TE == n)
-    counts_M[0] = uses_TE.size - counts_M.sum()
-    return counts_M
+def _chosen(experts_TLK: Array, n_experts: int) -> Array:
+    """(L, T, E) of 0 and 1; more columns, an even number, hold 0."""
+    n_tokens, n_layers, _ = experts_TLK.shape
+    width = n_experts + 2 - n_experts % 2
+    chosen_LTE = np.zeros((n_layers, n_tokens, width), np.uint8)
+    start_LT = width * np.arange(n_layers * n_tokens).reshape(n_layers, n_tokens)
+    chosen_LTE.reshape(-1)[start_LT.T[..., None] + experts_TLK] = 1  # −1: a column too many
+    chosen_LTE[..., n_experts:] = 0
+    return chosen_LTE
+
+
+def _window_sums(chosen_LTE: Array, length: int) -> Array:
+    """Sums of `length` tokens from each on, by doubling."""
+    total_LTE, n = chosen_LTE, 1
+    for bit in f"{length:b}"[1:]:
+        dtype = np.min_scalar_type(2 * n + 1)
+        total_LTE, n = np.add(total_LTE[:, :-n], total_LTE[:, n:], dtype=dtype), 2 * n
+        if bit == "1":
+            total_LTE, n = total_LTE[:, :-1] + chosen_LTE[:, n:], n + 1
+    return total_LTE
+
+
+def _histogram(uses_X: Array, most: int) -> Array:
+    """How often each number from 1 to `most` occurs, behind a place for 0."""
+    if most <= _MOST_PASSES:
+        return np.array([0, *(np.count_nonzero(uses_X == n) for n in range(1, most + 1))])
+    if uses_X.itemsize > 1:
+        return np.bincount(uses_X, minlength=most + 1)
+    pairs = np.bincount(uses_X.view(np.uint16), minlength=(most + 1) << 8).reshape(-1, 256)
+    return np.asarray(pairs.sum(0)[: most + 1] + pairs.sum(1))
 
 
 def best_f1(uses_XM: Array) -> tuple[Array, Array]:
@@ -167,12 +195,15 @@ def interval(
     """
     if n_sequences < MIN_DOCUMENTS:
         return None
-    drawn_DS = np.random.default_rng(seed).integers(0, n_sequences, (DRAWS, n_sequences))
-    drawn_DS += n_sequences * np.arange(DRAWS)[:, None]
-    weights_DS = np.bincount(drawn_DS.ravel(), minlength=drawn_DS.size).reshape(drawn_DS.shape)
+    rng, size = np.random.default_rng(seed), max(1, _CELLS // n_sequences)
     whole = statistic(np.ones((1, n_sequences)))[0]
-    draws = np.sort(statistic(weights_DS.astype(float)), axis=0)
-    n_outside = round(DRAWS * 0.025)
+    found = []
+    for start in range(0, DRAWS, size):
+        drawn_DS = rng.integers(0, n_sequences, (min(size, DRAWS - start), n_sequences))
+        drawn_DS += n_sequences * np.arange(len(drawn_DS))[:, None]
+        weights_X = np.bincount(drawn_DS.ravel(), minlength=drawn_DS.size)
+        found.append(statistic(weights_X.reshape(drawn_DS.shape).astype(float)))
+    draws, n_outside = np.sort(np.concatenate(found), axis=0), round(DRAWS * 0.025)
     return 2 * whole - draws[DRAWS - n_outside], 2 * whole - draws[n_outside]
 
 
@@ -184,24 +215,27 @@ def choices(sequences: Sequence[trace.Sequence]) -> Array:
 def cache_hits(
     sequences: Sequence[trace.Sequence],
     n_experts_L: Sequence[int],
-    policy: Policy | int,
-    size_L: Sequence[int],
+    policies: Sequence[Policy | int],
+    size_CL: Array,
 ) -> Array:
-    """(S, L) choices that a cache of each layer holds when their token comes; it starts empty.
+    """(P, C, S, L) choices that a cache of each layer holds when their token comes.
 
-    The experts of a token are loaded one after the other, each for the expert of least priority.
-    `lru` keeps those used last, `lfu` those used most (ties: last), `belady` those used next; a
-    number of tokens m those used most in the m tokens from this one on (ties: last): SCH of a
-    segment of m. Source: moe-lrc 50_chr_calc.py, 41_sch_calc.py (`calc_fsf`).
+    It starts empty. The experts of a token are loaded one after the other, each for the expert of
+    least priority. `lru` keeps those used last, `lfu` those used most (ties: last), `belady` those
+    used next; a number of tokens m those used most in the m tokens from this one on (ties: last):
+    SCH of a segment of m. Source: moe-lrc 50_chr_calc.py, 41_sch_calc.py (`calc_fsf`).
     """
-    hits_SL = np.zeros((len(sequences), len(n_experts_L)), np.int64)
+    n_layers, depth = len(n_experts_L), int(np.max(size_CL, initial=1))
+    hits_PCSL = np.zeros((len(policies), len(size_CL), len(sequences), n_layers), np.int64)
     order = sorted(range(len(sequences)), key=lambda s: -len(sequences[s]))
-    for rows in _pieces(order, max(1, _ROWS // len(n_experts_L))):
-        experts_TRK, active_T = _stacked([sequences[s] for s in rows], max(n_experts_L))
-        size_R = np.tile(size_L, len(rows))
-        hits_R = _Simulation(experts_TRK, active_T, max(n_experts_L)).run(policy, size_R)
-        hits_SL[rows] = hits_R.reshape(len(rows), -1)
-    return hits_SL
+    n_at_once = max(1, _CELLS // (depth * len(policies) * n_layers))
+    for start in range(0, len(order), n_at_once):
+        own = order[start : start + n_at_once]
+        stacks = _Stacks([sequences[s] for s in own], max(n_experts_L), policies, depth)
+        found_CPSL = stacks.run().reshape(-1, len(policies), len(own), n_layers)
+        for c, layer in product(range(len(size_CL)), range(n_layers)):
+            hits_PCSL[:, c, own, layer] = found_CPSL[size_CL[c][layer], :, :, layer]
+    return hits_PCSL
 
 
 def static_hits(
@@ -221,110 +255,119 @@ def static_hits(
     return np.stack(hits)
 
 
-def _pieces(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    ends = [*range(0, len(order), size), len(order)]
-    yield from (order[start:end] for start, end in pairwise(ends))
+class _Stacks:
+    """Caches of every size, by all policies and of all rows at once, token by token.
+
+    The first c places of a stack are what a cache of c experts holds, by any priority that does not
+    depend on c (Mattson et al. 1970): the expert that is loaded goes on top, and of those above its
+    old place the one of least priority sinks, place by place. A priority is a count times `_one`
+    plus the time of the last use, from 1; Belady's is larger the sooner the next use.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequence[trace.Sequence],
+        n_experts: int,
+        policies: Sequence[Policy | int],
+        depth: int,
+    ) -> None:
+        self._key_TKR, self._active_T = _stacked(sequences, n_experts)
+        n_tokens, n_places, n_rows = self._key_TKR.shape
+        self._one = 1 << (n_tokens * n_places + n_experts).bit_length()
+        dtype = np.int32 if (n_tokens + 1) * self._one < 1 << 31 else np.int64
+        self._stack_CPR = np.full((depth, len(policies), n_rows), _EMPTY, dtype)
+        # Of all experts, in the stack or not. One never used has no time, so it equals none there.
+        self._priority_X = np.zeros(len(policies) * n_rows * (n_experts + 1), dtype)
+        self._start_P1 = n_rows * (n_experts + 1) * np.arange(len(policies))[:, None]
+        self._no_key = n_rows * n_experts  # keys from here on are of empty places
+        self._segments = [(p, m) for p, m in enumerate(policies) if isinstance(m, int)]
+        steps: dict[Policy | int, int] = {"lru": 0, "lfu": self._one, "belady": 0}
+        self._step_P1 = np.array([[steps.get(p, -self._one)] for p in policies], dtype)
+        self._belady = [p for p, policy in enumerate(policies) if policy == "belady"]
+        if self._belady:
+            end = n_tokens * n_places + n_experts
+            self._soon_TKR = (end - _next_uses(self._key_TKR, n_experts)).astype(dtype)
+
+    def run(self) -> Array:
+        """(C + 1, P, R) choices held by caches of 0 to C experts when their token comes."""
+        for p, m in self._segments:
+            for t in range(m):
+                self._enter(p, t)
+        sunk_CPR = np.empty_like(self._stack_CPR)
+        found_CPR = np.zeros((len(sunk_CPR) + 1, *sunk_CPR.shape[1:]), np.int32)
+        n_before, own_CPR = 0, (self._stack_CPR, sunk_CPR)
+        for t, n in enumerate(self._active_T.tolist()):
+            if n != n_before:
+                stack_CPR, sunk_CPR = (array[..., :n] for array in own_CPR)
+                places = list(zip(sunk_CPR, stack_CPR[1:], sunk_CPR[1:], strict=False))
+                n_before = n
+            key_KPR = self._key_TKR[t, :, None, :n] + self._start_P1
+            found_CPR[1:, :, :n] += (stack_CPR[:, None] == self._priority_X[key_KPR]).any(1)
+            for k, key_PR in enumerate(key_KPR):
+                old_PR, new_PR = self._load(stack_CPR[0], key_PR, t, k)
+                np.copyto(stack_CPR, _EMPTY, where=stack_CPR == old_PR)
+                sunk_CPR[0] = stack_CPR[0]
+                for above_PR, here_PR, sunk_PR in places:
+                    np.minimum(above_PR, here_PR, out=sunk_PR)
+                np.maximum(stack_CPR[1:], sunk_CPR[:-1], out=stack_CPR[1:])
+                stack_CPR[0] = new_PR
+            for p, m in self._segments:
+                self._enter(p, t + m)
+        return np.asarray(found_CPR.cumsum(0))
+
+    def _load(self, top_PR: Array, key_PR: Array, t: int, k: int) -> tuple[Array, Array]:
+        """Priorities of the experts at place k of token t before and after their use.
+
+        At an empty place those of what is on top already, which then stays there.
+        """
+        old_PR = self._priority_X[key_PR]
+        new_PR = (old_PR & -self._one) + self._step_P1
+        new_PR += t * self._key_TKR.shape[1] + k + 1
+        if self._belady:
+            new_PR[self._belady] = self._soon_TKR[t, k, : new_PR.shape[1]]
+        self._priority_X[key_PR] = new_PR
+        is_empty_R = key_PR[0] >= self._no_key
+        if is_empty_R.any():
+            old_PR, new_PR = (np.where(is_empty_R, top_PR, x) for x in (old_PR, new_PR))
+        return old_PR, new_PR
+
+    def _enter(self, policy: int, t: int) -> None:
+        """Token t enters the segment of a policy: each of its experts is used once more."""
+        if t < len(self._key_TKR):
+            n = self._active_T[t]
+            key_KR = self._key_TKR[t, :, :n] + self._start_P1[policy]
+            old_KR, stack_CR = self._priority_X[key_KR], self._stack_CPR[:, policy, :n]
+            self._priority_X[key_KR] = old_KR + self._one
+            stack_CR += (stack_CR[:, None] == old_KR).any(1) * stack_CR.dtype.type(self._one)
 
 
 def _stacked(sequences: Sequence[trace.Sequence], n_experts: int) -> tuple[Array, Array]:
-    """Experts (T, R, K) and the rows (T,) that still go on; the longest sequence comes first.
+    """Keys E · R + row (T, K, R) and the rows (T,) that still go on; the longest sequence is first.
 
     An empty place is expert number E.
     """
     n_layers, n_places = sequences[0].experts_TLK.shape[1:]
-    shape = (len(sequences[0]), len(sequences) * n_layers, n_places)
-    experts_TRK = np.full(shape, n_experts, np.int64)
+    n_rows = len(sequences) * n_layers
+    key_TKR = np.full((len(sequences[0]), n_places, n_rows), n_experts)
     for n, s in enumerate(sequences):
-        own = s.experts_TLK.astype(np.int64)
-        rows = slice(n * n_layers, (n + 1) * n_layers)
-        experts_TRK[: len(s), rows] = np.where(own < 0, n_experts, own)
+        own_TKL = s.experts_TLK.transpose(0, 2, 1)
+        key_TKR[: len(s), :, n * n_layers : (n + 1) * n_layers] = np.where(
+            own_TKL < 0, n_experts, own_TKL
+        )
+    key_TKR *= n_rows
+    key_TKR += np.arange(n_rows)
     lengths = np.array([len(s) for s in sequences])
     active_T = (lengths > np.arange(len(sequences[0]))[:, None]).sum(1) * n_layers
-    return experts_TRK, active_T
+    return key_TKR, active_T
 
 
-class _Simulation:
-    """Caches of all rows at once, token by token."""
-
-    def __init__(self, experts_TRK: Array, active_T: Array, n_experts: int) -> None:
-        self.experts_TRK, self.active_T, self.n_experts = experts_TRK, active_T, n_experts
-        self.row_R = np.arange(experts_TRK.shape[1])
-
-    def run(self, policy: Policy | int, size_R: Array) -> Array:
-        """Hits (R,) of caches of `size_R` experts."""
-        n_tokens, n_rows, n_places = self.experts_TRK.shape
-        width, most = self.n_experts + 2, int(size_R.max(initial=1))
-        # Slot `most` belongs to the empty place, and what an empty slot holds is the last expert.
-        slot_RE = np.full((n_rows, width), -1)
-        slot_RE[:, self.n_experts] = most
-        held_RC = np.full((n_rows, most + 1), width - 1)
-        priority_RC = np.where(np.arange(most + 1) < size_R[:, None], -_MOST, _MOST)
-        slots, held, priorities = slot_RE.reshape(-1), held_RC.reshape(-1), priority_RC.reshape(-1)
-        priority_TRK = self._priorities(policy)
-        hits_R = np.zeros(n_rows, np.int64)
-        for t in range(n_tokens):
-            row_R = self.row_R[: self.active_T[t]]
-            key_RK = self.experts_TRK[t, : len(row_R)] + width * row_R[:, None]
-            hits_R[: len(row_R)] += (slots[key_RK] >= 0).sum(1)
-            for k in range(n_places):
-                key_R = key_RK[:, k]
-                slot_R = slots[key_R]
-                if len(missed := np.flatnonzero(slot_R < 0)):
-                    slot_R[missed] = victim = priority_RC[missed].argmin(1)
-                    place = victim + (most + 1) * missed
-                    slots[held[place] + width * missed] = -1
-                    held[place] = self.experts_TRK[t, missed, k]
-                    slots[key_R[missed]] = victim
-                priorities[slot_R + (most + 1) * row_R] = priority_TRK[t, : len(row_R), k]
-            if isinstance(policy, int) and t + policy < n_tokens:  # a token enters the segment
-                row_R = self.row_R[: self.active_T[t + policy]]
-                slot_RK = slots[self.experts_TRK[t + policy, : len(row_R)] + width * row_R[:, None]]
-                is_held = (slot_RK >= 0) & (slot_RK < most)
-                priorities[(slot_RK + (most + 1) * row_R[:, None])[is_held]] += _HIGH
-        is_active_TR1 = (self.row_R < self.active_T[:, None])[..., None]
-        empty_R = (self.experts_TRK == self.n_experts).sum((0, 2), where=is_active_TR1)
-        return np.asarray(hits_R - empty_R)
-
-    def _priorities(self, policy: Policy | int) -> Array:
-        """(T, R, K) of an expert once its token has come; the empty place is never given up."""
-        n_tokens, _, n_places = self.experts_TRK.shape
-        time_TK = np.arange(n_tokens * n_places).reshape(n_tokens, 1, n_places) + 1
-        if policy == "lru":
-            value_TRK = np.broadcast_to(time_TK, self.experts_TRK.shape)
-        elif policy == "lfu":
-            value_TRK = self._uses(0, n_tokens) * _HIGH + time_TK
-        elif policy == "belady":
-            value_TRK = -self._next_uses()
-        else:
-            value_TRK = self._uses(policy, policy) * _HIGH + time_TK
-        return np.where(self.experts_TRK == self.n_experts, _MOST, value_TRK)
-
-    def _uses(self, n_ahead: int, n_tokens: int) -> Array:
-        """(T, R, K): uses of the expert in the `n_tokens` before token T + `n_ahead`.
-
-        Of all before and this one for `n_ahead` 0; of this one's segment, but for this one.
-        """
-        count_RE = np.zeros((len(self.row_R), self.n_experts + 1), np.int64)
-        uses_TRK = np.empty_like(self.experts_TRK)
-        row_R1, first = self.row_R[:, None], n_ahead - 1 if n_ahead else 0
-        for t in range(first):
-            if t < len(self.experts_TRK):
-                count_RE[row_R1, self.experts_TRK[t]] += 1
-        for t, experts_RK in enumerate(self.experts_TRK):
-            if t + first < len(self.experts_TRK):
-                count_RE[row_R1, self.experts_TRK[t + first]] += 1
-            if n_ahead:
-                count_RE[row_R1, experts_RK] -= 1
-            uses_TRK[t] = count_RE[row_R1, experts_RK]
-        return uses_TRK
-
-    def _next_uses(self) -> Array:
-        """(T, R, K): place in the sequence of the expert's next use; of none, behind all others."""
-        n_tokens, n_rows, n_places = self.experts_TRK.shape
-        end = n_tokens * n_places
-        next_RE = np.tile(np.arange(end, end + self.n_experts + 1), (n_rows, 1))
-        next_TRK, row_R1 = np.empty_like(self.experts_TRK), self.row_R[:, None]
-        for t in reversed(range(n_tokens)):
-            next_TRK[t] = next_RE[row_R1, self.experts_TRK[t]]
-            next_RE[row_R1, self.experts_TRK[t]] = np.arange(t * n_places, (t + 1) * n_places)
-        return next_TRK
+def _next_uses(key_TKR: Array, n_experts: int) -> Array:
+    """(T, K, R): place in the sequence of the expert's next use; of none, behind all others."""
+    n_tokens, n_places, n_rows = key_TKR.shape
+    end = n_tokens * n_places
+    next_X = np.arange(end, end + n_experts + 1).repeat(n_rows)
+    next_TKR = np.empty_like(key_TKR)
+    for t in reversed(range(n_tokens)):
+        next_TKR[t] = next_X[key_TKR[t]]
+        next_X[key_TKR[t]] = np.arange(t * n_places, (t + 1) * n_places)[:, None]
+    return next_TKR
