@@ -106,9 +106,9 @@ def test_two_bits_are_taken_by_vllm_where_allowed():
 def test_llama_cpp_takes_another_type_where_a_block_does_not_divide_the_columns():
     two, four = parse_options("2,4")
     assert [two.ggml_type(c, "BF16") for c in (512, 64, 48)] == ["q2_K", "q4_0", "f16"]
-    assert four.ggml_type(64, "BF16") == "q5_0"
+    assert four.ggml_type(64, "BF16") == "q4_0"
     assert Option("whole").ggml_type(48, "BF16") == "bf16"
-    assert four.gguf_bytes({"gate": (10, 512), "down": (10, 64)}, "BF16") == 10 * (2 * 144 + 2 * 22)
+    assert four.gguf_bytes({"gate": (10, 512), "down": (10, 64)}, "BF16") == 10 * (2 * 144 + 2 * 18)
 
 
 def test_compress_json_is_read_as_it_was_written(tmp_path: Path):

@@ -25,14 +25,15 @@ Kind = Literal["bits", "lowrank", "mean", "zero", "copy", "whole"]
 Shape = tuple[int, int]
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
 _GRAMMAR = "write a width (1 to 8), lowrank:SHARE, lowrank:SHARE:ROWS, mean, zero, copy or whole"
-# A row's values in a block, and the bytes of the block. llama-quantize takes the next type where
-# a block does not divide the columns, and f16 behind the last (llama.cpp, tensor_type_fallback).
+# A row's values in a block, and the bytes of the block. Where a block does not divide the columns
+# the next type is named, of the same width where one is (llama-quantize itself would go up: q5_0
+# for q4_K, q5_1 for q5_K), and f16 where none fits, as llama-quantize does (tensor_type_fallback).
 _GGML = {
     **{"q2_K": (256, 84), "q3_K": (256, 110), "q4_K": (256, 144), "q5_K": (256, 176)},
-    **{"q6_K": (256, 210), "q4_0": (32, 18), "q5_0": (32, 22), "q5_1": (32, 24)},
-    **{"q8_0": (32, 34), "f16": (1, 2), "bf16": (1, 2), "f32": (1, 4)},
+    **{"q6_K": (256, 210), "q4_0": (32, 18), "q5_0": (32, 22), "q8_0": (32, 34)},
+    **{"f16": (1, 2), "bf16": (1, 2), "f32": (1, 4)},
 }
-_GGML_NEXT = {"q2_K": "q4_0", "q3_K": "q4_0", "q4_K": "q5_0", "q5_K": "q5_1", "q6_K": "q8_0"}
+_GGML_NEXT = {"q2_K": "q4_0", "q3_K": "q4_0", "q4_K": "q4_0", "q5_K": "q5_0", "q6_K": "q8_0"}
 _GGML_OF_BITS = {2: "q2_K", 3: "q3_K", 4: "q4_K", 5: "q5_K", 6: "q6_K", 8: "q8_0"}
 _GGML_OF_DTYPE = {"F16": "f16", "BF16": "bf16", "F32": "f32", "F64": "f32"}
 
@@ -121,7 +122,7 @@ class Option:
         )
 
     def ggml_type(self, columns: int, dtype: str) -> str:
-        """The type that llama-quantize gives a tensor with these columns where it is asked to."""
+        """The type of llama.cpp for a tensor with these columns."""
         name = _GGML_OF_BITS[self.bits] if self.kind == "bits" else _GGML_OF_DTYPE[dtype]
         if columns % _GGML[name][0]:
             name = _GGML_NEXT.get(name, name)
