@@ -6,46 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from expertcut.checkpoints.exact import FAMILIES as EXACT_FAMILIES
-from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.models.hooks import Routing, observe_routers
-from expertcut.models.safetensors_index import read_headers
-from expertcut.models.validate import REFUSED
 from tests.conftest import FAMILIES, PADDED_FAMILIES, open_model
+from tests.support.matrix import facts_line, facts_of, table
 
 Checkpoints = Callable[..., Path]
-PAGE = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
 TOKENS = torch.arange(2, 200)[None]
 
 
-def table() -> dict[str, dict[str, str]]:
-    """The rows of the page's first table by model_type."""
-    first = PAGE[PAGE.index("| family") :].partition("\n\n")[0]
-    lines = first.splitlines()
-    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
-    found = [dict(zip(head, row, strict=True)) for row in rows]
-    return {row["`model_type`"].strip("`"): row for row in found}
-
-
-def test_the_table_lists_the_families_that_the_tests_run() -> None:
-    assert list(table()) == list(FAMILIES)
-    assert all(f"`{family}`" in PAGE for family in REFUSED)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_table_says_what_the_family_does(checkpoint: Checkpoints, family: str) -> None:
-    path, row = checkpoint(family), table()[family]
-    blocks = open_model(path).blocks
-    on_disk = next(iter(match_blocks(read_headers(path), [b.name for b in blocks])[0].values()))
-    for block in blocks:
-        assert block.scoring == row["α"]
-        assert block.inflates == (row["gate weight"] == "α")
-        assert (block.selection_bias() is not None) == (row["selection bias"] == "yes")
-        assert (block.n_groups > 1) == (row["groups"] == "yes")
-    assert (family in PADDED_FAMILIES) == (row["scored"] == "padded")
-    assert bool(on_disk.by_expert) == (row["experts on disk"] == "one by one")
-    layouts = "stock, exact" if family in EXACT_FAMILIES else "stock"
-    assert row["layouts"] == layouts
+def test_the_page_says_what_the_family_does(checkpoint: Checkpoints, family: str) -> None:
+    facts = facts_of(checkpoint(family))
+    assert facts_line(family, facts) in table("families")
+    assert (family in PADDED_FAMILIES) == (facts["scored"] == "padded")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,31 +1,35 @@
 """The matrix: every command on tiny models of every family, held to plain transformers by hand.
 
-`python -m tests.support.matrix` runs all of it and writes the table into docs/families.md; with
-names of families it only prints their rows. tests/models/test_matrix.py holds each number to its
-limit.
+`python -m tests.support.matrix` runs all of it and writes the tables into docs/families.md;
+`families` writes the first of them; with names of families it only prints their rows.
+tests/models/test_matrix.py holds each number to its limit, and the tables to what is run.
 """
 
 import logging
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled
+from expertcut.checkpoints.exact import FAMILIES as EXACT_FAMILIES
+from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz
 from expertcut.edits.plan import PlanFile, load_plan
 from expertcut.edits.splits import questions_for
+from expertcut.errors import ContractError
 from expertcut.evaluation.search_results import load_audit, load_sweep
-from expertcut.models.load import LoadOptions, MoeModel, find_source
+from expertcut.models.load import LoadOptions, find_source
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
@@ -39,7 +43,8 @@ LIMIT = 3  # questions of each subject that a sweep asks
 SAMPLE = 3  # experts that an audit removes
 BIAS = 2.0  # in logits, of the boost
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
-BEGIN, END = "<!-- by python -m tests.support.matrix -->", "<!-- end of the matrix -->"
+BEGIN = "<!-- {}: by python -m tests.support.matrix -->"
+END = "<!-- end of the {} -->"
 
 # What is run: a family as tests/conftest.py or tests/support/families.py has it, or changed.
 WORLDS: dict[str, tuple[str, dict[str, object]]] = {
@@ -50,10 +55,57 @@ WORLDS: dict[str, tuple[str, dict[str, object]]] = {
     "laguna, no cap": ("laguna", {"moe_router_logit_softcapping": 0.0}),
     "nemotron_h, no latent": ("nemotron_h", {"moe_latent_size": None}),
 }
+# What people call the models of a type.
+NAMES = {
+    "afmoe": "Trinity",
+    "aria_text": "Aria",
+    "axk1": "A.X-K1",
+    "axk2": "A.X-K2",
+    "bailing_hybrid": "Ling and Ring 2.5",
+    "beam": "Beam",
+    "cohere2_moe": "Command A+",
+    "deepseek_v2": "DeepSeek-V2",
+    "deepseek_v3": "DeepSeek-V3, Kimi-K2",
+    "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v4": "DeepSeek-V4",
+    "dots1": "dots.llm1",
+    "ernie4_5_moe": "ERNIE-4.5",
+    "exaone_moe": "K-EXAONE",
+    "flex_olmo": "FlexOlmo",
+    "gemma4_text": "Gemma-4",
+    "glm4_moe": "GLM-4.5 to 4.7",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm_moe_dsa": "GLM-5",
+    "gpt_oss": "GPT-OSS",
+    "granitemoe": "Granite-3",
+    "granitemoehybrid": "Granite-4",
+    "hunyuan_v1_moe": "Hunyuan-A13B",
+    "hy_v3": "Hy3",
+    "hy_v4": "Hy4",
+    "jamba": "Jamba",
+    "kimi_linear": "Kimi-Linear",
+    "laguna": "Laguna",
+    "lfm2_moe": "LFM2",
+    "mellum": "Mellum",
+    "mimo_v2_flash": "MiMo-V2-Flash",
+    "minimax": "MiniMax-01 and M1",
+    "minimax_m2": "MiniMax-M2",
+    "minimax_m3_vl_text": "MiniMax-M3",
+    "mixtral": "Mixtral",
+    "nemotron_h": "Nemotron-3",
+    "olmoe": "OLMoE",
+    "phimoe": "Phi-3.5-MoE",
+    "qwen2_moe": "Qwen1.5 and Qwen2 MoE",
+    "qwen3_5_moe_text": "Qwen3.5",
+    "qwen3_moe": "Qwen3 MoE",
+    "qwen3_next": "Qwen3-Next",
+    "solar_open": "Solar-Open",
+}
 # The parts of a row: what must agree, and what must not be 0.
 PARTS = {
     "profile": (("profile",), ()),
-    "cut": (("cell", "mask"), ("cut",)),
+    "cut": (("mask",), ("cut",)),
+    "sweep": (("cell",), ()),
     "reconstruction": (("reconstruction",), ()),
     "ablation": (("ablation",), ("removed",)),
     "boost": (("boost", "export"), ("boosted",)),
@@ -62,8 +114,8 @@ PARTS = {
 AGREE = tuple(name for agree, _ in PARTS.values() for name in agree)
 HEADS = {
     "profile": "profile",
-    "cell": "sweep = checkpoint",
     "mask": "checkpoint = mask",
+    "cell": "sweep = checkpoint",
     "reconstruction": "by reconstruction",
     "ablation": "ablation",
     "boost": "boost",
@@ -81,8 +133,8 @@ class Refused(Exception):
 class Row:
     """Largest |Δ log p| of any choice between two runs that must agree, and what edits moved.
 
-    `profile`: the profile against plain transformers. `cell`: a cell of --sweep against the
-    written checkpoint in plain transformers. `mask`: that against the router masked by hand.
+    `profile`: the profile against plain transformers. `mask`: the written checkpoint in plain
+    transformers against the router masked by hand. `cell`: a cell of --sweep against it.
     `ablation`: what audit says of experts against a mask by hand. `boost`: what reweight says of
     its bias at run time against a bias by hand. `export`: what it says of its checkpoint against
     that in plain transformers. `merge`: the merged checkpoint here and there. `reconstruction`:
@@ -167,6 +219,9 @@ class World:
     def plan(self, out: str) -> PlanFile:
         return load_plan(self.root / out)
 
+    def kept(self, out: str) -> dict[str, tuple[int, ...]]:
+        return {name: edit.keep for name, edit in self.plan(out).blocks.items()}
+
     def masks(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """What forbids all other experts."""
         shifts = {}
@@ -188,35 +243,41 @@ def measure(world: World, parts: tuple[str, ...] = tuple(PARTS)) -> Row:
             refused[part] = str(error)
             if part == "profile":
                 break
-    facts = {} if "profile" in refused else _facts(open_model(world.model))
+    facts = {} if "profile" in refused else facts_of(world.model)
     return Row(facts, found, refused)
 
 
 def _profile(world: World) -> Found:
+    """The answers; every sum over tokens and α must be those of each expert run alone."""
+    sums, alpha_NLE = world.plain.observed(world.split("val"))
+    for name, sum_LE in sums.items():
+        rtol = {"tokens": 0, "residual_shift": 1e-4}.get(name, 1e-5)
+        np.testing.assert_allclose(world.profile.token_sum(name), sum_LE, rtol=rtol, err_msg=name)
+    np.testing.assert_allclose(world.profile.array("alpha_NLE"), alpha_NLE, atol=1e-5)
     found = torch.from_numpy(world.profile.answers.logprob_NC)
     return {"profile": _largest(found, world.plain.logprobs(world.split("val")))}
 
 
 def _cut(world: World) -> Found:
-    world.run(
-        *("prune", "--sweep", 0.5, "--by", "reap", "--fold", "off", "--limit", LIMIT), out="sweep"
-    )
-    (cell,) = load_sweep(world.root / "sweep").cells
-    (place,) = (world.root / "sweep" / "cells").glob("keep-*")
-    found = torch.from_numpy(load_profile(place).answers.logprob_NC)
     # Its own questions are asked of the cut by reconstruction.
     world.run(
         *("prune", "--keep-fraction", 0.5, "--by", "reap", "--fold", "off", "--no-verify"),
         out="cut",
     )
-    written, masked, keep = _cut_and_masked(world, "cut")
-    assert keep == cell.keep
+    written, masked, _ = _cut_and_masked(world, "cut")
     base = world.plain.logprobs(world.asked)
-    return {
-        "cell": _largest(found, written),
-        "mask": _largest(written, masked),
-        "cut": _largest(masked, base),
-    }
+    return {"mask": _largest(written, masked), "cut": _largest(masked, base)}
+
+
+def _sweep(world: World) -> Found:
+    world.run(
+        *("prune", "--sweep", 0.5, "--by", "reap", "--fold", "off", "--limit", LIMIT), out="sweep"
+    )
+    (cell,) = load_sweep(world.root / "sweep").cells
+    assert cell.keep == world.kept("cut")
+    (place,) = (world.root / "sweep" / "cells").glob("keep-*")
+    found = torch.from_numpy(load_profile(place).answers.logprob_NC)
+    return {"cell": _largest(found, world.written("cut").logprobs(world.asked))}
 
 
 def _reconstruction(world: World) -> Found:
@@ -227,7 +288,7 @@ def _reconstruction(world: World) -> Found:
 
 def _cut_and_masked(world: World, out: str) -> tuple[Tensor, Tensor, dict[str, tuple[int, ...]]]:
     """A checkpoint's answers, those of the unedited model masked by hand, and what stays."""
-    keep = {name: edit.keep for name, edit in world.plan(out).blocks.items()}
+    keep = world.kept(out)
     written = world.written(out).logprobs(world.asked)
     return written, world.plain.logprobs(world.asked, world.masks(keep)), keep
 
@@ -293,6 +354,7 @@ def _merge(world: World) -> Found:
 _MEASURES: dict[str, Callable[[World], Found]] = {
     "profile": _profile,
     "cut": _cut,
+    "sweep": _sweep,
     "reconstruction": _reconstruction,
     "ablation": _ablation,
     "boost": _boost,
@@ -310,9 +372,12 @@ def _right(logprob_NC: Tensor, quiz: Quiz) -> Tensor:
     return logprob_NC[range(len(answers_N)), answers_N].double()
 
 
-def _facts(moe: MoeModel) -> dict[str, str]:
-    """What the contract found, in the words of the page."""
-    block = moe.blocks[-1]
+def facts_of(model: Path) -> dict[str, str]:
+    """What the contract found of a checkpoint, in the words of the page."""
+    moe = open_model(model)
+    block, family = moe.blocks[-1], moe.model.config.model_type
+    names = [b.name for b in moe.blocks]
+    on_disk = next(iter(match_blocks(moe.source.headers, names)[0].values()))
     rule = block.weights
     weight = "mixer" if rule is None else "renormalised" if rule.is_renormalised else "α"
     added = {"score": "to α", "logits": "to the logits", "table": "no"}[block.selection]
@@ -323,6 +388,8 @@ def _facts(moe: MoeModel) -> dict[str, str]:
         "bias": "no" if block.selection_bias() is None else added,
         "groups": f"{block.top_groups} of {block.n_groups}" if is_split else "no",
         "scored": scoring_mode(moe.model.config, longest=500),
+        "experts on disk": "one by one" if on_disk.by_expert else "fused",
+        "layouts": "stock, exact" if family in EXACT_FAMILIES else "stock",
         "`easy_ep`": "yes" if all(b.residual for b in moe.blocks) else "no",
     }
 
@@ -336,44 +403,76 @@ def rows(names: list[str]) -> Iterator[tuple[str, Row]]:
 
 
 def facts_line(name: str, facts: Mapping[str, str]) -> str:
-    """How a row of the page's table begins."""
-    family, comma, change = name.partition(",")
-    return f"| {' | '.join((f'`{family}`{comma}{change}', *facts.values()))} |"
+    """A row of the page's table of families."""
+    called = NAMES.get(WORLDS[name][0], "")
+    return f"| {' | '.join((called, _typed(name), *facts.values()))} |"
 
 
-def line(name: str, row: Row) -> str:
-    """A row of the page's table."""
+def numbers_line(name: str, row: Row) -> str:
+    """A row of the page's matrix."""
     told = []
     for part, (agree, _) in PARTS.items():
         is_refused = part in row.refused
         told += ["refused" if is_refused else _number(row.found[key]) for key in agree]
-    return f"{facts_line(name, row.facts)} {' | '.join(told)} |"
+    return f"| {' | '.join((_typed(name), *told))} |"
+
+
+def _typed(name: str) -> str:
+    """The name of a world with its model_type as code."""
+    family, comma, change = name.partition(",")
+    return f"`{family}`{comma}{change}"
 
 
 def _number(value: float) -> str:
     return "0" if value == 0 else f"{value:.0e}"
 
 
-def write_table(found: Mapping[str, Row]) -> None:
-    """Into the page, in place of the one that is there."""
-    facts = next(list(row.facts) for row in found.values() if row.facts)
-    head = ["family", *facts, *HEADS.values()]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    lines += [line(name, row) for name, row in found.items() if row.facts]
+def table(name: str) -> list[str]:
+    """The rows of one of the page's tables."""
+    begin, end = BEGIN.format(name), END.format(name)
     page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    table = "\n".join(lines)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    return page.partition(begin)[2].partition(end)[0].strip().splitlines()[2:]
+
+
+def write_table(name: str, head: list[str], lines: list[str]) -> None:
+    """Into the page, in place of the one that is there."""
+    begin, end = BEGIN.format(name), END.format(name)
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *lines]
+    page = "\n".join((f"{before}{begin}\n", *lines, f"\n{end}{rest.partition(end)[2]}"))
+    PAGE.write_text(page, encoding="utf-8")
+
+
+def write_families() -> None:
+    """What the contract finds of every model, as a table; the matrix stays as it is."""
+    facts_by_name = {}
+    with tempfile.TemporaryDirectory() as root:
+        for i, (name, (family, changes)) in enumerate(WORLDS.items()):
+            with suppress(ContractError):
+                facts_by_name[name] = facts_of(
+                    make_checkpoint(Path(root) / str(i), family, **changes)
+                )
+    lines = [facts_line(name, facts) for name, facts in facts_by_name.items()]
+    write_table("families", ["models", "`model_type`", *facts_by_name["olmoe"]], lines)
+
+
+def write_page(names: list[str]) -> None:
+    """Measures, prints, and writes the page if all was measured."""
+    if names == ["families"]:
+        write_families()
+        return
+    measured = {}
+    for name, row in rows(names or list(WORLDS)):
+        measured[name] = row
+        numbers = " ".join(f"{key}={value:.1e}" for key, value in row.found.items())
+        sys.stdout.write(f"{name}: {numbers} {row.refused or ''}\n")
+        sys.stdout.flush()
+    if not names:
+        lines = [numbers_line(name, row) for name, row in measured.items() if row.facts]
+        write_table("matrix", ["family", *HEADS.values()], lines)
+        write_families()
 
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
-    measured = {}
-    for world_name, its in rows(sys.argv[1:] or list(WORLDS)):
-        measured[world_name] = its
-        numbers = " ".join(f"{key}={value:.1e}" for key, value in its.found.items())
-        sys.stdout.write(f"{world_name}: {numbers} {its.refused or ''}\n")
-        sys.stdout.flush()
-    if not sys.argv[1:]:
-        write_table(measured)
+    write_page(sys.argv[1:])

@@ -19,6 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, prompt
 
+SUMS = ("tokens", "weight", "norm", "weighted_norm")
+
 Shifts = Mapping[str, Tensor]  # by block name what is added to logits (E,); −inf forbids
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda z_TE: z_TE.softmax(dim=-1),
@@ -62,6 +64,26 @@ GATES = {
 }
 
 
+# The module whose input is the residual stream, by its name in the layer; "" is the block.
+STREAMS: dict[str, str | None] = {
+    **dict.fromkeys(("deepseek_v4", "hy_v4")),  # they have several
+    **dict.fromkeys(("flex_olmo", "minimax"), ""),
+    "afmoe": "pre_mlp_layernorm",
+    "beam": "pre_feedforward_layernorm",
+    "cohere2_moe": "input_layernorm",
+    "gemma4_text": "pre_feedforward_layernorm",
+    "jamba": "pre_ff_layernorm",
+    "lfm2_moe": "ffn_norm",
+    "nemotron_h": "norm",
+}
+# What the layer multiplies that stream by.
+STREAM_FACTORS: dict[str, Callable[[Any], float]] = {
+    "minimax": lambda layer: layer.mlp_alpha_factor,
+    "beam": lambda layer: (1 - 1 / layer.mlp_residual_add_idx) ** 0.5,
+    "gemma4_text": lambda layer: float(layer.layer_scalar),
+}
+
+
 class Plain:
     """A checkpoint of a family as transformers loads it."""
 
@@ -72,6 +94,8 @@ class Plain:
         self.model = model.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.gate = GATES.get(family, _SIGMOID)
+        model_type = str(model.config.model_type)
+        self.stream = STREAMS.get(model_type, "post_attention_layernorm")
         self.blocks = {
             name: module
             for name, module in model.named_modules()
@@ -88,6 +112,28 @@ class Plain:
             ]
         return torch.stack(rows)
 
+    @torch.no_grad()
+    def observed(self, quiz: Quiz) -> tuple[dict[str, Tensor], Tensor]:
+        """`SUMS` and residual shifts (L, E) of all tokens, brute force; α (N, L, E) at answers."""
+        seen, alpha = [_Seen(self, name, block) for name, block in self.blocks.items()], []
+
+        def route(_module: nn.Module, _args: Any, output: tuple[Tensor, ...]) -> None:
+            z_E = output[0][-1].double()
+            if all(block.is_watched for block in seen):
+                is_alpha = self.gate.gives == "probabilities"
+                alpha.append(z_E if is_alpha else SCORES[self.gate.score](z_E))
+
+        with ExitStack() as stack:
+            for block in seen:
+                stack.callback(block.router.register_forward_hook(route).remove)
+                for handle in block.hooks():
+                    stack.callback(handle.remove)
+            self.logprobs(quiz)
+        sums_SLE = torch.stack([block.sums_SE for block in seen], dim=1)
+        alpha_NLE = torch.stack(alpha).view(len(quiz), len(seen), -1)
+        names = (*SUMS, "residual_shift")[: 4 if self.stream is None else 5]
+        return dict(zip(names, sums_SLE, strict=False)), alpha_NLE
+
     def _ask(self, text: str, question: Any) -> Tensor:
         ids = self.tokenizer(text, return_tensors="pt").input_ids
         letters = LETTERS[: len(question.choices)]
@@ -101,10 +147,66 @@ class Plain:
         assert set(shifts) <= set(self.blocks)
         with ExitStack() as stack:
             for name, module in self.blocks.items():
-                router = getattr(module, "gate", None) or module.router
+                router = _router(module)
                 hook = _hook(self.gate, module, router, shifts.get(name))
                 stack.callback(router.register_forward_hook(hook).remove)
             yield
+
+
+def _router(block: Any) -> Any:
+    return getattr(block, "gate", None) or block.router
+
+
+class _Seen:
+    """The sums over one block's tokens; its layer runs once more without its experts."""
+
+    is_watched = True
+
+    def __init__(self, plain: Plain, name: str, block: Any) -> None:
+        parent = plain.model.get_submodule(name.rpartition(".")[0])
+        self.layer: Any = block if isinstance(parent, nn.ModuleList) else parent
+        self.router, self.experts = _router(block), block.experts
+        self.reader = block
+        if plain.stream:
+            self.reader = self.layer.get_submodule(plain.stream)
+        factor = STREAM_FACTORS.get(plain.model.config.model_type, lambda _: 1.0)
+        self.stream_factor = factor(self.layer) if plain.stream is not None else None
+        self.sums_SE = torch.zeros(5, len(next(block.experts.parameters()))).double()
+
+    def hooks(self) -> Iterator[Any]:
+        yield self.experts.register_forward_hook(self.add)
+        if self.stream_factor is not None:
+            yield self.reader.register_forward_pre_hook(self.read)
+            yield self.layer.register_forward_hook(self.turn, with_kwargs=True)
+
+    def add(self, experts: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        if not self.is_watched:
+            return torch.zeros_like(output)
+        x_TD, experts_TK, weights_TK = args
+        self.weighted_TE = torch.zeros(len(x_TD), self.sums_SE.shape[1]).double()
+        for expert in range(self.sums_SE.shape[1]):
+            is_its_TK = experts_TK == expert
+            at_M, weight_T = is_its_TK.any(dim=1), (weights_TK.double() * is_its_TK).sum(dim=1)
+            x_MD, weight_M = x_TD[at_M], weight_T[at_M]
+            alone_M1 = torch.full((len(x_MD), 1), expert)
+            norm_M = experts.forward(x_MD, alone_M1, torch.ones(len(x_MD), 1)).double().norm(dim=1)
+            self.weighted_TE[at_M, expert] = weight_M * norm_M
+            amounts = (torch.ones_like(norm_M), weight_M, norm_M, weight_M * norm_M)
+            self.sums_SE[:4, expert] += torch.stack(amounts).sum(dim=1)
+        return None
+
+    def read(self, _module: Any, args: tuple[Tensor, ...]) -> None:
+        self.x = args[0].double() if self.is_watched else self.x
+
+    def turn(self, layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+        self.is_watched = False
+        without = layer.forward(*args, **kwargs)
+        self.is_watched = True
+        y, y_0 = (o[0] if isinstance(o, tuple) else o for o in (output, without))
+        x_TD = self.x.reshape(-1, self.x.shape[-1])
+        added_TD = (y - y_0).double().reshape(x_TD.shape) / self.stream_factor
+        turned_T = 1 - torch.cosine_similarity(x_TD, x_TD + added_TD, dim=1)
+        self.sums_SE[4] += (self.weighted_TE * turned_T.clamp(min=0)[:, None]).sum(dim=0)
 
 
 def _hook(gate: Gate, block: nn.Module, router: Any, shift_E: Tensor | None) -> Callable[..., Any]:

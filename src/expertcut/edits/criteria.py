@@ -176,13 +176,14 @@ def reap(layer: LayerSums) -> Array:
 def easy_ep(layer: LayerSums) -> Array:
     """Σ gate weight·‖f(x)‖₂·max(1 − cos(x, x + y), 0) over the tokens routed to the expert.
 
-    x is the residual stream, which some families lack, y the sum of all routed experts.
+    x is the residual stream, y what all routed experts add to it; layers with several streams
+    (hyper-connections) have none.
     """
     sums = all_tokens(layer)
     if sums.residual_shift_E is None and sums.votes_E is not None:
         other = "another" if sums.input_shift_E is None else "easy_ep_postnorm or another"
         raise ProfileError(
-            f"easy_ep: {layer.block} does not add its output to a residual stream that could be "
+            f"easy_ep: {layer.block} does not add its output to one residual stream that could be "
             f"found: take {other} criterion"
         )
     return _held(sums.residual_shift_E, "easy_ep")

@@ -1,7 +1,8 @@
 """Finds the MoE blocks of a model: routers, experts, gates and residual connections.
 
 Block = shared + c · Σ w·f, decoder layer = x + d · block: both factors are measured in one forward
-pass, independent of module names.
+pass, independent of module names. Where norms or projections follow the experts, or more is added
+to the stream, the layer is run with and without Σ w·f.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
-from expertcut.models.hooks import Routing, registered, replaced_forward
-from expertcut.models.moe_block import MoeBlock, Residual
+from expertcut.models.hooks import Routing, own_forward, registered, replaced_forward
+from expertcut.models.moe_block import MoeBlock, Residual, Step
+
+_N_DIGITS = 5  # of factors that two runs tell
+_Run = tuple[nn.Module, Tensor, Tensor]  # a module, its first input and its output
 
 
 class Probe:
@@ -46,21 +50,106 @@ class Probe:
         sums = (output for module, *_, output in self.calls if module is self.block.experts)
         if not isinstance(expert_sum := next(sums, None), Tensor):
             return None, None
+        if self.decoder is self.block.module:
+            return None, self._residual()
         zeros = torch.zeros_like(expert_sum)
         with replaced_forward(self.block.experts, lambda *_, **__: zeros):
             without = first(self.block.module(*args, **kwargs))
         output_factor = _factor(without, expert_sum, block_output)
         if output_factor is None or not args:
-            return output_factor, None
+            return output_factor, self._residual()
         for module, inputs, _, output in self.calls:
             if output is args[0] and inputs and isinstance(inputs[0], Tensor):
                 factor = _factor(inputs[0], block_output, layer_output)
                 if factor is not None:
                     return output_factor, Residual(module, factor * output_factor)
-        return output_factor, None
+        return output_factor, self._residual()
+
+    def _residual(self) -> Residual | None:
+        """The connection by two more runs of the layer, with Σ experts and without."""
+        with_sum, without = self._runs(is_zero=False), self._runs(is_zero=True)
+        if [call[0] for call in with_sum] != [call[0] for call in without]:
+            return None
+        part = next(output for module, _, output in with_sum if module is self.block.experts)
+        steps: list[Step] = []
+        read = with_sum[0][2].new_empty(0)  # what the last step gave
+        inside = set(self.block.module.modules())
+        for (module, x, y), (_, x_0, y_0) in zip(with_sum[:-1], without[:-1], strict=True):
+            is_moved = x.shape == x_0.shape and not torch.equal(x, x_0)
+            if module is self.block.module:
+                read = y
+            if not is_moved or any(module in step.module.modules() for step in steps):
+                continue
+            factor = _factor(x_0, part, x, _N_DIGITS)
+            # Whoever runs a block on some of its tokens passes its output on to such a module.
+            if factor is None or (module not in inside and x is not read):
+                return None
+            steps.append(Step(module, factor))
+            part, read = y - y_0, y
+        (*_, layer_output), (*_, layer_output_0) = with_sum[-1], without[-1]
+        factor = _factor(layer_output_0, part, layer_output, _N_DIGITS)
+        if factor is None:
+            return None
+        for module, x, shared in self._streams(without):
+            if x.shape == layer_output_0.shape and (own := _share(x, shared, layer_output_0)):
+                return Residual(module, round(factor / own, _N_DIGITS), tuple(steps))
+        return None
+
+    def _runs(self, *, is_zero: bool) -> list[_Run]:
+        """Module, input and output of each call in the layer, in the order in which they end."""
+        experts, router = self.block.experts, self.block.router
+        deep = {*experts.modules(), *router.modules()} - {experts, router}
+        (args, kwargs) = next((a, k) for module, a, k, _ in self.calls if module is self.decoder)
+        runs: list[_Run] = []
+
+        def record(module: nn.Module, inputs: Any, named: Any, output: Any) -> None:
+            given = (v for v in (*inputs, *named.values()) if isinstance(v, Tensor))
+            x, y = next(given, None), first(output)
+            if isinstance(x, Tensor) and isinstance(y, Tensor):
+                runs.append((module, x, y))
+
+        forward = own_forward(experts)
+
+        def nothing(*inputs: Any, **named: Any) -> Tensor:
+            return torch.zeros_like(forward(*inputs, **named))
+
+        changed = nothing if is_zero else forward
+        with (
+            replaced_forward(experts, changed),
+            registered(
+                module.register_forward_hook(record, with_kwargs=True)
+                for module in self.decoder.modules()
+                if module not in deep
+            ),
+        ):
+            self.decoder(*args, **kwargs)
+        return runs
+
+    def _streams(self, runs: list[_Run]) -> Iterator[tuple[nn.Module, Tensor, list[Tensor]]]:
+        """Modules that may read the residual stream, with what else may be added to it."""
+        block = self.block
+        is_beside = block.module is self.decoder
+        reader = block.experts if is_beside else block.module
+        read = next(x for module, x, _ in runs if module is reader)
+        norms = [(module, x) for module, x, y in runs if y is read and module is not reader]
+        reader = block.router if is_beside else reader
+        children = set(self.decoder.children()) | set(block.module.children())
+        for module, x in (*norms, (reader, next(x for m, x, _ in runs if m is reader))):
+            others = [y for m, _, y in runs if m in children and m is not module and y is not x]
+            yield module, x, [y for y in others if y.numel() == x.numel()]
 
 
-def _factor(x: Tensor, own: Any, result: Any) -> float | None:
+def _share(x: Tensor, others: list[Tensor], result: Tensor) -> float | None:
+    """The number a with result = a · x + a sum of multiples of the others; None or 0 if none is."""
+    columns = torch.stack([t.double().flatten().cpu() for t in (x, *others)], dim=1)
+    wanted = result.double().flatten().cpu()
+    found = torch.linalg.lstsq(columns, wanted[:, None], driver="gelsd").solution[:, 0]
+    tolerance = 2e-2 if result.dtype.itemsize < 4 else 1e-4
+    is_plain = bool((columns @ found - wanted).norm() <= tolerance * wanted.norm())
+    return float(found[0]) if is_plain else None
+
+
+def _factor(x: Tensor, own: Any, result: Any, n_digits: int | None = None) -> float | None:
     """The number c with result = x + c · own, or None."""
     if not isinstance(own, Tensor) or not isinstance(result, Tensor) or x.shape != result.shape:
         return None
@@ -69,10 +158,10 @@ def _factor(x: Tensor, own: Any, result: Any) -> float | None:
         return None
     factor = float(added @ given / (given @ given))
     is_half = result.dtype.itemsize < 4
-    tolerance, rounding, digits = (2e-2, 4e-3, 2) if is_half else (1e-3, 1e-6, 4)
+    tolerance, rounding, usual = (2e-2, 4e-3, 2) if is_half else (1e-3, 1e-6, 4)
     allowed = tolerance * added.norm() + rounding * result.double().norm()
     is_plain = bool((added - factor * given).norm() <= allowed)
-    return round(factor, digits) if is_plain else None
+    return round(factor, n_digits or usual) if is_plain else None
 
 
 def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
@@ -83,7 +172,7 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     check_blocks(unprobed)
     seen: dict[int, tuple[MoeBlock, Routing]] = {}
-    probes = {b.layer: Probe(model.get_submodule(b.name.rpartition(".")[0]), b) for b in unprobed}
+    probes = {b.layer: Probe(_decoder_layer(model, b), b) for b in unprobed}
     with (
         torch.inference_mode(),
         registered(handle for probe in probes.values() for handle in probe.hooks()),
@@ -105,6 +194,12 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
         output_factor, residual = probes[block.layer].connections()
         found.append(replace(probed, output_factor=output_factor, residual=residual))
     return tuple(found)
+
+
+def _decoder_layer(model: nn.Module, block: MoeBlock) -> nn.Module:
+    """The layer that holds the block, or is it: router and experts beside other modules."""
+    parent = model.get_submodule(block.name.rpartition(".")[0])
+    return block.module if isinstance(parent, nn.ModuleList) else parent
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:

@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from expertcut.errors import ContractError
 from expertcut.models.kernels import BY_EXPERT, INNER, Known, Own, by_expert, own_output
-from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall
+from expertcut.models.moe_block import LogitsOp, MoeBlock, RouterCall, Step
 
 Change = Callable[[Any], Any]
 Forward = Callable[..., Any]
@@ -82,6 +82,22 @@ def observe_residuals(blocks: Sequence[MoeBlock], see: Callable[[int, Tensor], N
         block.residual.norm.register_forward_pre_hook(partial(hook, block.layer))
         for block in blocks
         if block.residual is not None
+    )
+
+
+def observe_steps(
+    blocks: Sequence[MoeBlock], see: Callable[[int, Step, Tensor, Tensor], None]
+) -> Scope:
+    """Calls `see` with layer, step, input and output of every norm or projection behind experts."""
+
+    def hook(at: tuple[int, Step], _module: nn.Module, args: Any, output: Tensor) -> None:
+        see(*at, args[0], output)
+
+    return registered(
+        step.module.register_forward_hook(partial(hook, (block.layer, step)))
+        for block in blocks
+        if block.residual is not None
+        for step in block.residual.steps
     )
 
 

@@ -39,11 +39,23 @@ class LogitsOp:
 
 
 @dataclass(frozen=True)
+class Step:
+    """A norm or projection behind the experts, whose input holds `factor` times the sum so far."""
+
+    module: nn.Module
+    factor: float
+
+
+@dataclass(frozen=True)
 class Residual:
-    """The residual connection: `norm` reads x, to which `factor` · Σ experts is added."""
+    """The residual connection: `norm` reads x, to which `factor` · Σ experts is added.
+
+    With `steps`, what the last of them makes of Σ experts: its output less that without them.
+    """
 
     norm: nn.Module
     factor: float
+    steps: tuple[Step, ...] = ()
 
 
 @dataclass(frozen=True)

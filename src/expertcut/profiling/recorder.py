@@ -13,7 +13,7 @@ from expertcut.models import hooks
 from expertcut.models.devices import runs_on
 from expertcut.models.hooks import Scope
 from expertcut.models.load import MoeModel
-from expertcut.models.moe_block import MoeBlock
+from expertcut.models.moe_block import MoeBlock, Step
 from expertcut.profiling.schema import Stats
 from expertcut.profiling.storage import Arrays
 from expertcut.scoring.engine import advice
@@ -168,7 +168,7 @@ class Recorder:
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         if not tokens.is_in_width:
-            left_out |= {INPUT, RESIDUAL}
+            left_out.add(INPUT)
         for i, part in enumerate(PARTS[:n_parts]):
             for name, sum_LE in zip(NAMES, tokens.sums[:, i], strict=True):
                 if name not in left_out:
@@ -233,7 +233,8 @@ class TokenSums:
                 watch(call)
 
         experts = hooks.observe_experts(blocks, see, self.combined)
-        return hooks.registered([hooks.observe_residuals(blocks, self.read), experts])
+        residuals = hooks.observe_residuals(blocks, self.read)
+        return hooks.registered([residuals, experts, hooks.observe_steps(blocks, self.step)])
 
     def begin(self, part: int) -> None:
         """Starts a pass of the shared prefix (0) or of the questions (1)."""
@@ -244,6 +245,8 @@ class TokenSums:
         self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
         self.routing: hooks.Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
+        # A block's experts' sum on its way to the stream, and each expert's weight · norm.
+        self.unadded: tuple[int, Tensor, Tensor] | None = None
         self.rows_M: Tensor | None = None
 
     def mark(self, in_calibration_T: Tensor) -> None:
@@ -318,19 +321,38 @@ class TokenSums:
         assert routing is not None, "a block's router runs before its experts"
         place_TK = self.places(layer, routing.experts_TK)
         self._add("votes", layer, borda_points(F.pad(weighted_TE, (0, 1)), place_TK)[:, :-1])
-        if output_TD.shape != routing.input_TD.shape:
-            self.is_in_width = False
-            return
         block = self.blocks[layer]
-        # A block that norms the experts' sum has factor 1: the sum before the norm counts.
-        factor = 1.0 if block.output_factor is None else block.output_factor
-        input_T = shift(routing.input_TD, output_TD, factor)
-        self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
+        if output_TD.shape == routing.input_TD.shape:
+            # A block that norms the experts' sum has factor 1: the sum before the norm counts.
+            factor = 1.0 if block.output_factor is None else block.output_factor
+            input_T = shift(routing.input_TD, output_TD, factor)
+            self._add(INPUT, layer, weighted_TE * input_T.to(weighted_TE)[:, None])
+        else:
+            self.is_in_width = False
+        if block.residual is not None and block.residual.steps:
+            self.unadded = layer, output_TD, weighted_TE
+        else:
+            self._turn(layer, output_TD, weighted_TE)
+
+    def step(self, layer: int, step: Step, x: Tensor, y: Tensor) -> None:
+        """Follows the experts' sum through a norm or projection, up to the residual stream."""
+        if self.unadded is None or self.unadded[0] != layer:
+            return  # its tokens were seen before
+        _, part, weighted_TE = self.unadded
+        part = y - step.module.forward(x - step.factor * part.reshape(x.shape))
+        self.unadded = layer, part, weighted_TE
+        residual = self.blocks[layer].residual
+        if residual is not None and step is residual.steps[-1]:
+            self.unadded = None
+            self._turn(layer, part.reshape(len(weighted_TE), -1), weighted_TE)
+
+    def _turn(self, layer: int, added_TD: Tensor, weighted_TE: Tensor) -> None:
+        """Adds how far what is added turns the residual stream, if that is known."""
         if self.stream is not None and self.stream[0] == layer:
             x_TD = self.stream[1]
             x_TD = x_TD if self.rows_M is None else x_TD[self.rows_M.to(x_TD.device)]
-            factor = 0.0 if block.residual is None else block.residual.factor
-            residual_T = shift(x_TD, output_TD, factor)
+            residual = self.blocks[layer].residual
+            residual_T = shift(x_TD, added_TD, 0.0 if residual is None else residual.factor)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:

@@ -139,7 +139,7 @@ class TextRecorder:
             return {name: tensor.numpy() for name, tensor in kept.items()}
         kept["calibration_N"] = self.chooses_N.to(torch.uint8)
         kept["moments_2LX"] = self.moments
-        left_out = set() if self.tokens.is_in_width else {INPUT, RESIDUAL}
+        left_out = set() if self.tokens.is_in_width else {INPUT}
         if any(block.residual is None for block in self.blocks):
             left_out.add(RESIDUAL)
         names_of_next = NEXT if self.has_loss else ()

@@ -87,7 +87,9 @@ def last_decoder_layer(model: Any, blocks: Sequence[MoeBlock]) -> int | None:
 
 def reading_answers(block: MoeBlock, answers_N: Tensor, watch: "PassObserver") -> Scope:
     """Runs a block on the answer positions only; its output elsewhere is zero."""
-    forward = own_forward(block.module)
+    forward, inside = own_forward(block.module), set(block.module.modules())
+    steps = block.residual.steps if block.residual is not None and watch.keeps_all else ()
+    following = [step.module for step in steps if step.module not in inside]
 
     def run(x_BTD: Tensor, *args: Any, **kwargs: Any) -> Any:
         def call(rows_M: Tensor) -> Any:
@@ -95,10 +97,16 @@ def reading_answers(block: MoeBlock, answers_N: Tensor, watch: "PassObserver") -
             named = {k: _rows(value, x_BTD.shape[:-1], rows_M) for k, value in kwargs.items()}
             return forward(*picked, **named)
 
+        def watched(output: Any) -> Any:
+            y_MD = output[0] if isinstance(output, tuple) else output
+            for module in following:  # whoever observes them sees these rows alone
+                y_MD = module(y_MD)
+            return output
+
         x_TD = x_BTD.reshape(-1, x_BTD.shape[-1])
         answers = answers_N.to(x_TD.device)
         watch.on_rows(answers, True)
-        output = call(answers)
+        output = watched(call(answers))
         is_pair = isinstance(output, tuple)  # some also return router scores
         y_TD = torch.zeros_like(x_TD)
         y_TD[answers] = (output[0] if is_pair else output).reshape(-1, x_TD.shape[-1])
@@ -106,7 +114,7 @@ def reading_answers(block: MoeBlock, answers_N: Tensor, watch: "PassObserver") -
             is_other_T = torch.ones(len(x_TD), dtype=torch.bool).index_fill(0, answers_N, False)
             others = is_other_T.nonzero()[:, 0].to(x_TD.device)
             watch.on_rows(others, False)
-            call(others)
+            watched(call(others))
         y_BTD = y_TD.view_as(x_BTD)
         return (y_BTD, *output[1:]) if is_pair else y_BTD
 
