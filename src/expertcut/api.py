@@ -17,6 +17,7 @@ import pandas as pd
 
 from expertcut import stats
 from expertcut.commands import SILENT, UI, CheckpointSettings, OnPart, ScoredSettings
+from expertcut.commands import compress as compress_command
 from expertcut.commands import dispatch as dispatch_command
 from expertcut.commands import eval as eval_command
 from expertcut.commands import heal as heal_command
@@ -209,6 +210,16 @@ class Profile(_Shown):
             raise SettingsError("no smaller number of experts is shown to hold")
         plan = route_command.draft_of(choice, options)
         return Plan(self, plan, options, lambda s: route_command.write(choice, s, SILENT))
+
+    def compress(self, **settings: Any) -> "Plan":
+        """Stores experts in fewer bytes, as `expertcut compress`; writes nothing."""
+        options = compress_command.CompressSettings.read(profile=self.path, **settings)
+        options.check()
+        if options.sweep is not None:
+            raise SettingsError("a sweep is not a plan: run `expertcut compress --sweep`")
+        choice = compress_command.choose(options, _ProgressUI())
+        write = compress_command.write
+        return Plan(self, choice.draft, options, lambda s: write(choice, s, SILENT))
 
     def _facts(self) -> Mapping[str, str]:
         info = self.stored.info

@@ -60,10 +60,11 @@ from expertcut.reporting.eval_tables import (
     verdict_sentences,
 )
 from expertcut.reporting.page import PAGE, write
-from expertcut.reporting.page_sections import edits_of, key_of, rows_of
+from expertcut.reporting.page_sections import key_of
 from expertcut.reporting.plots import Curves, Heat, Series, draw, span
 from expertcut.reporting.profile_tables import experts_csv, headline_facts
 from expertcut.reporting.tables import Column, as_csv
+from expertcut.reporting.views import edits_of, rows_of
 from expertcut.stats import FormResult, HeldOutAccuracy, HeldOutResult, compare
 from tests.support.hand_made import block, profile_info, random_chunk, write_profile
 from tests.support.pages import (

@@ -20,6 +20,7 @@ from expertcut.cli.options import PanelGroup, add_command
 from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
 from expertcut.commands import (
     audit,
+    compress,
     demo,
     dispatch,
     eval,
@@ -70,6 +71,7 @@ COMMANDS: tuple[tuple[str, str, type[Settings], Callable[..., object]], ...] = (
     ("Measure", "audit", audit.AuditSettings, audit.run),
     ("Change", "prune", prune.PruneSettings, prune.run),
     ("Change", "merge", merge.MergeSettings, merge.run),
+    ("Change", "compress", compress.CompressSettings, compress.run),
     ("Change", "reweight", reweight.ReweightSettings, reweight.run),
     ("Change", "route", route.RouteSettings, route.run),
     ("Change", "heal", heal.HealSettings, heal.run),

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.documents import Record
 from expertcut.errors import PlanError, SettingsError
@@ -21,6 +21,7 @@ GROUP_SIZE = 128
 Loader = Literal["vllm", "llama.cpp", "transformers"]
 Grain = Literal["layer", "expert"]
 Projection = Literal["gate", "up", "down"]
+Weigh = Literal["output", "answers"]
 Kind = Literal["bits", "lowrank", "mean", "zero", "copy", "whole"]
 Shape = tuple[int, int]
 _ITEM_BYTES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
@@ -249,10 +250,14 @@ class CompressionQuestion(Record):
     tokens: _Count
     questions: _Count
     fingerprint: str
+    weigh: Weigh = "output"
 
 
 class BlockErrors(Record):
-    """Of the chosen options by block: the sum of the experts' errors, and the block's own."""
+    """Of the chosen options by block: the sum of the experts' errors, and the block's own.
+
+    `measured` is empty where no model was loaded.
+    """
 
     sum: tuple[_Error, ...]
     measured: tuple[_Error, ...]
@@ -266,11 +271,30 @@ class Solver(Record):
     seconds: _Error
 
 
+class PeerScore(Record):
+    """A choice of options under the same budget on what is held out, or the unedited model.
+
+    `logprob` is the mean log p of right answers or next tokens. Of a quiz it says how many answers
+    differ from the unedited model's, and the median |Δ log p|; of texts how often the likeliest
+    next token is the same, and KL(base ‖ this).
+    """
+
+    plan: str
+    bits: FiniteFloat | None = None
+    bytes: _Count | None = None
+    logprob: FiniteFloat
+    flipped: _Count | None = None
+    median_abs_logprob_diff: FiniteFloat | None = None
+    top1_agreement: FiniteFloat | None = None
+    kl: FiniteFloat | None = None
+
+
 class CompressionFile(Record):
     """`compress.json`: error and bytes of every unit under every option.
 
     A unit is a block, or with `:e` behind its name an expert. The error is None where an option is
-    not allowed. Another budget needs no model.
+    not allowed. `weights` by block are those that squared errors were multiplied by. Another budget
+    needs no model.
     """
 
     asked: CompressionQuestion
@@ -278,8 +302,10 @@ class CompressionFile(Record):
     options: tuple[str, ...] = Field(min_length=1)
     error: tuple[tuple[_Error | None, ...], ...]
     bytes: tuple[tuple[_Count, ...], ...]
-    block_error: BlockErrors
-    solver: Solver
+    weights: tuple[_Error, ...] = ()
+    block_error: BlockErrors | None = None  # None where nothing is chosen
+    solver: Solver | None = None
+    peers: tuple[PeerScore, ...] = ()
 
     @model_validator(mode="after")
     def _is_a_table(self) -> Self:

@@ -2,12 +2,23 @@
 
 import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from expertcut.data.sources import HELD_OUT_SHARE
+from expertcut.edits.compression import (
+    GROUP_SIZE,
+    LOADERS,
+    Grain,
+    Loader,
+    Option,
+    Weigh,
+    check_menu,
+    parse_options,
+)
 from expertcut.edits.layouts import LAYOUTS, CutLayout, Fold, Positions, Removed
 from expertcut.errors import SettingsError
 from expertcut.settings import (
@@ -73,6 +84,7 @@ _rank = partial(option, panel=RANK)
 _router = partial(option, panel=ROUTER)
 _checkpoint = partial(option, panel=CHECKPOINT)
 _judging = partial(option, panel="Judging")
+_size = partial(option, panel="How small")
 layout_option = partial(
     _checkpoint,
     "stock",
@@ -227,14 +239,14 @@ class CutSettings(RankSettings, KeepSettings):
             raise SettingsError("--budget global ranks experts: give it without --keep-active")
 
 
-def read_size(text: str) -> int:
+def read_size(text: str, flag: str = "--max-bytes") -> int:
     """The bytes of `4GB`, `500MB`, `3.5GiB` or a plain number; SettingsError for other forms."""
     match = _SIZE.fullmatch(text.strip())
     power = " kmgt".index(((match and match["prefix"]) or " ").lower())
     unit = 1024 if match and match["binary"] else 1000
     size_bytes = int(float(match["number"]) * unit**power) if match else 0
     if not 1 <= size_bytes < 1 << 62:
-        raise SettingsError(f"--max-bytes {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
+        raise SettingsError(f"{flag} {text!r} is not a size: write it as 4GB, 500MB or 3.5GiB")
     return size_bytes
 
 
@@ -316,6 +328,125 @@ class MergeSettings(Settings):
         if self.align is not None:
             text += " --align" if self.align else " --no-align"
         return text
+
+
+class CompressSettings(Settings):
+    """What may become of each expert, how that is chosen, and for which loader it is written."""
+
+    max_bytes: Text | None = _size(
+        None, "Largest size of the weights, as 4GB, 500MB or 3.5GiB.", metavar="SIZE"
+    )
+    bits: float | None = _size(
+        None, "Most bits that weights of experts have in the mean, without their scales.",
+        metavar="B", gt=0, le=32,
+    )  # fmt: skip
+    sweep: str | None = _size(
+        None, "Score these sizes, as 8GB,6GB,4GB, and write no checkpoint.", metavar="SIZES",
+        in_recipe=False,
+    )  # fmt: skip
+    loader: Loader = _size(
+        "transformers", "Program that is to load it: vllm, llama.cpp or transformers.",
+        flags=("--for",),
+    )  # fmt: skip
+    options: Text | None = _size(
+        None, "What an expert may become: widths in bits, lowrank:SHARE[:ROWS], mean, zero, copy "
+        "or whole, separated by commas.  [default: the loader's widths]", metavar="LIST",
+    )  # fmt: skip
+    grain: Grain | None = _size(
+        None, "One option for each expert, or for each layer.  [default: the finest of --for]"
+    )
+    group_size: Count = _size(GROUP_SIZE, "Weights that share a scale.", metavar="N", le=1 << 16)
+    least: Text | None = _size(
+        None, "Smallest option of an expert that no token chose.  [default: the smallest]",
+        metavar="OPTION",
+    )  # fmt: skip
+    allow: Texts = _size(
+        [], "Take a width that --for takes in new versions alone, as 2; repeatable.", metavar="B"
+    )
+    by: Literal["error", "pmq", "uniform", "random"] = _rank(
+        "error",
+        "Choose by the measured error, by PMQ's score, one option for all, or at random.",
+    )
+    weigh: Weigh = _rank(
+        "output",
+        "Weigh layers by the size of their output, or by the harm of noise there to answers.",
+    )
+    seed: int = _rank(0, "Seed of --by random and of the shuffled control.", ge=0)
+    earlier: FilePath | None = _rank(
+        None, "Take the errors of this checkpoint's compress.json, and measure none.",
+        flags=("--from",), metavar="PATH", in_recipe=False,
+    )  # fmt: skip
+
+    @property
+    def grain_taken(self) -> Grain:
+        """The grain, by default the finest that the loader takes."""
+        return self.grain or LOADERS[self.loader].grains[0]
+
+    @property
+    def menu(self) -> tuple[Option, ...]:
+        """The options that are named, by default the loader's."""
+        return parse_options(self.options or LOADERS[self.loader].options)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes of `--sweep`, or that of `--max-bytes`, in bytes."""
+        if self.sweep is not None:
+            return tuple(read_size(part, "--sweep") for part in self.sweep.split(","))
+        return () if self.max_bytes is None else (read_size(self.max_bytes),)
+
+    @property
+    def action(self) -> str:
+        """The `action` of the plan."""
+        words = [f"compress --max-bytes {self.max_bytes}" if self.max_bytes else "compress"]
+        words += [f"--bits {self.bits:g}"] if self.bits else []
+        for name in ("loader", "options", "grain", "group_size", "least", "by", "weigh"):
+            if getattr(self, name) != CompressSettings.model_fields[name].default:
+                words.append(f"{flag_of(CompressSettings, name)} {getattr(self, name)}")
+        return " ".join(words)
+
+    @property
+    def slug(self) -> str:
+        """The name of outputs, with the settings that differ from the defaults."""
+        size = f"{self.bits:g}bit" if self.bits else f"{self.max_bytes}".replace(" ", "")
+        marks = (
+            "" if self.loader == "transformers" else self.loader,
+            "" if self.by == "error" else self.by,
+            "" if self.grain is None else self.grain,
+        )
+        return "-".join(filter(None, (size, *marks)))
+
+    def check(self) -> None:
+        """Refuses options that do not go together or that the loader does not take."""
+        if [self.max_bytes, self.bits, self.sweep].count(None) != 2:
+            raise SettingsError(
+                "say how small: --max-bytes SIZE, --bits B or --sweep SIZES, and only one of them"
+            )
+        if len({*self.sizes}) < len(self.sizes):
+            raise SettingsError(f"--sweep {self.sweep} has a size twice: name each once")
+        if self.by == "pmq" and self.grain_taken == "layer":
+            raise SettingsError(
+                "--by pmq chooses among the experts of each layer: take --grain expert and --for "
+                "transformers"
+            )
+        if self.earlier is not None:
+            for name in ("weigh", "group_size"):
+                if getattr(self, name) != CompressSettings.model_fields[name].default:
+                    raise SettingsError(
+                        f"{flag_of(CompressSettings, name)} changes errors, which --from takes as "
+                        "they are: leave one of them out"
+                    )
+            return  # its menu is checked with what was measured
+        self.check_options(self.menu, self.group_size)
+
+    def check_options(self, menu: Sequence[Option], group_size: int) -> None:
+        """Refuses what the loader does not take, and options that cannot be chosen so."""
+        check_menu(menu, self.loader, self.grain_taken, group_size, allow=self.allow)
+        if self.by == "pmq" and any(option.kind != "bits" for option in menu):
+            raise SettingsError("--by pmq scores widths in bits: leave other options out")
+        if self.least is not None and Option.parse(self.least) not in menu:
+            raise SettingsError(
+                f"--least {self.least} is none of the options {','.join(map(str, menu))}"
+            )
 
 
 class ReweightSettings(RouterSettings):

@@ -9,15 +9,18 @@ from expertcut.checkpoints.size import size
 from expertcut.documents import Record
 from expertcut.evaluation.results import check_same, load_unfinished
 from expertcut.evaluation.route_results import RouteSweep
-from expertcut.evaluation.search_results import Audit, Sweep
+from expertcut.evaluation.search_results import Audit, CompressionSweep, Sweep
 from expertcut.evaluation.sweep_judges import Judge
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
 
-Document = TypeVar("Document", Sweep, RouteSweep)
-Search = TypeVar("Search", Sweep, Audit, RouteSweep)
-_NOUNS: dict[type[Record], str] = {RouteSweep: "sweep of routing rules"}
+Document = TypeVar("Document", Sweep, RouteSweep, CompressionSweep)
+Search = TypeVar("Search", Sweep, Audit, RouteSweep, CompressionSweep)
+_NOUNS: dict[type[Record], str] = {
+    RouteSweep: "sweep of routing rules",
+    CompressionSweep: "sweep of sizes",
+}
 
 
 class Step(NamedTuple):

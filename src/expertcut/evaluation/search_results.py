@@ -9,6 +9,7 @@ from pydantic import Field, FiniteFloat, model_validator
 
 from expertcut.data import Truncate
 from expertcut.documents import Format1, Record
+from expertcut.edits.compression import Grain, Loader, Weigh
 from expertcut.edits.edit_settings import Budget, CutSettings
 from expertcut.edits.layouts import Fold, Layout, Positions, Removed
 from expertcut.edits.plan import Expert, PlanModel
@@ -26,6 +27,7 @@ from expertcut.stats import LEVEL, Comparison, Count, Share
 
 SWEEP_FILE = "sweep.json"
 AUDIT_FILE = "audit.json"
+COMPRESSION_SWEEP_FILE = "compress_sweep.json"
 Interval = tuple[FiniteFloat, FiniteFloat]
 
 
@@ -213,6 +215,76 @@ class Sweep(Record):
 def load_sweep(path: Path) -> Sweep:
     """A sweep from its folder or file."""
     return load_outcome(path / SWEEP_FILE if path.is_dir() else path, Sweep)
+
+
+class CompressionRequest(Record):
+    """Everything that a sweep of sizes depends on, so that two are never mixed.
+
+    `profile` is the hash of the profile whose questions measure errors, `sizes` are in bytes.
+    """
+
+    scored: AnyProfileInfo
+    profile: str
+    sizes: tuple[int, ...] = Field(min_length=1)
+    loader: Loader
+    options: str
+    grain: Grain
+    by: str
+    group_size: int
+    least: str | None
+    weigh: Weigh
+    seed: int
+    text: JudgedTexts | None = None
+
+
+class CompressionCell(SweptModel):
+    """The options under one size, compared with the unedited model on a quiz."""
+
+    size: int
+    bits: FiniteFloat
+    error: FiniteFloat
+    change: Comparison
+    max_abs_logprob_diff: FiniteFloat
+    median_abs_logprob_diff: FiniteFloat
+
+
+class CompressionTextCell(SweptTexts):
+    """The options under one size, compared with the unedited model on texts."""
+
+    size: int
+    bits: FiniteFloat
+    error: FiniteFloat
+    change: TextComparison
+    changes: dict[str, TextComparison] = Field(min_length=1)
+    chunks: str
+
+
+class CompressionSweep(Record):
+    """`compress_sweep.json`; `cells` are the finished ones, in the order of the sizes."""
+
+    format: Format1 = 1
+    asked: CompressionRequest
+    chosen_on: ChosenOnResult
+    chance: Share | None = None
+    base: SweptModel | SweptTexts | None = None
+    cells: tuple[CompressionCell | CompressionTextCell, ...] = ()
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> Self:
+        is_text = self.asked.text is not None
+        if any(isinstance(cell, CompressionTextCell) != is_text for cell in self.cells):
+            raise ValueError("a cell of a quiz among those of texts, or the other way round")
+        return self
+
+    @property
+    def n_questions(self) -> int:
+        """Questions or rows that every cell scores."""
+        return sum(subject.questions for subject in self.asked.scored.quiz.subjects.values())
+
+
+def load_compression_sweep(path: Path) -> CompressionSweep:
+    """A sweep of sizes from its folder or file."""
+    return load_outcome(path / COMPRESSION_SWEEP_FILE if path.is_dir() else path, CompressionSweep)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -22,8 +22,10 @@ from expertcut.edits.plan import PLAN_FILE, PlanFile
 from expertcut.edits.splits import read_scored_split
 from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin, public_name
 from expertcut.models.expert_routing import ROUTING_KEY
-from expertcut.models.load import MODELLING_FILE, ROUTED_EXACT_FILE, ROUTED_FILE
+from expertcut.models.load import MODELLING_FILE, PACKED_FILE, ROUTED_EXACT_FILE, ROUTED_FILE
+from expertcut.models.modeling_packed import PACKING_KEY
 from expertcut.reporting import (
+    compress_tables,
     edit_tables,
     eval_tables,
     page_sections,
@@ -94,12 +96,19 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
     code = ROUTED_FILE if is_routed else MODELLING_FILE
     if is_routed and is_exact(checkpoint.config):
         code = f"{ROUTED_EXACT_FILE} and the two files that it imports"
+    if PACKING_KEY in checkpoint.config:
+        code = f"{PACKED_FILE} and the file that it imports"
     needs = f"5.22 or later, with trust_remote_code=True: {code} comes along"
     if is_stock:
         needs = "any version that loads the base model (4.56 or later for dtype as written here)"
-    found = [Loader("transformers", needs, "python", lines)]
     branch = f" --revision {revision}" if revision else ""
     serve = Markdown(f"vllm serve {repo}{branch}")
+    if widths := packed_widths(checkpoint.config):
+        vllm = f"one that reads compressed-tensors in MoE layers (not run), {_ENVIRONMENT}"
+        needs = "5.22 or later, with compressed-tensors installed"
+        own_loader = [Loader("transformers", needs, "python", lines)] if len(widths) == 1 else []
+        return (*own_loader, Loader("vLLM", vllm, "sh", serve))
+    found = [Loader("transformers", needs, "python", lines)]
     if is_stock and family in _VLLM_STOCK:
         needs = f"any version that loads the base model, {_ENVIRONMENT}"
         found.append(Loader("vLLM", needs, "sh", serve))
@@ -114,6 +123,12 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
         needs = "its own converter, which must know the tokenizer as it knows the base model's"
         found.append(Loader("llama.cpp", needs, "sh", convert))
     return tuple(found)
+
+
+def packed_widths(config: Mapping[str, Any]) -> set[int]:
+    """The widths of weights as compressed-tensors packs them; none of other checkpoints."""
+    groups = (config.get("quantization_config") or {}).get("config_groups") or {}
+    return {group["weights"]["num_bits"] for group in groups.values()}
 
 
 @dataclass(frozen=True)
@@ -215,7 +230,7 @@ def _facts(
         "base_at": _base_link(origin, place.endpoint, is_pinned=True),
         "has_licence_file": any(f.name.startswith("LICEN") for f in checkpoint.files),
         "plan": plan,
-        "changes": [s for edit in edits_of(plan) for s in edit.describe(origin.n_experts)],
+        "changes": [*_changes(plan, origin)],
         "steps": step_sentences(origin),
         "papers": {c: p for c in (s.criterion for s in origin.steps) if (p := _PAPERS.get(c))},
         "held_out": edit_tables.shifts_table("Shifts", plan.proof.held_out),
@@ -229,6 +244,16 @@ def _facts(
         "has_report": any(f.name == REPORT_FILE for f in checkpoint.files),
         "files": Markdown(place.files),
     }
+
+
+def _changes(plan: PlanFile, origin: Origin) -> Iterator[str]:
+    """What each edit did, and where a compressed checkpoint loads."""
+    for edit in edits_of(plan):
+        yield from edit.describe(origin.n_experts)
+    if plan.compression is not None:
+        was_loaded = bool(plan.proof.held_out or plan.proof.text)
+        text = compress_tables.loads_sentence(plan.compression, plan.blocks, was_loaded=was_loaded)
+        yield f"It {text}." if plan.compression.loader != "llama.cpp" else f"{text}."
 
 
 def _limits(plan: PlanFile, evaluated: Sequence[Evaluated]) -> Iterator[str]:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from expertcut.commands import BatchSettings, QuizSettings
+from expertcut.commands.compress import CompressSettings
 from expertcut.commands.dispatch import DispatchSettings
 from expertcut.commands.eval import EvalSettings
 from expertcut.commands.heal import HealSettings
@@ -39,7 +40,7 @@ from expertcut.settings import (
     refuse,
 )
 
-VariantKind = Literal["prune", "merge", "reweight", "route", "heal"]
+VariantKind = Literal["prune", "merge", "reweight", "route", "compress", "heal"]
 KINDS: tuple[VariantKind, ...] = get_args(VariantKind)
 _RESERVED = ("profile", "show", "eval", "report", "publish", "results", "recipe", "manifest")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$")]
@@ -172,6 +173,7 @@ class Variant(_Sections):
     merge: MergeSettings | None = None
     reweight: ReweightSettings | None = None
     route: RouteSettings | None = None
+    compress: CompressSettings | None = None
     heal: HealSection | None = None
     prove: ProveSection | None = option(
         None, "Cross-fit the procedure of `reweight`.", flags=("--cross-fit",)
@@ -180,20 +182,20 @@ class Variant(_Sections):
 
     @model_validator(mode="after")
     def _has_a_rule_for_a_checkpoint(self) -> Self:
-        if self.route is None:
-            return self
-        if self.route.rules == ("contrast",):
+        if self.route and self.route.rules == ("contrast",):
             refuse("route: rule contrast writes no checkpoint: leave the variant out")
-        try:
-            self.route.check()
-        except SettingsError as error:
-            refuse(f"route: {error}")
+        for kind, section in (("route", self.route), ("compress", self.compress)):
+            try:
+                if section is not None:
+                    section.check()
+            except SettingsError as error:
+                refuse(f"{kind}: {error}")
         return self
 
     @model_validator(mode="after")
     def _does_one_thing(self) -> Self:
         if [getattr(self, kind) is None for kind in KINDS].count(False) != 1:
-            refuse("a variant does one thing: give it prune, merge, reweight, route or heal")
+            refuse(f"a variant does one thing: give it {', '.join(KINDS[:-1])} or {KINDS[-1]}")
         if self.prove and not self.reweight:
             refuse(
                 "prove cross-fits a reweight: other variants are compared on held-out questions "
@@ -209,10 +211,11 @@ class Variant(_Sections):
         return next(kind for kind in KINDS if getattr(self, kind) is not None)
 
     def recipe_values(self) -> dict[str, Any]:
-        """The name and all sections, missing ones as None; `route` only if it is there."""
+        """The name and all sections, missing ones as None; later ones only if they are there."""
         sections = {name: getattr(self, name) for name in self.sections}
-        if self.route is None:  # keeps the hashes of older runs
-            del sections["route"]
+        for name in ("route", "compress"):  # keeps the hashes of older runs
+            if sections[name] is None:
+                del sections[name]
         values = {k: s.recipe_values() if s else None for k, s in sections.items()}
         return {"name": self.name} | values
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from expertcut import commands
 from expertcut.commands import (
+    compress,
     dispatch,
     eval,
     heal,
@@ -217,7 +218,7 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
     if variant.prove:  # `eval` and the page then compare it with the others, helpful or not
         given |= {"prove": True, "force_write": True, **dict(variant.prove)}
     runs: dict[str, Any] = {"prune": prune, "merge": merge, "reweight": reweight}
-    runs |= {"route": route, "heal": heal}
+    runs |= {"route": route, "compress": compress, "heal": heal}
     settings = section.updated(**given, force=True)
     runs[variant.kind].run(settings, run.ui, {RECIPE_FILE: run.ledger.text})
 

@@ -12,10 +12,10 @@ from expertcut.profiling.storage import TextProfile
 from expertcut.reporting import page_sections, text_profile_tables
 from expertcut.reporting import profile_tables as tables
 from expertcut.reporting.edit_tables import rows_tables
-from expertcut.reporting.page_sections import Explorer, Facts, Folded, Section, edits_of, key_of
+from expertcut.reporting.page_sections import Explorer, Facts, Folded, Section, key_of
 from expertcut.reporting.plots import Curves, Heat, Series, rounded, span, spread
 from expertcut.reporting.tables import Column, Table, printable
-from expertcut.reporting.views import NamedDocument, Run
+from expertcut.reporting.views import NamedDocument, Run, edits_of
 
 _MAPS = (
     ("appearances", "Appearances", ".1%", "Share of questions that chose the expert to answer."),

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from expertcut.checkpoints import export
-from expertcut.edits.plan import BlockEdit, PlanFile, Point, base_folder
+from expertcut.edits.plan import PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
-from expertcut.profiling.schema import AnyProfileInfo, BlockInfo, QuizInfo, TextInfo
+from expertcut.profiling.schema import AnyProfileInfo, QuizInfo, TextInfo
 from expertcut.profiling.trace import RoutesTraceInfo
 from expertcut.reporting import (
+    compress_tables,
     edit_tables,
     eval_tables,
     text_search_tables,
@@ -262,39 +263,19 @@ def _proof_parts(proof: views.Proof) -> list[Part]:
     return [proof.sentence, routing.proof_table(proof)]
 
 
-def rows_of(edit: BlockEdit, block: BlockInfo) -> BlockEdit | None:
-    """The edit by rows of a profiled router, None where these are not the ones that it is for."""
-    rows = edit.rows or tuple(range(block.experts))
-    named = {*edit.keep, *edit.tilted}
-    if len(rows) != block.experts or not named <= set(rows):
-        return None
-    at = {number: row for row, number in enumerate(rows)}
-    return BlockEdit(
-        keep=tuple(sorted(at[number] for number in edit.keep)),
-        bias={at[number]: value for number, value in edit.bias.items()},
-        scale={at[number]: value for number, value in edit.scale.items()},
-    )
-
-
-def edits_of(plan: PlanFile, findings: Findings) -> dict[str, BlockEdit] | None:
-    """A plan by rows of a profile; None where the profile is of another cut of the model."""
-    blocks = findings.profile.info.model.blocks
-    by_row = {b.name: rows_of(plan.blocks[b.name], b) for b in blocks if b.name in plan.blocks}
-    edits = {name: edit for name, edit in by_row.items() if edit is not None}
-    return edits if len(edits) == len(blocks) else None
-
-
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
     parts: list[Part] = [_in_words(plan, profile)]
     found = None if run.results else checkpoint_headline(document)
     parts += [Summary(found.table)] if found and found.table else []
-    if profile and (edits := edits_of(plan, profile.content)) is not None:
+    if profile and (edits := views.edits_of(plan, profile.content)) is not None:
         traffic = removed_traffic(profile.content.profile, edits)
         if any(block.n_removed for block in traffic):
             parts.append(edit_tables.touched_table(traffic))
             if all(block.mass is not None for block in traffic):
                 parts.append(_traffic(traffic, key))
+    if compression := views.compression_in(document.file.parent):
+        parts += compress_tables.tables(compression, plan.blocks)
     if plan.tuning:
         tries = edit_tables.curve_table(plan.tuning)
         parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
@@ -430,15 +411,24 @@ def subjects_table(results: QuizResults) -> Table:
 def search_sections(run: Run) -> list[Section]:
     """One for each sweep, of cuts or of routing rules, and each oracle and audit."""
     sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda f, key: _sweep(f.content, key))
-    sweeps += _sections("Routing rules", run.routes, "route-", lambda f, _: _rules(
-        routing.sweep_table(f.content), routing.sweep_facts(f.content)))  # fmt: skip
-    sweeps += _sections("Oracle", run.oracles, "oracle-", lambda f, _: _rules(
-        routing.oracle_table(f.content), routing.oracle_facts(f.content)))  # fmt: skip
+    sweeps += _figures(
+        "Routing rules", run.routes, "route-", routing.sweep_table, routing.sweep_facts
+    )
+    sweeps += _figures("Oracle", run.oracles, "oracle-", routing.oracle_table, routing.oracle_facts)
+    sizes = (compress_tables.sweep_table, compress_tables.sweep_facts)
+    sweeps += _figures("Sizes", run.sizes, "sizes-", *sizes)
     return sweeps + _sections("Audit", run.audits, "audit-", lambda f, key: _audit(f.content, key))
 
 
-def _rules(table: Table, facts: list[tuple[str, str]]) -> list[Part]:
-    return [Summary(table.narrow(unless=False)), Facts(facts), Folded("All figures", [table])]
+def _figures(
+    title: str, documents: Sequence[NamedDocument[T]], prefix: str,
+    table_of: Callable[[T], Table], facts_of: Callable[[T], list[tuple[str, str]]],
+) -> list[Section]:  # fmt: skip
+    def parts(document: NamedDocument[T], _key: str) -> list[Part]:
+        table, facts = table_of(document.content), facts_of(document.content)
+        return [Summary(table.narrow(unless=False)), Facts(facts), Folded("All figures", [table])]
+
+    return _sections(title, documents, prefix, parts)
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from expertcut.edits import plan as plans
 from expertcut.edits.cache_plan import CACHE_FILE, CacheFile, load_cache
+from expertcut.edits.compression import COMPRESSION_FILE, CompressionFile, load_compression
 from expertcut.edits.criteria import compare
 from expertcut.edits.placement_results import PLACEMENT_FILE, PlacementFile, load_placement
 from expertcut.edits.plan import HOLDING_FILE, PLAN_FILE, PROOF_FILE, PlanFile, load_plan
@@ -32,13 +33,22 @@ from expertcut.evaluation.route_results import (
     load_oracle,
     load_route_sweep,
 )
-from expertcut.evaluation.search_results import AUDIT_FILE, SWEEP_FILE, Audit, Sweep
+from expertcut.evaluation.search_results import (
+    AUDIT_FILE,
+    COMPRESSION_SWEEP_FILE,
+    SWEEP_FILE,
+    Audit,
+    CompressionSweep,
+    Sweep,
+)
 from expertcut.files import parse_json, read_file
 from expertcut.profiling.findings import Findings, find, findings_json, text_json
+from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import TextProfile, load_profile
 from expertcut.profiling.trace import TRACE_FILE, Trace, load_trace
 from expertcut.profiling.trace_findings import CACHES, SEGMENTS, TraceFindings
 from expertcut.reporting import (
+    compress_tables,
     dispatch_tables,
     edit_tables,
     eval_tables,
@@ -63,10 +73,11 @@ PROOFS: dict[str, Callable[[Path], Proof]] = {
 }
 KINDS = (
     *(PROFILE_FILE, TRACE_FILE, PLAN_FILE, *PROOFS),
-    *(SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE),
+    *(SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE, COMPRESSION_SWEEP_FILE),
     *(PLACEMENT_FILE, CACHE_FILE),
 )
 _WITH_CHUNKS = {PROFILE_FILE, TRACE_FILE, SWEEP_FILE, ROUTE_FILE, ORACLE_FILE, AUDIT_FILE}
+_WITH_CHUNKS |= {COMPRESSION_SWEEP_FILE}
 T = TypeVar("T")
 Document = TypeVar("Document", bound=BaseModel)
 
@@ -93,6 +104,7 @@ class Run:
     sweeps: list[NamedDocument[Sweep]]
     routes: list[NamedDocument[RouteSweep]]
     oracles: list[NamedDocument[OracleResult]]
+    sizes: list[NamedDocument[CompressionSweep]]
     audits: list[NamedDocument[Audit]]
     dispatches: list[NamedDocument[DispatchResult]]
     traces: list[NamedDocument[Trace]]
@@ -143,12 +155,19 @@ def gather(path: Path) -> Run:
         sweeps=read(SWEEP_FILE, searches.load_sweep),
         routes=read(ROUTE_FILE, load_route_sweep),
         oracles=read(ORACLE_FILE, load_oracle),
+        sizes=read(COMPRESSION_SWEEP_FILE, searches.load_compression_sweep),
         audits=read(AUDIT_FILE, searches.load_audit),
         dispatches=read(DISPATCH_FILE, load_dispatch),
         traces=read(TRACE_FILE, lambda file: load_trace(file.parent)),
         placements=read(PLACEMENT_FILE, load_placement),
         caches=read(CACHE_FILE, load_cache),
     )
+
+
+def compression_in(folder: Path) -> CompressionFile | None:
+    """The errors that a compressed checkpoint was chosen by, if they lie there."""
+    file = folder / COMPRESSION_FILE
+    return load_compression(file) if file.is_file() else None
 
 
 def proofs_in(folder: Path) -> dict[str, Proof]:
@@ -274,6 +293,9 @@ def _document(path: Path, margin: float) -> Shown:
         by_key = {"otherwise": DISPATCH_FILE, "models": RESULTS, "base_experts": ROUTE_FILE}
         by_key |= {"cells": SWEEP_FILE, "harms": AUDIT_FILE, "noise_gain": ORACLE_FILE}
         by_key |= {"same_questions": HOLDING_FILE}
+        asked = keys.get("asked")
+        if isinstance(asked, dict) and "sizes" in asked:
+            by_key["cells"] = COMPRESSION_SWEEP_FILE
         by_key |= {"devices": PLACEMENT_FILE, "rates": CACHE_FILE}
         kind = next((kind for key, kind in by_key.items() if key in keys), PLAN_FILE)
         return _VIEWS[kind](path, margin)
@@ -340,6 +362,8 @@ def _plan(path: Path, margin: float) -> Shown:
     plan, folder = load_plan(path), path if path.is_dir() else path.parent
     tables = [eval_tables.plan_table(plan)]
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
+    if found := compression_in(folder):
+        tables = [*compress_tables.tables(found, plan.blocks), *tables]
     proofs = proofs_in(path)
     tables += [route_tables.proof_table(proof) for proof in proofs.values()]
     said = [proof.sentence for proof in proofs.values()]
@@ -375,6 +399,28 @@ def compared_with(plan: PlanFile, folder: Path) -> tuple[str, Path | None]:
         if base or first.model.revision:
             return first.model.label, base
     return "the unedited base", None
+
+
+def rows_of(edit: plans.BlockEdit, block: BlockInfo) -> plans.BlockEdit | None:
+    """The edit by rows of a profiled router, None where these are not the ones that it is for."""
+    rows = edit.rows or tuple(range(block.experts))
+    named = {*edit.keep, *edit.tilted}
+    if len(rows) != block.experts or not named <= set(rows):
+        return None
+    at = {number: row for row, number in enumerate(rows)}
+    return plans.BlockEdit(
+        keep=tuple(sorted(at[number] for number in edit.keep)),
+        bias={at[number]: value for number, value in edit.bias.items()},
+        scale={at[number]: value for number, value in edit.scale.items()},
+    )
+
+
+def edits_of(plan: PlanFile, findings: Findings) -> dict[str, plans.BlockEdit] | None:
+    """A plan by rows of a profile; None where the profile is of another cut of the model."""
+    blocks = findings.profile.info.model.blocks
+    by_row = {b.name: rows_of(plan.blocks[b.name], b) for b in blocks if b.name in plan.blocks}
+    edits = {name: edit for name, edit in by_row.items() if edit is not None}
+    return edits if len(edits) == len(blocks) else None
 
 
 def _results(path: Path, margin: float) -> Shown:
@@ -436,6 +482,13 @@ def _route(path: Path, margin: float) -> Shown:
     return _shown(sweep, [route_tables.sweep_table(sweep, margin)], route_tables.sweep_csv, *said)
 
 
+def _sizes(path: Path, margin: float) -> Shown:
+    sweep = searches.load_compression_sweep(path)
+    said = [labelled(*fact) for fact in compress_tables.sweep_facts(sweep)]
+    tables = [compress_tables.sweep_table(sweep, margin)]
+    return _shown(sweep, tables, compress_tables.sweep_csv, *said)
+
+
 def _oracle(path: Path, _margin: float) -> Shown:
     oracle = load_oracle(path)
     said = [labelled(*fact) for fact in route_tables.oracle_facts(oracle)]
@@ -484,6 +537,7 @@ _VIEWS: dict[str, Callable[[Path, float], Shown]] = {
     SWEEP_FILE: _sweep,
     ROUTE_FILE: _route,
     ORACLE_FILE: _oracle,
+    COMPRESSION_SWEEP_FILE: _sizes,
     HOLDING_FILE: _holding,
     AUDIT_FILE: _audit,
     PLACEMENT_FILE: _placement,
