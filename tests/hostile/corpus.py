@@ -16,11 +16,12 @@ from tests.hostile.cases import (
     settings,
     tensors,
     tokenizers,
+    traces,
 )
 
 CASES: dict[str, Case] = {}
 for kind in (
     *(headers, indexes, files, tensors, configs, tokenizers, settings, code),
-    *(documents, profiles, plans, results, recipes, quizzes),
+    *(documents, profiles, traces, plans, results, recipes, quizzes),
 ):
     CASES.update(kind.CASES)

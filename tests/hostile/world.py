@@ -30,6 +30,7 @@ class World:
     cut_profile: str = "profiles/cut"  # of `cut`, which is called by numbers in its plan
     sweep: str = "sweep"  # of `profile`, one cut
     audit: str = "audit"  # of `profile`, two experts
+    trace: str = "trace"  # of `model`, all its questions
     recipe: str = "recipe.yaml"
     run: str = "made"  # what `recipe` made
 
@@ -74,6 +75,7 @@ def make_world(root: Path) -> World:
         ["profile", world.cut, *world.asked, "--out", world.cut_profile],
         ["prune", *of, *SWEPT, "--out", world.sweep],
         ["audit", *of, *AUDITED, "--out", world.audit],
+        ["trace", world.model, *world.asked, "--out", world.trace],
         ["run", world.recipe, "--out", world.run],
     ):
         ended = run(root, words)

@@ -22,6 +22,7 @@ from expertcut.reporting.trace_page import _transitions, trace_sections
 from expertcut.reporting.views import gather
 from tests.conftest import Commands
 from tests.profiling.test_expert_load import made, random_sequence
+from tests.profiling.test_given_routes import routes, saved
 from tests.profiling.test_predictability import by_token, halves_of
 
 Checkpoints = Callable[..., Path]
@@ -189,3 +190,18 @@ def test_the_page_has_a_section_for_each_trace(trace: Path) -> None:
     assert "Local routing consistency" in page and "Trace t" in page
     names = {file.name for file in (trace / "report").glob("*.png")}
     assert names == {f"trace-t-{name}.png" for name in ("locality", "hits", "transitions")}
+
+
+def test_given_routes_are_shown_and_drawn_as_a_trace_is(
+    expertcut: Commands, checkpoint: Checkpoints
+) -> None:
+    given = routes()
+    expertcut("trace", checkpoint("olmoe"), "--routes", saved(given), "--out", "t")
+    found = json.loads(expertcut("show", "t", "--segments", "4", "--format", "json"))
+    assert found["routes"]["id"].endswith("routes.npz") and found["srp"]["4"]["value"] > 0
+    loads_L = [np.bincount(layer_TK.ravel()) for layer_TK in given["routed_experts"].swapaxes(0, 1)]
+    assert found["load"]["max_vio"] == pytest.approx([n.max() / n.mean() - 1 for n in loads_L])
+    expertcut("report", "t", "--out", "page.html")
+    page = Path("page.html").read_text()
+    assert "routes.npz" in page and "25 in 4 sequences" in page and "Cache hits" in page
+    assert "Experts of layer 1 that follow those of layer 0" in page

@@ -34,6 +34,12 @@ PROFILE_COMMANDS = {
 }
 CUT_PROFILE = ["prune", "--profile", World.cut_profile, "--keep", "3", "--out", "new"]
 EVAL = ["eval", World.model, World.cut, "--quiz", World.quiz, "--shots", "0", "--out", "new.json"]
+TRACE_COMMANDS = {
+    "show": ["show", World.trace],
+    "place": ["place", World.trace, "--devices", "2", "--out", "new"],
+    "place --cache": ["place", World.trace, "--cache", "4", "--out", "new"],
+    "report": ["report", World.trace, "--out", "new.html"],
+}
 DOCUMENTS: dict[str, dict[str, list[str]]] = {
     f"{World.profile}/profile.json": PROFILE_COMMANDS,
     f"{World.cut}/plan.json": {
@@ -56,6 +62,7 @@ DOCUMENTS: dict[str, dict[str, list[str]]] = {
         "show": ["show", f"{World.audit}/audit.json"],
         "audit": ["audit", *OF, *AUDITED, "--out", World.audit],
     },
+    f"{World.trace}/trace.json": TRACE_COMMANDS,
     f"{World.run}/manifest.json": {"run": ["run", World.recipe, "--out", World.run]},
 }
 

@@ -8,7 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from expertcut.profiling.storage import Arrays, load_profile, read_chunk, write_chunk
+from expertcut.profiling.storage import (
+    Arrays,
+    MeasuredFolder,
+    load_profile,
+    read_chunk,
+    write_chunk,
+)
 from tests.hostile.case import Corpus, Spoil
 from tests.hostile.cases.documents import CUT_PROFILE, PROFILE_COMMANDS
 from tests.hostile.spoiling import (
@@ -33,11 +39,13 @@ INFO = f"{World.profile}/profile.json"
 COMMANDS = cycle(PROFILE_COMMANDS.items())  # every fault meets another command
 
 
-def forged(change: Callable[[Arrays], object]) -> Callable[[Path], None]:
+def forged(
+    change: Callable[[Arrays], object], load: Callable[[Path], MeasuredFolder] = load_profile
+) -> Callable[[Path], None]:
     """A chunk with other arrays, sealed anew: its checksum holds."""
 
     def spoil(file: Path) -> None:
-        profile = load_profile(file.parents[1])
+        profile = load(file.parents[1])
         subject = file.name.removesuffix("-0.safetensors")
         of = profile.info.chunk_hash(file.name, subject)
         arrays = {name: array.copy() for name, array in read_chunk(file, of).items()}
