@@ -6,9 +6,10 @@ TRACE is a folder of `expertcut trace`; eplb.py is a copy of that file of
 github.com/deepseek-ai/EPLB, which is run as it is. Loads are those of the half of the trace that
 chooses. EPLB's largest load is compared with the most even packing that is found here, with and
 without redundant experts; ExFlow's objective (arXiv 2401.08383: steps to another device, equally
-many experts a layer on each, no bound of loads) with our placement without a bound, both on that
-half: its program with a variable for each pair of experts and device, solved by HiGHS from scipy
-for --seconds.
+many experts a layer on each, no bound of loads) with our placement without a bound: its program
+with a variable for each pair of experts and device, solved by HiGHS from scipy for --seconds, as a
+whole and by halves of the devices, as ExFlow splits it. Both are scored on the half that chooses
+and on the other.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from benchmarks.common import RUNS, report
 from expertcut.edits.placement import Devices, place, stay
 from expertcut.edits.replicas import replicate, smallest_load
 from expertcut.profiling.expert_load import transition_counts, use_counts
-from expertcut.profiling.trace import load_trace
+from expertcut.profiling.trace import Trace, load_trace
 from expertcut.stats import Array
 
 
@@ -51,11 +52,9 @@ def bisected(counts: Sequence[Array], devices: int, seconds: float) -> list[Arra
     n_experts = len(counts[0])
     if devices == 1:
         return [np.zeros(n_experts, int)] * (len(counts) + 1)
-    found = exflow(counts, n_experts, 2, seconds)
-    if found.x is None:
+    side_LE = devices_of(exflow(counts, n_experts, 2, seconds), len(counts) + 1, n_experts, 2)
+    if side_LE is None:
         return None
-    n_x = (len(counts) + 1) * n_experts * 2
-    side_LE = found.x[:n_x].round().reshape(len(counts) + 1, n_experts, 2).argmax(2)
     device_LE = np.zeros(side_LE.shape, int)
     for side in (0, 1):
         own = [np.flatnonzero(side_E == side) for side_E in side_LE]
@@ -66,6 +65,14 @@ def bisected(counts: Sequence[Array], devices: int, seconds: float) -> list[Arra
         for layer, (rows, device_E) in enumerate(zip(own, inner, strict=True)):
             device_LE[layer, rows] = side * devices // 2 + device_E
     return [*device_LE]
+
+
+def devices_of(found: Any, n_layers: int, n_experts: int, devices: int) -> Array | None:
+    """The device (L, E) of each expert in what was found of ExFlow's program, if anything was."""
+    if found.x is None:
+        return None
+    x_LED = found.x[: n_layers * n_experts * devices].reshape(n_layers, n_experts, devices)
+    return np.asarray(x_LED.argmax(axis=2))
 
 
 def exflow(counts: Sequence[Array], n_experts: int, devices: int, seconds: float) -> Any:
@@ -103,6 +110,37 @@ def exflow(counts: Sequence[Array], n_experts: int, devices: int, seconds: float
     )
 
 
+def exflow_rows(
+    trace: Trace, loads: Sequence[Array], devices: int, seconds: float
+) -> list[list[Any]]:
+    """Ours and ExFlow's as a whole and by halves: steps that stay, with both halves of a trace."""
+    n_experts, n_pairs = len(loads[0]), len(loads) - 1
+    halves = [
+        transition_counts(half, trace.n_experts_L.tolist())[:n_pairs] for half in trace.halves()
+    ]
+
+    def stays(device_LE: Sequence[Array] | None) -> str:
+        if device_LE is None:
+            return "no placement"
+        layers = [np.eye(devices)[device_E] for device_E in device_LE]
+        shares = [stay(c, layers, np.eye(devices)) / sum(float(n.sum()) for n in c) for c in halves]
+        return f"{shares[0]:.2%}, other half {shares[1]:.2%}"
+
+    started = time.perf_counter()
+    placed = place(halves[0], loads, Devices(devices), [float(devices)] * len(loads))
+    took = time.perf_counter() - started
+    ours = f"{stays(placed.device_LE)}, bound {placed.bound:.2%}"
+    found = exflow(halves[0], n_experts, devices, seconds)
+    whole = stays(devices_of(found, len(loads), n_experts, devices))
+    whole += f", bound {-found.mip_dual_bound:.2%}"
+    by_halves = bisected(halves[0], devices, seconds) if devices > 2 else None
+    what = "steps that stay, no bound of loads"
+    rows = [[f"{what}, ExFlow as a whole", ours, whole, "", took]]
+    if devices > 2:
+        rows.append([f"{what}, ExFlow by halves", ours, stays(by_halves), "", took])
+    return rows
+
+
 def main() -> None:
     """Measures, prints and writes the comparison."""
     asked = argparse.ArgumentParser(
@@ -133,26 +171,7 @@ def main() -> None:
         what = f"largest load, {redundant} redundant"
         rows.append([what, f"{max(ours):.4f}", f"{max(theirs):.4f}", f"{worse} layers", took])
     if options.seconds:
-        counts = transition_counts(sequences, trace.n_experts_L.tolist())[: len(counts_of) - 1]
-        started = time.perf_counter()
-        placed = place(counts, loads, Devices(devices), [float(devices)] * len(loads))
-        took = time.perf_counter() - started
-        total = sum(float(count_EF.sum()) for count_EF in counts)
-        ours_text = f"{placed.objective:.2%}, bound {placed.bound:.2%}"
-        what = "steps that stay, no bound of loads"
-        found = exflow(counts, counts_of[0], devices, options.seconds)
-        theirs = "no placement"
-        if found.x is not None:
-            n_x = len(counts_of) * counts_of[0] * devices
-            layers = found.x[:n_x].round().reshape(len(counts_of), counts_of[0], devices)
-            theirs = f"{stay(counts, [*layers], np.eye(devices)) / total:.2%}"
-        theirs += f", bound {-found.mip_dual_bound:.2%}"
-        rows.append([what, ours_text, theirs, "", took])
-        halves = bisected(counts, devices, options.seconds) if devices > 2 else None
-        if halves is not None:
-            layers = [np.eye(devices)[device_E] for device_E in halves]
-            theirs = f"{stay(counts, layers, np.eye(devices)) / total:.2%}, by halves"
-            rows.append([what, ours_text, theirs, "", took])
+        rows += exflow_rows(trace, loads, devices, options.seconds)
     heads = {"what": "", "ours": "", "EPLB, or ExFlow by HiGHS": "", "ours worse": ""}
     heads |= {"ours, s": ".1f"}
     report(options.out, f"Placement on {devices} devices", heads, rows)
