@@ -1,12 +1,13 @@
 """Loads stock exports elsewhere: transformers 4.57 and 5, llama.cpp's converter, llama.cpp itself.
 
-    python benchmarks/loaders.py --place BIG_DISK [--tokenizer DATA/olmoe] [--build]
+    python benchmarks/loaders.py --place BIG_DISK [--tokenizer DATA/olmoe] [--build] [--edits place]
 
 Each loader runs loaded.py in a Python of its own, installed once under --place from the package
 index (3 GB), and says whether what it holds equals what lies on disk, byte by byte. Logits and
 log p are float32 and compared at every position of the prompts with those of this Python's
-transformers. Of a route the base is asked too, with the rule at run time and in llama.cpp with the
-number of experts overridden. --build compiles llama.cpp: some ten minutes of processor time.
+transformers; of a checkpoint with its experts in another order, with those of its base. Of a route
+the base is asked too, with the rule at run time and in llama.cpp with the number of experts
+overridden. --build compiles llama.cpp: some ten minutes of processor time.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ TORCH = f"torch=={torch.__version__.split('+')[0]}"  # the same, so that only th
 EXPERTS_A_TOKEN = 2
 EDITS = {"prune": ("--keep", "16"), "reweight": ("--boost", "0:3=0.5", "--suppress", "2:5=1")}
 EDITS["route"] = ("--rule", "top-k", "--at", str(EXPERTS_A_TOKEN), "--layout", "stock")
+EDITS["place"] = ("--devices", "4", "--write")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT |= {"CMAKE_ARGS": "-DLLAVA_BUILD=OFF"}
 
@@ -88,15 +90,17 @@ def random_olmoe(folder: Path, real: Path) -> Path:
     return folder
 
 
-def export_all(source: Path, place: Path) -> dict[str, Path]:
+def export_all(source: Path, place: Path, edits: Sequence[str]) -> dict[str, Path]:
     """Stock exports of a checkpoint by what made them, from the real command line."""
-    cut, profile = (sys.executable, "-m", "expertcut"), place / "profile"
-    asked = ("--quiz", QUIZ, "--limit", 4, "--shots", 1, "--out", profile)
-    run(*cut, "profile", source, *asked).check_returncode()
-    for verb, options in EDITS.items():
-        out = ("--profile", profile, "--out", place / verb)
-        run(*cut, verb, *options, *out).check_returncode()
-    return {verb: place / verb for verb in EDITS}
+    cut = (sys.executable, "-m", "expertcut")
+    for verb in edits:
+        read, given = ("trace", ()) if verb == "place" else ("profile", ("--profile",))
+        if not (place / read).exists():
+            asked = ("--quiz", QUIZ, "--limit", 4, "--shots", 1, "--out", place / read)
+            run(*cut, read, source, *asked).check_returncode()
+        out = ("--out", place / verb)
+        run(*cut, verb, *given, place / read, *EDITS[verb], *out).check_returncode()
+    return {verb: place / verb / ("checkpoint" if verb == "place" else "") for verb in edits}
 
 
 def llama_cpp(place: Path, *, is_built: bool) -> tuple[Path, Path]:
@@ -191,19 +195,20 @@ def at_run_time(source: Path) -> Report:
 def rows(name: str, source: Path, place: Path, args: argparse.Namespace) -> list[list[Any]]:
     """One row per export and loader."""
     base, made = ask(sys.executable, "load_in_transformers", source, place / "base"), []
-    for verb, export in export_all(source, place).items():
+    for verb, export in export_all(source, place, args.edits).items():
         work = place / f"{verb}-loaded"
         ours = ask(sys.executable, "load_in_transformers", export, work / "5")
-        reference = ours["answers"]
-        moved = largest_change(base["answers"], reference)
+        moved = largest_change(base["answers"], ours["answers"])
+        reference = base["answers"] if verb == "place" else ours["answers"]
         highest = max(t.abs().max().item() for n, t in reference.items() if "logits" in n)
-        ours |= {"remark": f"{ours['remark']}; |logits| to {highest:.0f}, edited by {moved[0]:.1f}"}
+        ours |= {"remark": f"{ours['remark']}; |logits| to {highest:.0f}, edited by {moved[0]:.2g}"}
         told_by = {"transformers 5": ours, **reports(export, work, args)}
         if verb == "route":
             told_by |= routed_base(source, export, place / "base-loaded", args)
         for loader, told in told_by.items():
-            change = None if told is ours else largest_change(told["answers"], reference)
-            is_misread = bool(told["answers"]) and told is not ours and change is None
+            is_own = told["answers"] is reference
+            change = None if is_own else largest_change(told["answers"], reference)
+            is_misread = bool(told["answers"]) and not is_own and change is None
             different = told["different"]
             is_equal = f"no: {len(different)}, as {different[0]}" if different else "yes"
             row = [f"{name}, {verb} {' '.join(EDITS[verb])}", loader, told["version"], told["n"]]
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--place", type=Path, required=True, help="where installations stay")
     parser.add_argument("--tokenizer", type=Path, help="config and tokenizer of a real OLMoE")
     parser.add_argument("--build", action="store_true", help="build and run llama.cpp too")
+    parser.add_argument("--edits", nargs="+", choices=EDITS, default=[*EDITS])
     args = parser.parse_args()
     args.place = args.place.resolve()
     args.place.mkdir(parents=True, exist_ok=True)
