@@ -189,12 +189,19 @@ class Profile(_Shown):
         return Plan(self, None, options, lambda s: merge_command.run(s, _ProgressUI()))
 
     def reweight(self, **settings: Any) -> "Plan":
-        """Biases or scales the router, as `expertcut reweight`; writes nothing."""
-        options = reweight_command.ReweightSettings.read(profile=self.path, **settings)
+        """Biases or scales the router, as `expertcut reweight`; writes nothing.
+
+        `balance=M` works from `trace`, the folder of a trace of the same model.
+        """
+        own = {} if settings.get("balance") is not None else {"profile": self.path}
+        options = reweight_command.ReweightSettings.read(**own, **settings)
         choice = reweight_command.choose(options, _ProgressUI())
         plan = choice.reweighting.draft
         if plan is None:
             raise SettingsError("no expert was chosen: there is nothing to reweight")
+        if choice.profile.info.model.fingerprint != self.stored.info.model.fingerprint:
+            raise ProfileError(f"{options.trace} is a trace of another model than {self.path}")
+        options = options.updated(profile=[str(self.path)])  # asked for its quiz
         return Plan(self, plan, options, lambda s: reweight_command.write(choice, s, SILENT))
 
     def route(self, **settings: Any) -> "Plan":
@@ -546,7 +553,7 @@ def _experts(edits: Mapping[str, BlockEdit], ids: Mapping[str, Sequence[int]]) -
             "layer": layer,
             "expert": expert,
             "kept": expert in edits[name].keep,
-            "bias": edits[name].bias.get(expert, 0.0),
+            "bias": edits[name].all_biases.get(expert, 0.0),
             "scale": edits[name].scale.get(expert, 1.0),
         }
         for layer, (name, experts) in enumerate(ids.items())

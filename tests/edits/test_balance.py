@@ -52,7 +52,9 @@ def test_a_router_that_is_even_keeps_b_at_0() -> None:
     even_TE = np.array([np.roll(np.arange(E)[::-1], t) for t in range(2 * E)])
     layer = balance_layer(([sequence_of(even_TE)], [sequence_of(even_TE)]), 0, block_of(), 0.1)
     assert not layer.bias_E.any()
-    assert layer.tuned == layer.held_out == layer.behind == (0.0, 0.0) and layer.kept == 1.0
+    loads = layer.loads
+    assert loads.tuned == loads.held_out == loads.behind == (0.0, 0.0) and loads.kept == 1.0
+    assert loads.smallest == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("selection_E", [None, np.linspace(0, 0.01, E)])
@@ -61,14 +63,37 @@ def test_an_expert_of_three_times_the_load_is_evened_out_on_other_sequences_too(
 ) -> None:
     halves = random_halves(np.where(np.arange(E) == 5, 1.7, 0.0))
     layer = balance_layer(halves, 0, block_of(), 0.05, selection_E=selection_E)
-    assert layer.tuned[0] > 1.8 > 0.05 >= layer.tuned[1]
-    assert layer.held_out[0] > 1.8 > 0.2 > layer.held_out[1]
-    assert layer.behind == layer.held_out  # no shots
+    loads = layer.loads
+    assert loads.tuned[0] > 1.8 > 0.05 >= loads.tuned[1]
+    assert loads.held_out[0] > 1.8 > 0.2 > loads.held_out[1]
+    assert loads.behind == loads.held_out  # no shots
+    assert loads.smallest[0] < 0.8 < loads.smallest[1]
+    assert loads.heaviest == pytest.approx(1 / (20 * T * K / E))  # no two tokens are alike
     assert layer.bias_E.argmin() == 5
     assert layer.bias_E.mean() == pytest.approx(0, abs=1e-6)
     # b stands on α where the family has a selection bias, on logits elsewhere.
     assert np.abs(layer.bias_E).max() < 1 if selection_E is not None else layer.bias_E[5] < -1.2
-    assert 0.5 < layer.kept < 0.95
+    assert 0.5 < loads.kept < 0.95
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_steps_get_short_enough_to_even_loads_out_to_a_few_tokens(seed: int) -> None:
+    chance, block = np.random.default_rng(seed), block_of()
+    shift_E = chance.normal(size=E)
+    halves = [sequence_of(chance.normal(size=(T, E)) + shift_E, seed=i) for i in range(20)]
+    tokens = Tokens.of(halves, 0, block)
+    bias_E = balancing_bias(tokens, Gate(block), 0.01)  # 3 of 300 tokens
+    chosen_TK = Gate(block).choose(tokens.logits_TE, torch.from_numpy(bias_E).float())
+    assert max_violation(tokens.load(chosen_TK, E)) <= 0.01
+
+
+def test_tokens_of_equal_logits_move_as_one_and_set_the_floor() -> None:
+    chance = np.random.default_rng(0)
+    alike_TE = np.repeat(chance.normal(size=(1, E)), 40, axis=0)  # K experts get all of these
+    made = [sequence_of(np.concatenate([alike_TE, chance.normal(size=(40, E))])) for _ in range(8)]
+    loads = balance_layer((made[::2], made[1::2]), 0, block_of(), 0.1).loads
+    assert loads.heaviest == pytest.approx(40 / (80 * K / E))
+    assert loads.tuned[0] > loads.tuned[1] >= loads.heaviest - 1 > 0.1
 
 
 def test_a_constant_expert_keeps_its_bias_and_counts_for_no_load() -> None:
@@ -146,11 +171,14 @@ def test_a_family_with_a_selection_bias_gets_it_there_and_keeps_its_weights(
     model = traced(family)
     said = expertcut("reweight --balance 0.1 --trace t --out out --wide")
     assert "MaxVio" in said and "of the choices stay" in " ".join(said.split())
+    assert "of the choices stay" in " ".join(expertcut("show out").split())
     plan = load_plan(tmp_path / "out")
     first, _ = load_trace(tmp_path / "t").halves()
     assert plan.chosen_on.questions == len(first) and plan.criterion == "load"
     assert (plan.layout, plan.action) == ("stock", "reweight --balance 0.1")
     assert all(edit.selection and not edit.bias for edit in plan.blocks.values())
+    assert plan.balance is not None and plan.balance.blocks.keys() == plan.blocks.keys()
+    assert all(own.tuned[0] > own.tuned[1] for own in plan.balance.blocks.values())
     against_base, against_exact = plan.proof.held_out
     assert against_exact.max_abs_logprob_diff < 1e-4 < against_base.max_abs_logprob_diff
     before, after = open_model(model), open_model(tmp_path / "out")
@@ -189,11 +217,13 @@ def test_what_cannot_be_balanced_is_refused(
     model = traced("olmoe", num_experts=16, rope_theta=5e3)
     asked = f"--quiz {quiz_folder} --split val --shots 0"
     expertcut(f"trace {model} {asked} --out bare")
+    expertcut(f"trace {model} {asked} --logits --tokens 40 --out short")
     for words, why in {
         "--balance 0.1": "needs --trace TRACE",
         "--trace t": "needs --balance",
         "--balance 0.1 --trace t --boost 0:3": "give --boost in a command of its own",
         "--balance 0.1 --trace t --cross-fit": "give --cross-fit in a command of its own",
+        "--balance 0.1 --trace short --layout exact": "has one sequence",
         "--balance 0.1 --trace bare": "keeps no router logits",
         "--balance 0.1 --trace t --profile p": "leave --profile out",
         "--balance 0.1 --trace t": "take --layout exact",

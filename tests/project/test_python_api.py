@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 
 import expertcut as api
-from expertcut.errors import PlanError, SettingsError
+from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.evaluation.results import load_results
 from expertcut.profiling.storage import load_profile
 from tests.conftest import Commands
@@ -156,6 +156,23 @@ def test_a_trace_is_that_of_the_command(model, expertcut: Commands):
     n_tokens = sum(len(s) - s.n_shared for s in loaded.sequences())
     assert 0 < n_tokens <= trace.stored.info.n_tokens <= 900
     assert "sequences" in repr(trace) and "8 experts" in loaded._repr_html_()
+
+
+def test_loads_are_evened_out_as_by_the_command(
+    model, checkpoint: Callable[..., Path], expertcut: Commands, modules_cache
+):
+    base, quiz = model
+    profile = api.profile(base, split="val", **quiz)
+    trace = api.trace(base, **quiz, tokens=900, logits=True, out="t")
+    plan = profile.reweight(balance=0.5, trace=trace.path, layout="exact")
+    saved = plan.save("a", verify=False)
+    expertcut("reweight --balance 0.5 --trace t --layout exact --no-verify --out b")
+    assert Path("b/plan.json").read_bytes() == Path("a/plan.json").read_bytes()
+    assert saved.experts.bias.tolist() == plan.experts.bias.tolist()
+    assert plan.simulate(limit=2, split="test").questions == 6
+    api.trace(checkpoint("olmoe", seed=1), **quiz, tokens=900, logits=True, out="u")
+    with pytest.raises(ProfileError, match="another model"):
+        profile.reweight(balance=0.5, trace="u", layout="exact")
 
 
 def test_a_placement_is_that_of_the_command(model, expertcut: Commands):

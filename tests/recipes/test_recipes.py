@@ -14,6 +14,7 @@ import pytest
 
 from expertcut.commands import UI
 from expertcut.edits.placement_results import load_placement, trace_hash
+from expertcut.edits.plan import load_plan
 from expertcut.errors import OutputError, PlanError, RecipeError
 from expertcut.evaluation.dispatch_results import load_dispatch
 from expertcut.profiling.trace import load_trace
@@ -421,6 +422,21 @@ def test_a_placement_is_a_stage_behind_the_trace(done: Place) -> None:
     assert not (done.folder / "placement" / "placement.json").exists()
 
 
+def test_loads_are_evened_out_by_the_trace_of_the_run(done: Place) -> None:
+    tilted = "{boost_best: 1, by: appearances, strength: 0.5, layout: exact, verify: false}"
+    done.change(tilted, "{balance: 0.5, layout: exact, verify: false}")
+    with done.file.open("a") as file:
+        file.write("trace: {tokens: 1k, logits: true, split: val}\n")
+    assert done.run().ran == ("trace", "tilted", "eval")  # the trace comes before its variant
+    plan = load_plan(done.folder / "variants" / "tilted")
+    assert plan.balance is not None and plan.balance.target == 0.5
+    assert done.run().ran == ()
+    done.change("balance: 0.5", "balance: 0.2")
+    assert done.run().ran == ("tilted", "eval")
+    done.change("tokens: 1k", "tokens: 900")
+    assert done.run().ran[:2] == ("trace", "tilted")
+
+
 def test_a_merge_is_a_variant_too(done: Place) -> None:
     done.change("prune: {keep: 5, verify: false}", "merge: {keep: 5, verify: false}")
     assert done.run().ran == ("cut", "eval")
@@ -485,6 +501,10 @@ HOSTILE = {
     "model: x\ntrace: {text: a, shots: 0}": "unknown key 'shots'",
     "model: x\nvariants: [{name: trace, prune: }]\ntrace:": "taken by the run itself",
     "model: x\nplace: {devices: 4}": "place reads a trace of the run: add trace",
+    "model: x\nvariants: [{name: a, reweight: {balance: 0.1}}]": "a trace of the run with logits",
+    "model: x\nvariants: [{name: a, reweight: {balance: 0.1}}]\ntrace:": "trace with logits: true",
+    "model: x\nvariants: [{name: a, reweight: {balance: 0.1, tune: true}}]": "give --tune in a com",
+    "model: x\nvariants: [{name: a, reweight: {balance: 1}, prove: }]": "give --cross-fit in a com",
     "model: x\ntrace:\nplace:": "give --devices N or --cache C",
     "model: x\ntrace:\nplace: {devices: 4, write: true}": "unknown key 'write'",
     "model: x\neval:\ndispatch: {by: skills.csv}": "skills.csv is not there",

@@ -124,9 +124,9 @@ def _balanced(settings: ReweightSettings, ui: UI) -> Choice:
     folder = settings.output_folder(profile, f"balance-{settings.balance:g}", ui)
     ui.quiet()
     with ui.parts("balancing", folder) as report:
-        edit, layers = balanced(profile, settings, trace, report)
-    settings.say(ui, [balance_table(layers)])
-    ui.say([], balance_sentences(layers, settings.balance))
+        edit, found = balanced(profile, settings, trace, report)
+    settings.say(ui, [balance_table(found)])
+    ui.say([], balance_sentences(found))
     return Choice(profile, edit, folder)
 
 

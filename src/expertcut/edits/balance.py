@@ -1,9 +1,13 @@
 """Biases on the choice of experts that even out their loads, without another loss.
 
 Loss-Free Balancing (arXiv:2408.15664) adds a bias to the score that experts are chosen by, and
-moves it by a fixed step against the sign of the load: b ← b + u·sign(mean − load). There a model is
-trained meanwhile; here the logits of a trace stay as they are. The load of a layer is measured by
-MaxVio: the largest load over the mean load, less 1.
+moves it against the load by a step of fixed length: b ← b + u·sign(mean − load). There a model is
+trained meanwhile; here the logits of a trace stay as they are, and steps get shorter. The load of a
+layer is measured by MaxVio: the largest load over the mean load, less 1.
+
+The load less its mean is a subgradient of a convex function of b, whose least value is the largest
+sum of scores of any choice with even loads, so ever shorter steps find it. That choice splits fewer
+tokens than there are experts; b cannot split tokens of equal logits, which is all that stays.
 
 Families with a selection bias get b there, so gate weights are untouched. In the others b goes on
 the logits, and so also into gate weights. Names of tensors: T tokens, E experts, K experts a token.
@@ -11,20 +15,34 @@ the logits, and so also into gate weights. Names of tensors: T tokens, E experts
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from expertcut.edits.plan import BalancedLoads, MaxVio
 from expertcut.errors import ProfileError
 from expertcut.models.modeling_routed import SCORES
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.trace import Sequence
 from expertcut.stats import Array
 
-STEPS = (0.05, 0.01)  # of the spread of scores
-_MOST_STEPS = 400  # of one size
-_PATIENCE = 40  # steps without a smaller MaxVio
+
+@dataclass(frozen=True)
+class Sweep:
+    """Steps from `first` to `last` times the spread of the scores, along the sign or the excess."""
+
+    is_sign: bool
+    first: float
+    last: float
+    count: int
+
+
+# Steps of one length never settle. Along the excess they end where tokens of equal logits cannot be
+# split, along the sign they wander, and may find a better side of these.
+SWEEPS = (Sweep(False, 0.5, 0.005, 100), Sweep(True, 0.2, 0.001, 400))
+_NUDGE, _MOST_NUDGES = 0.02, 32  # of the spread; until none helps
 _EXPLAINED = 0.98  # share of the traced choices that must follow from the traced logits
 
 
@@ -124,19 +142,21 @@ class Tokens:
         is_same_TK = (b_TK[:, :, None] == a_TK[:, None, :]).any(dim=2)
         return float((is_same_TK.double().mean(dim=1) * self.weight_T).sum() / self.weight_T.sum())
 
+    @property
+    def heaviest(self) -> float:
+        """The largest weight of tokens with equal logits, which no bias can split."""
+        _, row_T = np.unique(self.logits_TE.numpy(), axis=0, return_inverse=True)
+        return float(np.bincount(row_T.ravel(), self.weight_T.numpy()).max())
+
 
 @dataclass(frozen=True)
 class BalancedLayer:
-    """One layer before and under b."""
+    """The biases of one layer, and its loads before and under them."""
 
-    layer: int
     block: str
     bias_E: Array
     acts_on_selection: bool
-    tuned: tuple[float, float]  # MaxVio before and after
-    held_out: tuple[float, float]  # of sequences that did not choose b
-    behind: tuple[float, float]  # of these behind their shots, which the others had too
-    kept: float  # share of the held-out choices that stay
+    loads: BalancedLoads
 
 
 def max_violation(load_E: Array, constant: Collection[int] = ()) -> float:
@@ -152,30 +172,68 @@ def balancing_bias(
 
     `constant` experts have no weights and keep b = 0.
     """
-    n = gate.block.experts
-    zero_E, frozen = torch.zeros(n), [*constant]
-    score_TE = gate.scores(tokens.logits_TE, zero_E)
-    spread = float((score_TE - score_TE.mean(dim=1, keepdim=True)).std())
-    best_E, smallest = zero_E, np.inf
-    for step in STEPS:
-        bias_E, n_stale = best_E, 0
-        for _ in range(_MOST_STEPS):
-            load_E = tokens.load(gate.choose(tokens.logits_TE, bias_E), n)
-            violation = max_violation(load_E, frozen)
-            n_stale = 0 if violation < smallest else n_stale + 1
-            if violation < smallest:
-                best_E, smallest = bias_E, violation
-            if smallest <= target or n_stale > _PATIENCE:
-                break
-            mean = np.delete(load_E, frozen).mean()
-            sign_E = torch.from_numpy(np.sign(mean - load_E)).float()
-            sign_E[frozen] = 0
-            bias_E = bias_E + step * spread * sign_E
-        if smallest <= target:
-            break
-    if not frozen:  # moves no choice, and least of all gate weights
+    search = _Search(tokens, gate, target, constant)
+    for sweep in SWEEPS:
+        search.sweep(sweep)
+    search.nudge()
+    best_E = search.best_E
+    if not search.constant:  # moves no choice, and least of all gate weights
         best_E = best_E - best_E.mean()
     return np.asarray(best_E.double().numpy().round(6))
+
+
+class _Search:
+    """The b of the smallest MaxVio so far; done where that is within the target."""
+
+    def __init__(
+        self, tokens: Tokens, gate: Gate, target: float, constant: Collection[int]
+    ) -> None:
+        self.tokens, self.gate, self.target, self.constant = tokens, gate, target, [*constant]
+        zero_E = torch.zeros(gate.block.experts)
+        score_TE = gate.scores(tokens.logits_TE, zero_E)
+        self.spread = float((score_TE - score_TE.mean(dim=1, keepdim=True)).std())
+        self.smallest = np.inf
+        self.best_E, self.excess_E = zero_E, zero_E
+        self.tried(zero_E)
+
+    @property
+    def is_done(self) -> bool:
+        return self.smallest <= self.target
+
+    def tried(self, bias_E: Tensor) -> Tensor:
+        """Keeps b if its MaxVio is the smallest; load over the mean less 1, of a constant 0."""
+        chosen_TK = self.gate.choose(self.tokens.logits_TE, bias_E)
+        load_E = self.tokens.load(chosen_TK, len(bias_E))
+        violation = max_violation(load_E, self.constant)
+        mean = max(np.delete(load_E, self.constant).mean(), 1e-300)
+        excess_E = torch.from_numpy(load_E / mean - 1).float()
+        excess_E[self.constant] = 0
+        if violation < self.smallest:
+            self.best_E, self.smallest, self.excess_E = bias_E, violation, excess_E
+        return excess_E
+
+    def sweep(self, sweep: "Sweep") -> None:
+        """Steps against the loads from b = 0, each shorter than the one before."""
+        bias_E = torch.zeros_like(self.best_E)
+        steps = np.geomspace(sweep.first, sweep.last, sweep.count) * self.spread
+        for step in steps.tolist():
+            if self.is_done:
+                return
+            excess_E = self.tried(bias_E)
+            bias_E = bias_E - step * (excess_E.sign() if sweep.is_sign else excess_E.clamp(max=1))
+
+    def nudge(self) -> None:
+        """Moves the bias of one of the most or least loaded experts at a time, if that helps."""
+        step = _NUDGE * self.spread
+        for _ in range(_MOST_NUDGES):
+            order, before = self.excess_E.argsort(descending=True).tolist(), self.smallest
+            for expert, factor in product((*order[:2], *order[-2:]), (1.0, 0.3)):
+                if self.smallest < before or self.is_done:
+                    break
+                bias_E = self.best_E.clone()
+                bias_E[expert] -= step * factor * self.excess_E[expert].sign()
+                self.tried(bias_E)
+            step /= 1 if self.smallest < before else 2
 
 
 def fitting_gate(tokens: Tokens, block: BlockInfo, selection_E: Array | None) -> Gate:
@@ -210,19 +268,30 @@ def balance_layer(
     gate, zero_E = fitting_gate(tuning, block, selection_E), torch.zeros(block.experts)
     bias_E = balancing_bias(tuning, gate, target, constant)
     biases = (zero_E, torch.from_numpy(bias_E).float())
-    violations = []
-    for tokens in (tuning, behind, held_out):
-        before_TK, after_TK = (gate.choose(tokens.logits_TE, b_E) for b_E in biases)
-        loads = (tokens.load(chosen_TK, block.experts) for chosen_TK in (before_TK, after_TK))
-        before, after = (max_violation(load_E, constant) for load_E in loads)
-        violations.append((before, after))
+
+    frozen = [*constant]
+
+    def loads(tokens: Tokens) -> list[Array]:
+        """Before and under b, without constants."""
+        chosen = (gate.choose(tokens.logits_TE, b_E) for b_E in biases)
+        return [np.delete(tokens.load(own_TK, block.experts), frozen) for own_TK in chosen]
+
+    def violations(tokens: Tokens) -> MaxVio:
+        before, after = map(max_violation, loads(tokens))
+        return before, after
+
+    least, least_after = (float(load_E.min() / load_E.mean()) for load_E in loads(held_out))
+    before_TK, after_TK = (gate.choose(held_out.logits_TE, b_E) for b_E in biases)
     return BalancedLayer(
-        layer=layer,
         block=block.name,
         bias_E=bias_E,
         acts_on_selection=selection_E is not None,
-        tuned=violations[0],
-        behind=violations[1],
-        held_out=violations[2],
-        kept=tokens.same(after_TK, before_TK),
+        loads=BalancedLoads(
+            tuned=violations(tuning),
+            held_out=violations(held_out),
+            behind=violations(behind),
+            smallest=(least, least_after),
+            kept=held_out.same(after_TK, before_TK),
+            heaviest=tuning.heaviest / float(loads(tuning)[0].mean()),
+        ),
     )

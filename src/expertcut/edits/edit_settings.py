@@ -472,7 +472,7 @@ class ReweightSettings(RouterSettings):
     )  # fmt: skip
     balance: float | None = _router(
         None, "Even out the experts' loads of --trace: the largest at most 1 + M times the mean.",
-        metavar="M", gt=0, is_recorded="set", in_recipe=False,
+        metavar="M", gt=0, is_recorded="set",
     )  # fmt: skip
     trace: FilePath | None = _router(
         None, "Trace with --logits, for --balance.", metavar="PATH", is_recorded="set",

@@ -84,6 +84,11 @@ class BlockEdit(Record):
         return own != tuple(expert for expert in before if expert in own)
 
     @property
+    def all_biases(self) -> dict[int, float]:
+        """Biases on logits or on the family's selection bias, by id."""
+        return self.bias | (self.selection or {})
+
+    @property
     def tilted(self) -> tuple[int, ...]:
         """The experts with a bias or a factor, each once."""
         return tuple(dict.fromkeys((*self.bias, *self.scale)))
@@ -137,6 +142,34 @@ class PlanAdapter(Record):
     path: str
     config_sha256: str
     weights_sha256: str
+
+
+MaxVio = tuple[FiniteFloat, FiniteFloat]
+"""The largest load of a layer over its mean load, less 1: before, and under the biases."""
+
+
+class BalancedLoads(Record):
+    """The loads of one layer, before and under the biases of `reweight --balance`.
+
+    `tuned` on the sequences that chose the biases, `held_out` on the others, `behind` on these
+    behind their shots, which the first had too. `smallest` are smallest held-out loads over the
+    mean, `kept` the share of held-out choices that stay, `heaviest` the largest load that tokens
+    of equal logits have together, over the mean: they move as one.
+    """
+
+    tuned: MaxVio
+    held_out: MaxVio
+    behind: MaxVio
+    smallest: MaxVio
+    kept: FiniteFloat
+    heaviest: FiniteFloat
+
+
+class PlanBalance(Record):
+    """Loads by block, and the MaxVio that was asked for."""
+
+    target: FiniteFloat
+    blocks: dict[str, BalancedLoads] = Field(min_length=1)
 
 
 class PlanRouting(RoutingRule):
@@ -193,6 +226,7 @@ class PlanFile(Record):
     chosen_on: ChosenOn
     blend: PlanBlend | None = None
     adapter: PlanAdapter | None = None
+    balance: PlanBalance | None = None
     tuning: tuple[Point, ...] = ()
     proof: HeldOutResult = HeldOutResult()
     blocks: dict[str, BlockEdit] = Field(min_length=1)
@@ -276,6 +310,7 @@ class EditPlan:
     tuning: tuple[Point, ...] = ()  # the curve of a search
     used: frozenset[str] = frozenset()  # hash lines of other questions that were read
     blend: PlanBlend | None = None
+    balance: PlanBalance | None = None
 
     @property
     def blocks(self) -> Mapping[str, BlockEdit]:

@@ -11,7 +11,15 @@ import numpy as np
 from expertcut.edits import reweight_select as select
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout, Positions
-from expertcut.edits.plan import BlockEdit, EditPlan, Point, expert_ids, find_row, ids_text
+from expertcut.edits.plan import (
+    BlockEdit,
+    EditPlan,
+    PlanBalance,
+    Point,
+    expert_ids,
+    find_row,
+    ids_text,
+)
 from expertcut.edits.reweight_select import Chooser, QuestionOutcomes, SelectedExpert, right
 from expertcut.errors import PlanError, SettingsError
 from expertcut.models.routing_rule import ErrorCoefficients, RoutingRule
@@ -301,7 +309,7 @@ def reweight_draft(
 
 
 def balance_draft(
-    profile: Profile, layers: Sequence["BalancedLayer"], target: float, layout: Layout
+    profile: Profile, layers: Sequence["BalancedLayer"], found: PlanBalance, layout: Layout
 ) -> EditPlan | None:
     """A plan with the biases that even out loads, on selection biases or logits; None without."""
     draft = reweight_draft(profile, (), layout)
@@ -316,11 +324,12 @@ def balance_draft(
     mark = LAYOUTS[layout].mark
     return replace(
         draft,
-        slug=f"balance-{target:g}" + (f"-{mark}" if mark else ""),
-        action=f"reweight --balance {target:g}",
+        slug=f"balance-{found.target:g}" + (f"-{mark}" if mark else ""),
+        action=f"reweight --balance {found.target:g}",
         criterion="load",
         positions="all",
         edits=edits,
+        balance=found,
     )
 
 

@@ -264,6 +264,7 @@ def draft_plan(profile: Profile, draft: EditPlan, questions: Questions) -> PlanF
             sha256=plans.hashes_sha256(used_hashes(draft, questions)),
         ),
         blend=draft.blend,
+        balance=draft.balance,
         tuning=draft.tuning,
         blocks={
             name: draft.numbers.named(name, edit, rows_layout) for name, edit in draft.edits.items()

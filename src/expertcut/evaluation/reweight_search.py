@@ -20,10 +20,10 @@ from expertcut.checkpoints.tensor_names import blocks_of
 from expertcut.data import Quiz
 from expertcut.data.corpus import as_quiz
 from expertcut.edits import router_edits
-from expertcut.edits.balance import BalancedLayer, balance_layer
+from expertcut.edits.balance import balance_layer
 from expertcut.edits.edit_settings import ReweightSettings
 from expertcut.edits.layouts import LAYOUTS, Layout
-from expertcut.edits.plan import PROOF_FILE, EditPlan, Point, expert_ids
+from expertcut.edits.plan import PROOF_FILE, EditPlan, PlanBalance, Point, expert_ids
 from expertcut.edits.reweight_select import Array, QuestionOutcomes, right, stored_selection
 from expertcut.edits.router_edits import Procedure, RouterEdit, Settled
 from expertcut.edits.splits import profiled_quiz, questions_for
@@ -278,7 +278,7 @@ _MOST_FITTED = 8  # biases of a layer that share one direction of its gate rows
 
 def balanced(
     profile: Profile, settings: ReweightSettings, trace: Trace, report: Callable[[int, int], None]
-) -> tuple[Reweighting, list[BalancedLayer]]:
+) -> tuple[Reweighting, PlanBalance]:
     """Biases that even out the loads of a trace; no draft where all are even enough.
 
     `profile` is that of the trace. Raises ProfileError: a trace without logits; ContractError: the
@@ -290,11 +290,15 @@ def balanced(
         raise ProfileError(f"{trace.path} keeps no router logits: trace again with --logits")
     if any(block.places is not None for block in model.blocks):
         raise ContractError(f"{model.id} has a routing rule: balance the model that it was made of")
+    if all(block.is_hashed for block in model.blocks):
+        raise ContractError(f"{model.id} routes by tables of token ids: no bias acts on them")
     source = profiled_source(profile)
     WRITERS[settings.layout].check(source, is_cutting=False)
     selection = [stored_selection(model, layer) for layer in range(len(model.blocks))]
     _check_logit_biases(source, model, selection, settings.layout)
     halves, numbers, layers = trace.halves(), expert_ids(profile), []
+    if not all(halves):
+        raise ProfileError(f"{trace.path} has one sequence, and others must judge: trace more")
     for layer, block in enumerate(model.blocks):
         report(layer, len(model.blocks))
         if not block.is_hashed:
@@ -303,8 +307,9 @@ def balanced(
                 halves, layer, block, target, selection_E=selection[layer], constant=gone
             )
             layers.append(own)
-    draft = router_edits.balance_draft(profile, layers, target, settings.layout)
-    return Reweighting(draft), layers
+    found = PlanBalance(target=target, blocks={own.block: own.loads for own in layers})
+    draft = router_edits.balance_draft(profile, layers, found, settings.layout)
+    return Reweighting(draft), found
 
 
 def _check_logit_biases(

@@ -201,9 +201,23 @@ class Variant(_Sections):
                 "prove cross-fits a reweight: other variants are compared on held-out questions "
                 "anyway, leave prove out"
             )
+        if self.reweight and self.is_balancing:
+            self._check_balance(self.reweight)
         if self.name in _RESERVED:
             refuse(f"the name {self.name} is taken by the run itself: choose another")
         return self
+
+    def _check_balance(self, reweight: ReweightSettings) -> None:
+        """As the command does, with the run's trace."""
+        try:
+            reweight.updated(trace=Path("trace"), prove=bool(self.prove)).check()
+        except SettingsError as error:
+            refuse(f"reweight: {error}")
+
+    @property
+    def is_balancing(self) -> bool:
+        """Whether it evens out the loads of the run's trace."""
+        return self.reweight is not None and self.reweight.balance is not None
 
     @property
     def kind(self) -> VariantKind:
@@ -266,9 +280,12 @@ class Recipe(BatchSettings, QuizSettings, _Sections):
         return self
 
     @model_validator(mode="after")
-    def _has_a_trace_to_place(self) -> Self:
+    def _has_the_trace_that_it_reads(self) -> Self:
         if self.place and not self.trace:
             refuse("place reads a trace of the run: add trace")
+        is_balancing = any(variant.is_balancing for variant in self.variants)
+        if is_balancing and not (self.trace and self.trace.logits):
+            refuse("balance reads a trace of the run with logits: add trace with logits: true")
         return self
 
     @model_validator(mode="after")

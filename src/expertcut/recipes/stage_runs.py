@@ -213,6 +213,8 @@ def _edit(run: RecipeRun, stage: Stage) -> None:
     if variant.heal:
         section = heal_settings(run.recipe, variant.heal)
         given["checkpoint"] = str(run.folder / variant_folder(variant.heal.of))
+    elif variant.is_balancing:
+        given |= {"trace": run.folder / TRACE}
     else:
         given |= {"threads": None, "profile": [str(run.folder / PROFILE)]}
     if variant.prove:  # `eval` and the page then compare it with the others, helpful or not

@@ -58,19 +58,21 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     if recipe.show:
         settings = recipe.show.recipe_values()
         stages.append(Stage("show", "show", settings, makes=("show",), after=("profile",)))
+    traces = [_trace_stage(recipe, recipe.trace)] if recipe.trace else []
+    if any(variant.is_balancing for variant in recipe.variants):
+        stages += traces
     for variant in recipe.variants:
         make = _variant_stage if variant.heal is None else _heal_stage
         stages.append(make(recipe, variant))
-    results = tuple(stage.name for stage in stages if stage.kind != "show")
+    results = tuple(stage.name for stage in stages if stage.kind not in ("show", "trace"))
     if recipe.eval:
         stages.append(_eval_stage(recipe, recipe.eval, after=results))
         results += ("eval",)
     if recipe.dispatch:
         stages.append(_dispatch_stage(recipe.dispatch))
         results += ("dispatch",)
-    if recipe.trace:
-        stages.append(_trace_stage(recipe, recipe.trace))
-        results += ("trace",)
+    stages += [stage for stage in traces if stage not in stages]
+    results += tuple(stage.name for stage in traces)
     if recipe.place:
         settings = recipe.place.recipe_values()
         stages.append(Stage("place", "place", settings, makes=(PLACEMENT,), after=("trace",)))
@@ -186,14 +188,15 @@ def _variant_stage(recipe: Recipe, variant: Variant) -> Stage:
     settings = _recipe_keys(recipe, *_LOADED) | variant.recipe_values()
     if settings[variant.kind].get("held_out", 0) is None:  # keeps the hashes of older runs
         del settings[variant.kind]["held_out"]
-    is_text = bool(recipe.profile.text)  # and so chosen, tuned and scored on these
+    # Texts choose, tune and score alone, and so does a trace.
+    is_own = bool(recipe.profile.text) or variant.is_balancing
     other = tuple(recipe.selection(s) for s in ("val", "test") if s != own)
     return Stage(
         *(variant.name, variant.kind, settings),
         makes=(variant_folder(variant.name),),
-        after=("profile",),
-        questions=() if is_text else (recipe.selection(own, recipe.profile.limit),),
-        optional_questions=() if is_text else other,
+        after=("trace",) if variant.is_balancing else ("profile",),
+        questions=() if is_own else (recipe.selection(own, recipe.profile.limit),),
+        optional_questions=() if is_own else other,
         reads_model=True,
         adapter=variant.prune.adapter if variant.prune else None,
     )

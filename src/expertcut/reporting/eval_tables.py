@@ -27,10 +27,7 @@ def plan_table(plan: PlanFile) -> Table:
     is_merged = plan.removal == "merge"
     rows: list[list[Cell]] = []
     for name, edit in plan.blocks.items():
-        bias = (
-            ", ".join(f"{e}: {b:+.4f}" for e, b in (edit.bias | (edit.selection or {})).items())
-            or None
-        )
+        bias = ", ".join(f"{e}: {b:+.4f}" for e, b in edit.all_biases.items()) or None
         scale = ", ".join(f"{e}: ×{s:.4f}" for e, s in edit.scale.items()) or None
         groups = [
             f"{expert} ← {', '.join(str(m) for m in members if m != expert)}"
@@ -75,7 +72,7 @@ def chosen_text(chosen: ChosenOn, blend: PlanBlend | None = None) -> str:
 def plan_csv(plan: PlanFile) -> Table:
     """One row per kept expert, with its bias and its factor."""
     rows: list[list[Cell]] = [
-        [name, expert, edit.bias.get(expert), edit.scale.get(expert)]
+        [name, expert, edit.all_biases.get(expert), edit.scale.get(expert)]
         for name, edit in plan.blocks.items()
         for expert in edit.keep
     ]

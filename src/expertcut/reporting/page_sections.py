@@ -28,6 +28,7 @@ from expertcut.reporting import (
     views,
 )
 from expertcut.reporting import route_tables as routing
+from expertcut.reporting.balance_tables import balance_sentences, balance_table
 from expertcut.reporting.edit_tables import change_text, percent, verdict_text
 from expertcut.reporting.eval_tables import size_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
@@ -279,6 +280,8 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
     if plan.tuning:
         tries = edit_tables.curve_table(plan.tuning)
         parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
+    if plan.balance:
+        parts += [*balance_sentences(plan.balance), balance_table(plan.balance)]
     if plan.proof.held_out:
         title = read_scored_split(plan, document.file.parent).title
         parts.append(edit_tables.shifts_table(f"{title}: answers moved", plan.proof.held_out))

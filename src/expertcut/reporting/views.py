@@ -58,6 +58,7 @@ from expertcut.reporting import (
     text_profile_tables,
     trace_tables,
 )
+from expertcut.reporting.balance_tables import balance_sentences, balance_table
 from expertcut.reporting.tables import Cell, Table, columns, labelled, next_lines
 from expertcut.stats import MARGIN
 
@@ -367,6 +368,9 @@ def _plan(path: Path, margin: float) -> Shown:
     proofs = proofs_in(path)
     tables += [route_tables.proof_table(proof) for proof in proofs.values()]
     said = [proof.sentence for proof in proofs.values()]
+    if plan.balance:
+        tables.append(balance_table(plan.balance))
+        said += balance_sentences(plan.balance)
     shown = _shown(plan, tables, eval_tables.plan_csv)
     return replace(shown, sentences=lambda: said + _checkpoint_lines(plan, folder, margin))
 
