@@ -1,5 +1,7 @@
 """Tables of `reweight --balance`: the loads of experts before and under the biases."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from expertcut.edits.plan import PlanBalance
@@ -51,3 +53,8 @@ def balance_sentences(found: PlanBalance) -> list[str]:
             f"{heaviest:.3f} of a mean load there."
         )
     return sentences
+
+
+def balance_parts(found: PlanBalance | None) -> Sequence[str | Table]:
+    """All of it for the page."""
+    return [] if found is None else [*balance_sentences(found), balance_table(found)]

@@ -28,7 +28,7 @@ from expertcut.reporting import (
     views,
 )
 from expertcut.reporting import route_tables as routing
-from expertcut.reporting.balance_tables import balance_sentences, balance_table
+from expertcut.reporting.balance_tables import balance_parts
 from expertcut.reporting.edit_tables import change_text, percent, verdict_text
 from expertcut.reporting.eval_tables import size_text
 from expertcut.reporting.plots import Curves, Heat, Series, series_of
@@ -266,7 +266,7 @@ def _proof_parts(proof: views.Proof) -> list[Part]:
 
 def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[Part]:
     plan, profile = document.content, run.profile_of(document.content)
-    parts: list[Part] = [_in_words(plan, profile)]
+    parts: list[Part] = [_in_words(plan, profile), *balance_parts(plan.balance)]
     found = None if run.results else checkpoint_headline(document)
     parts += [Summary(found.table)] if found and found.table else []
     if profile and (edits := views.edits_of(plan, profile.content)) is not None:
@@ -280,8 +280,6 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
     if plan.tuning:
         tries = edit_tables.curve_table(plan.tuning)
         parts += [_curve(plan.tuning, key), Folded("Every try", [tries])]
-    if plan.balance:
-        parts += [*balance_sentences(plan.balance), balance_table(plan.balance)]
     if plan.proof.held_out:
         title = read_scored_split(plan, document.file.parent).title
         parts.append(edit_tables.shifts_table(f"{title}: answers moved", plan.proof.held_out))

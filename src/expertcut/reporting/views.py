@@ -368,9 +368,8 @@ def _plan(path: Path, margin: float) -> Shown:
     proofs = proofs_in(path)
     tables += [route_tables.proof_table(proof) for proof in proofs.values()]
     said = [proof.sentence for proof in proofs.values()]
-    if plan.balance:
-        tables.append(balance_table(plan.balance))
-        said += balance_sentences(plan.balance)
+    tables += [balance_table(plan.balance)] if plan.balance else []
+    said += balance_sentences(plan.balance) if plan.balance else []
     shown = _shown(plan, tables, eval_tables.plan_csv)
     return replace(shown, sentences=lambda: said + _checkpoint_lines(plan, folder, margin))
 
