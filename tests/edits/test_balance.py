@@ -204,6 +204,8 @@ def test_another_family_gets_biases_of_its_gates_in_layout_exact(
     plan = load_plan(tmp_path / "out")
     assert [sorted(edit.bias) for edit in plan.blocks.values()] == [[*range(E)]] * 2
     assert plan.proof.held_out[1].max_abs_logprob_diff < 1e-4
+    expertcut("report out")
+    assert "choices kept" in (tmp_path / "out" / "report.html").read_text()
     again = expertcut("reweight --balance 30 --trace t --layout exact --out none")
     assert "no checkpoint, for the loads are within 30 already" in " ".join(again.split())
     assert not (tmp_path / "none").exists()
