@@ -76,6 +76,26 @@ def test_larger_budget_has_no_larger_error():
     assert errors[-1] < errors[0] / 2  # the budgets matter
 
 
+def test_sizes_of_terabytes_stay_below_the_budget_to_the_byte():
+    # The solver takes 0.9999999 for 1, which is a megabyte here.
+    for seed in range(4):
+        error_UO, bytes_UO = table(seed, 12)
+        bytes_UO = bytes_UO * 10**9 + np.random.default_rng(seed).integers(0, 10**6, (12, O))
+        found = allocate(error_UO, bytes_UO, budgets(error_UO, bytes_UO, 3)[1])
+        for _ in range(4):
+            budget = found.size - 1
+            found = allocate(error_UO, bytes_UO, budget)
+            assert 0.9 * budget < found.size <= budget
+
+
+def test_of_options_with_equal_errors_a_unit_gets_the_smallest():
+    error_UO = np.tile([1, 0.5, 0.5, 0.5], (20, 1))
+    bytes_UO = np.tile([100, 500, 200, 300], (20, 1))
+    assert (allocate(error_UO, bytes_UO, 10**6).choice_U == 2).all()
+    found = allocate(error_UO, bytes_UO, 10**6, least={3: 2, 1: 1}).choice_U
+    assert np.bincount(found).tolist() == [0, 1, 17, 2]
+
+
 def test_layer_grain_gives_a_layer_one_option():
     error_UO, bytes_UO = table(3)
     budget = budgets(error_UO, bytes_UO, 3)[1]
@@ -153,16 +173,15 @@ def test_pmq_without_room_for_its_two_largest_options_is_refused():
     assert (pmq(error_UO, bytes_UO, L * (E + 1), **known).choice_U == 1).sum() == L
 
 
-def test_pmq_scores_forbid_what_errors_forbid_and_ignore_the_scale_of_a_layer():
+def test_pmq_scores_are_shares_of_a_layer_and_forbid_what_errors_forbid():
     error_UO, _ = table(2)
     error_UO[3, 1] = np.inf
     tokens_U, weight_U = np.arange(L * E), np.arange(L * E) / 7
     score_UO = pmq_scores(error_UO, tokens_U, weight_U, LAYER_U)
     assert np.isinf(score_UO[3, 1]) and np.isfinite(np.delete(score_UO, 3, axis=0)).all()
-    assert (score_UO[0, :] == 0).all() and (score_UO[1] > 0).all()
-    scaled_U = np.where(LAYER_U == 1, 10, 1)
-    scaled_UO = pmq_scores(error_UO, tokens_U * scaled_U, weight_U * scaled_U, LAYER_U)
-    np.testing.assert_allclose(scaled_UO, score_UO)
+    assert (score_UO[0] == 0).all()
+    np.testing.assert_allclose(score_UO[6], (6 / 22) ** 2.5 * error_UO[6])
+    assert (pmq_scores(error_UO, 0 * tokens_U, weight_U, LAYER_U)[4:] == 0).all()
 
 
 def test_uniform_is_the_best_single_option_that_fits():

@@ -58,8 +58,9 @@ def test_bytes_of_an_expert_are_those_of_the_formula(text: str, n_bytes: int):
     assert Option.parse(text).expert_bytes(SHAPES, "BF16", 128, 64) == n_bytes
 
 
-def test_a_tenth_of_thirty_rows_are_three():
-    assert Option("lowrank", rank_share=0.5, row_share=0.1).n_rows((30, 64)) == 3
+def test_seven_hundredths_of_a_hundred_rows_are_seven():
+    assert 0.07 * 100 > 7
+    assert Option("lowrank", rank_share=0.5, row_share=0.07).n_rows((100, 64)) == 7
 
 
 def test_group_size_that_does_not_divide_a_width_is_refused_with_one_that_does():

@@ -126,7 +126,7 @@ class _Program:
             cost = float(self.cost_UO[units, choice_U].sum())
             over = int(self.extra_UO[units, choice_U].sum()) - limit
             if over > 0:  # x are whole to 1e-6 alone
-                limit -= over
+                limit -= max(over, int(self.extra_UO.max()) // 10**6)
             elif not 0 < cost < self.cost_UO.max() / 10:
                 bound = self.floor + (result.mip_dual_bound or 0) * self._unit
                 return choice_U, bound, _STATUS[result.status]
