@@ -96,6 +96,12 @@ def test_of_options_with_equal_errors_a_unit_gets_the_smallest():
     assert np.bincount(found).tolist() == [0, 1, 17, 2]
 
 
+def test_units_without_any_error_get_the_smallest_option():
+    bytes_UO = np.tile([500, 100, 300], (9, 1))
+    assert (allocate(np.zeros((9, O)), bytes_UO, 1000).choice_U == 1).all()
+    assert (allocate(np.zeros((9, O)), bytes_UO, 10**6).choice_U == 1).all()
+
+
 def test_layer_grain_gives_a_layer_one_option():
     error_UO, bytes_UO = table(3)
     budget = budgets(error_UO, bytes_UO, 3)[1]

@@ -19,6 +19,7 @@ GAP = 1e-6
 TIME_LIMIT_S = 60.0
 PMQ_POWERS = (1.0, 1.5, 2.0)  # of tokens, gate weights and ε; the authors' code has ε^1
 _LARGEST_COST = 1e4  # in the program, so that the solver's absolute tolerances are small beside it
+_HALVINGS = 120  # of the interval that holds the price of a byte
 _STATUS = {0: "optimal", 1: "time limit"}
 
 
@@ -68,13 +69,14 @@ def allocate(
         )
         return replace(merged, choice_U=merged.choice_U[member_U])
     _check_budget(error_UO, bytes_UO, budget, fixed)
-    choice_U, bound, status = _Program(error_UO, bytes_UO, least or {}).solve(
-        budget - fixed, time_limit
+    floor_U1 = error_UO.min(axis=1, keepdims=True)
+    choice_U, bound, status = _solve(
+        error_UO - floor_U1, bytes_UO, budget - fixed, least or {}, time_limit
     )
     found = _allocation(
         _smallest_equals(choice_U, error_UO, bytes_UO, least or {}), error_UO, bytes_UO
     )
-    gap = max(found.error - bound, 0) / found.error if found.error else 0.0
+    gap = max(found.error - bound - floor_U1.sum(), 0) / found.error if found.error else 0.0
     seconds = time.perf_counter() - started
     return replace(found, gap=float(gap), status=status, seconds=seconds)
 
@@ -101,6 +103,44 @@ def _check_budget(error_UO: Array, bytes_UO: Array, budget: int, fixed: int) -> 
         )
 
 
+def _relax(cost_UO: Array, bytes_UO: Array, budget: int) -> tuple[Array, float, Array]:
+    """A choice (U,), a lower bound of the cost of all, and what may stand in a better one (U, O).
+
+    Each unit takes what is best at a price of a byte, the lowest that keeps the budget; then single
+    units use up the rest. A better choice has no option that costs more at that price than the gap.
+    """
+    units, is_allowed_UO = np.arange(len(cost_UO)), np.isfinite(cost_UO)
+    smallest_U = _smallest_U(cost_UO, bytes_UO)
+    size_UO, limit = bytes_UO - smallest_U[:, None], budget - smallest_U.sum()
+
+    def best_U(price: float) -> Array:
+        return np.asarray((cost_UO + price * size_UO).argmin(axis=1))
+
+    low, price = 0.0, 0.0
+    if size_UO[units, best_U(0.0)].sum() > limit:
+        step = size_UO[is_allowed_UO & (size_UO > 0)].min()
+        price = (2 * float(cost_UO[is_allowed_UO].max()) or 1) / step
+        for _ in range(_HALVINGS):
+            middle = (low + price) / 2
+            if size_UO[units, best_U(middle)].sum() > limit:
+                low = middle
+            else:
+                price = middle
+    choice_U, priced_UO = best_U(price), cost_UO + price * size_UO
+    bound = float(priced_UO.min(axis=1).sum() - price * limit)
+    while True:
+        now_U = size_UO[units, choice_U]
+        fits_UO = size_UO - now_U[:, None] <= limit - now_U.sum()
+        gain_UO = np.where(fits_UO, cost_UO[units, choice_U][:, None] - cost_UO, 0)
+        unit, option = np.unravel_index(gain_UO.argmax(), gain_UO.shape)
+        if gain_UO[unit, option] <= 0:
+            break
+        choice_U[unit] = option
+    gap = float(cost_UO[units, choice_U].sum()) - bound
+    over_UO = priced_UO - priced_UO.min(axis=1, keepdims=True)
+    return choice_U, bound, over_UO <= gap * (1 + 1e-9)
+
+
 class _Program:
     """Σ cost·x over binary x (U, O); costs and bytes count from each unit's smallest."""
 
@@ -113,38 +153,24 @@ class _Program:
         self.step = int(np.gcd.reduce(extra_UO, axis=None)) or 1
         self.extra_UO = extra_UO // self.step
         self.floor, self.smallest = float(floor_U1.sum()), int(smallest_U1.sum())
+        self.unit = float(self.cost_UO.max() or 1) / _LARGEST_COST
         self.least = least
 
-    def solve(self, budget: int, time_limit: float) -> tuple[Array, float, str]:
+    def solve(self, budget: int, time_limit: float) -> tuple[Array | None, float, str]:
         """The choice (U,), a lower bound of its error, and how the solver ended."""
         limit, units = (budget - self.smallest) // self.step, np.arange(len(self.cost_UO))
+        bound = np.inf
         while True:
             result = self._run(limit, time_limit)
+            status = _STATUS.get(result.status, "infeasible")
             if result.x is None:
-                raise SettingsError(self._why_none(budget, result.status))
+                return None, -np.inf, status
             choice_U = result.x.reshape(self.cost_UO.shape).argmax(axis=1)
-            cost = float(self.cost_UO[units, choice_U].sum())
             over = int(self.extra_UO[units, choice_U].sum()) - limit
-            if over > 0:  # x are whole to 1e-6 alone
-                limit -= max(over, int(self.extra_UO.max()) // 10**6)
-            elif not 0 < cost < self.cost_UO.max() / 10:
-                bound = self.floor + (result.mip_dual_bound or 0) * self._unit
-                return choice_U, bound, _STATUS[result.status]
-            else:  # again without what is in no better choice, whose costs hid the others'
-                self.is_allowed_UO &= self.cost_UO <= cost
-                self.cost_UO[~self.is_allowed_UO] = 0
-
-    def _why_none(self, budget: int, status: int) -> str:
-        if status in _STATUS:
-            return "no allocation was found within the time limit: take --grain layer"
-        return (
-            f"no allocation within {budget:,} bytes gives {len(self.least)} options to an expert "
-            "each: raise the budget, or take --by error"
-        )
-
-    @property
-    def _unit(self) -> float:
-        return float(self.cost_UO.max() or 1) / _LARGEST_COST
+            bound = min(bound, self.floor + (result.mip_dual_bound or 0) * self.unit)
+            if over <= 0:
+                return choice_U, bound, status
+            limit -= max(over, int(self.extra_UO.max()) // 10**6)  # x are whole to 1e-6 alone
 
     def _run(self, limit: int, time_limit: float) -> OptimizeResult:
         n_units, n_options = self.cost_UO.shape
@@ -157,12 +183,35 @@ class _Program:
             row_1X = csr_array(np.tile(np.eye(n_options)[option], n_units)[None])
             constraints.append(LinearConstraint(row_1X, count, np.inf))
         return milp(
-            self.cost_UO.ravel() / self._unit,
+            self.cost_UO.ravel() / self.unit,
             integrality=np.ones(self.cost_UO.size, dtype=int),
             bounds=Bounds(0, self.is_allowed_UO.ravel().astype(float)),
             constraints=constraints,
             options={"time_limit": time_limit, "mip_rel_gap": GAP},
         )
+
+
+def _solve(
+    cost_UO: Array, bytes_UO: Array, budget: int, least: Mapping[int, int], time_limit: float
+) -> tuple[Array, float, str]:
+    """The choice (U,), a lower bound of its cost, and how the solver ended."""
+    if least:
+        choice_U, bound, status = _Program(cost_UO, bytes_UO, least).solve(budget, time_limit)
+        if choice_U is None:
+            raise SettingsError(
+                f"no allocation within {budget:,} bytes gives {len(least)} options to an expert "
+                f"each ({status}): raise the budget, or take --by error"
+            )
+        return choice_U, bound, status
+    relaxed_U, bound, is_near_UO = _relax(cost_UO, bytes_UO, budget)
+    relaxed = _allocation(relaxed_U, cost_UO, bytes_UO).error
+    if relaxed - bound <= GAP * relaxed:
+        return relaxed_U, bound, "optimal"
+    near_UO = np.where(is_near_UO, cost_UO, np.inf)
+    choice_U, near_bound, status = _Program(near_UO, bytes_UO, {}).solve(budget, time_limit)
+    if choice_U is None or _allocation(choice_U, cost_UO, bytes_UO).error > relaxed:
+        choice_U = relaxed_U
+    return choice_U, max(bound, min(near_bound, relaxed)), status
 
 
 def _smallest_equals(
