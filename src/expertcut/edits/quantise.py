@@ -63,7 +63,9 @@ def quantise(weight_RC: Tensor, bits: int, group_size: int) -> tuple[Tensor, Ten
     """Integers (R, C) in int8 and scales (R, G) in the weights' dtype; 1 bit: ±1 and mean |w|.
 
     Of 2 bits and more they are those of compressed-tensors' symmetric groups: the scale is
-    max |w| / (2^bits − 1) · 2, and weights are divided by the rounded scale in their own dtype.
+    max |w| / (2^bits − 1) · 2, and weights are divided by the rounded scale in their own dtype (as
+    it does on a CPU; its GPU kernel divides in float32, which moves 0.8 % of the 4-bit integers of
+    bf16 weights by one, and 11 % of those of 8 bits).
     1 bit is `binary` of MC-MoE (arXiv 2410.06270).
     """
     groups_RGS = weight_RC.unflatten(1, (-1, group_size))
