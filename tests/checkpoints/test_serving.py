@@ -37,7 +37,10 @@ def files(n_layers: int | None = 5) -> dict[str, Any]:
 
 
 def sglang(data: dict[str, Any], n_experts: int, ep_size: int) -> list[list[list[int]]]:
-    """As `ExpertLocationMetadata.init_by_mapping` reads it: the places of each expert."""
+    """As SGLang's `ExpertLocationMetadata.init_by_mapping` reads it: the places of each expert.
+
+    python/sglang/srt/eplb/expert_location.py of sgl-project/sglang at 01fec5c2e61f.
+    """
     (places_LP,) = data.values()
     places_LP = np.array(places_LP)
     assert [*data] == ["physical_to_logical_map"] and places_LP.ndim == 2
@@ -51,14 +54,20 @@ def sglang(data: dict[str, Any], n_experts: int, ep_size: int) -> list[list[list
 
 
 def vllm(data: list[list[int]], n_layers: int, n_places: int, n_experts: int) -> None:
-    """As pull request 49572 validates a map: dimensions, ranges, coverage."""
+    """As vLLM is to validate a map: dimensions, ranges, coverage.
+
+    By the description of pull request 49572 of vllm-project/vllm (2026-07-23, open): not its code.
+    """
     assert len(data) == n_layers and all(len(places) == n_places for places in data)
     assert all(0 <= expert < n_experts for places in data for expert in places)
     assert all({*places} == {*range(n_experts)} for places in data)
 
 
 def ascend(data: dict[str, Any], layer: int, n_experts: int, ep_size: int) -> tuple[int, list[int]]:
-    """As `eplb_utils.init_eplb_config` reads a layer: redundant experts, and a rank's places."""
+    """As vLLM-Ascend's `init_eplb_config` reads a layer: redundant experts, and places of experts.
+
+    vllm_ascend/eplb/core/eplb_utils.py of vllm-project/vllm-ascend at 182b75ea84ff (2026-08-22).
+    """
     assert layer < data["moe_layer_count"] == len(data["layer_list"])
     own = data["layer_list"][layer]
     assert own["layer_id"] == layer and own["device_count"] == ep_size == len(own["device_list"])
