@@ -14,7 +14,6 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from expertcut.checkpoints.serving import (
     gguf_bytes,
-    layer_numbers,
     llama_cpp_commands,
     quantisation_recipe,
     serving_files,
@@ -23,6 +22,7 @@ from expertcut.checkpoints.serving import (
 from expertcut.checkpoints.tensor_names import Headers, find_disk_blocks
 from expertcut.edits.compression import Option
 from expertcut.models.safetensors_index import StoredTensor
+from expertcut.profiling.schema import layer_numbers
 
 # Blocks of layers 1 and 3 of five: eight experts, two of them twice, on five devices.
 ROWS = {

@@ -7,7 +7,6 @@ many experts in every layer. Widths of experts: llama-quantize and llm-compresso
 
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import yaml
 from expertcut.checkpoints.tensor_names import PROJECTIONS, DiskBlock, Headers
 from expertcut.edits.compression import Option, Projection
 from expertcut.errors import ContractError
+from expertcut.profiling.schema import layer_numbers
 
 Rows = Sequence[Sequence[int]]
 """The rows on each device of one layer."""
@@ -60,15 +60,6 @@ def ascend_map(layers: Sequence[Rows]) -> object:
         devices = [{"device_id": d, "device_expert": [*own]} for d, own in enumerate(rows)]
         found.append({"layer_id": number, "device_count": len(rows), "device_list": devices})
     return {"moe_layer_count": len(layers), "layer_list": found}
-
-
-def layer_numbers(names: Sequence[str]) -> list[int] | None:
-    """The layers of blocks, by the one number in their names; None where names do not tell them."""
-    found = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in names]
-    if any(len(own) != 1 for own in found):
-        return None
-    numbers = [int(own[0]) for own in found]
-    return numbers if len({*numbers}) == len(numbers) else None
 
 
 def tensor_types(

@@ -58,16 +58,12 @@ class Gate:
         """The scores (T, E) that experts are chosen by, under b."""
         if self.selection_E is None:
             logits_TE = logits_TE + bias_E
-        is_by_logits = self.block.selection == "logits" or self.is_monotonic
+        is_by_order = self.selection_E is None and self.block.groups == 1  # of the logits
+        is_by_logits = self.block.selection == "logits" or is_by_order
         score_TE = logits_TE if is_by_logits else SCORES[self.block.scoring](logits_TE)
         if self.selection_E is None:
             return score_TE
         return score_TE + torch.as_tensor(self.selection_E, dtype=score_TE.dtype) + bias_E
-
-    @property
-    def is_monotonic(self) -> bool:
-        """Whether the order of logits says all."""
-        return self.selection_E is None and self.block.groups == 1
 
     def choose(self, logits_TE: Tensor, bias_E: Tensor) -> Tensor:
         """The experts (T, K) of each token."""
@@ -80,11 +76,6 @@ class Gate:
             is_out_TG.scatter_(1, group_TG.topk(block.top_groups, dim=1).indices, value=False)
             score_TE = score_TGE.masked_fill(is_out_TG[:, :, None], -torch.inf).flatten(1)
         return score_TE.topk(block.top_k, dim=1, sorted=False).indices
-
-    @property
-    def spread_of(self) -> str:
-        """What b is added to."""
-        return "logits" if self.selection_E is None else "the selection bias"
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """Routes that a serving engine returned, as a trace: vLLM's `routed_experts`, in an .npz file."""
 
 import hashlib
-import re
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -13,8 +12,8 @@ import numpy as np
 from expertcut.data.corpus import CHUNK_TOKENS
 from expertcut.errors import SettingsError
 from expertcut.models.load import MoeModel
-from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling.measure import ChunkedRun, model_info
+from expertcut.profiling.schema import layer_numbers
 from expertcut.profiling.storage import DOCUMENT, Arrays
 from expertcut.profiling.trace import RoutesInfo, RoutesSettings, RoutesTraceInfo, id_type
 from expertcut.profiling.workers import Work
@@ -147,7 +146,7 @@ def _of_blocks(routes: GivenRoutes, moe: MoeModel) -> Array:
     where, of = f"--routes {routes.file}", f"{moe.source.id} has"
     if n_layers != len(blocks):
         n_decoders = moe.model.config.get_text_config(decoder=True).num_hidden_layers
-        layers = _decoder_layers(blocks)
+        layers = layer_numbers([block.name for block in blocks])
         if n_layers != n_decoders or layers is None:
             raise SettingsError(
                 f"{where}: {n_layers} layers, and {of} {len(blocks)} MoE blocks in {n_decoders} "
@@ -168,9 +167,3 @@ def _of_blocks(routes: GivenRoutes, moe: MoeModel) -> Array:
                 f"{block.name}: give the routes of this model"
             )
     return experts_TLK.astype(id_type(model_info(moe).blocks))
-
-
-def _decoder_layers(blocks: Sequence[MoeBlock]) -> list[int] | None:
-    """The decoder layer of each block; None if the names do not tell."""
-    found = [re.search(r"\.(\d+)\.", f"{block.name}.") for block in blocks]
-    return [int(match[1]) for match in found if match] if all(found) else None

@@ -1,6 +1,7 @@
 """The schema of a profile: `profile.json`, and the arrays of a chunk."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
@@ -55,6 +56,15 @@ class BlockInfo(Record):
         if self.experts % self.groups or self.top_groups > self.groups:
             raise ValueError(f"{self.experts} experts do not lie in {self.groups} groups")
         return self
+
+
+def layer_numbers(names: Sequence[str]) -> list[int] | None:
+    """The layers of blocks, by the one number in their names; None where names do not tell them."""
+    found = [re.findall(r"(?<=\.)\d+(?=\.|$)", name) for name in names]
+    if any(len(own) != 1 for own in found):
+        return None
+    numbers = [int(own[0]) for own in found]
+    return numbers if len({*numbers}) == len(numbers) else None
 
 
 class ModelInfo(Identified):

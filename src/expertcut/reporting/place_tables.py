@@ -1,9 +1,9 @@
 """Tables and sentences of placements and cache plans."""
 
-from expertcut.checkpoints.serving import layer_numbers
 from expertcut.edits.cache_plan import CacheFile
 from expertcut.edits.placement_results import PlacementFile, PlacementScore
 from expertcut.edits.plan import ExpertIds
+from expertcut.profiling.schema import layer_numbers
 from expertcut.reporting.edit_tables import percent, unit
 from expertcut.reporting.tables import Cell, Table, columns
 
@@ -41,10 +41,13 @@ def placement_table(found: PlacementFile) -> Table:
 
 
 def _row(name: str, score: PlacementScore, found: PlacementFile) -> list[Cell]:
-    ends = score.ci95
-    interval = None if ends is None else f"{100 * ends[0]:.1f} … {100 * ends[1]:.1f}"
+    interval = _points(*score.ci95) if score.ci95 else None
     node = [score.same_node] if found.nodes > 1 else []
     return [name, score.same_device, interval, *node, loads_text(score.largest_load)]
+
+
+def _points(low: float, high: float) -> str:
+    return f"{100 * low:.1f} … {100 * high:.1f}"
 
 
 def loads_text(loads: tuple[float, ...]) -> str:
@@ -58,8 +61,7 @@ def loads_text(loads: tuple[float, ...]) -> str:
 def placement_csv(found: PlacementFile) -> Table:
     """A row for each layer and expert: its devices, first to last."""
     rows: list[list[Cell]] = []
-    for layer in found.layers.items():
-        name, own = layer
+    for name, own in found.layers.items():
         ids = sorted({expert for slots in own.slots for expert in slots})
         for expert in ids:
             devices = [d for d, slots in enumerate(own.slots) if expert in slots]
@@ -88,11 +90,9 @@ def cache_table(found: CacheFile) -> Table:
     """Hit rates by policy, and what is moved for a token."""
     rows: list[list[Cell]] = []
     for policy, own in found.rates.items():
-        ends = own.ci95
-        interval = None if ends is None else f"{100 * ends[0]:.1f} … {100 * ends[1]:.1f}"
+        interval = _points(*own.ci95) if own.ci95 else None
         moved = None if own.moved_bytes is None else unit(round(own.moved_bytes), "B")
-        low, high = min(own.by_layer), max(own.by_layer)
-        by_layer = f"{100 * low:.1f} … {100 * high:.1f}"
+        by_layer = _points(min(own.by_layer), max(own.by_layer))
         rows.append([policy, own.hits, interval, by_layer, moved])
     heads = columns("policy; hits::.1%; 95 %; by layer; moved a token")
     note = "belady knows what comes next: no policy hits more."
