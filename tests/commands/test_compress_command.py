@@ -1,6 +1,7 @@
 """`expertcut compress` from the command line: what it prints, writes and refuses."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from expertcut import api
 from expertcut.commands import compress
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.compression import load_compression
@@ -15,7 +17,7 @@ from expertcut.edits.plan import PlanFile, load_plan
 from expertcut.evaluation import compression_run
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
-from tests.conftest import Commands, make_checkpoint, open_model
+from tests.conftest import WORDS, Commands, make_checkpoint, open_model
 from tests.support.merged_models import measured
 from tests.support.planted_subjects import plant_subjects, write_subjects
 
@@ -69,6 +71,7 @@ def test_a_compressed_checkpoint_is_scored_beside_its_peers_shown_and_evaluated(
     plan = load_plan(tmp_path / "small")
     assert plan.compression is not None and plan.compression.bits <= 2.5
     assert plan.compression.bytes == written(tmp_path / "small")
+    assert "50.0 k parameters, were 50.0 k" in printed
     file = load_compression(tmp_path / "small" / "compress.json")
     assert file.block_error is not None
     for layer in (0, 1):  # routing does not change, and errors of experts hardly correlate
@@ -319,3 +322,52 @@ def test_a_merged_checkpoint_is_compressed_too(
         "the same experts unpacked in the unedited model"
     )
     assert plan.proof.held_out[1].max_abs_logprob_diff < 1e-4
+
+
+def test_texts_measure_and_judge_as_questions_do(tmp_path: Path, expertcut: Commands) -> None:
+    chance = random.Random(0)
+    lines = [" ".join(chance.choices(WORDS, k=30)) for _ in range(40)]
+    text = "".join(json.dumps({"text": f"{n} {line}"}) + "\n" for n, line in enumerate(lines))
+    (tmp_path / "words.jsonl").write_text(text)
+    make_checkpoint(tmp_path / "model", "olmoe")
+    expertcut("profile model --text words.jsonl --threads 1 --out p")
+    command = f"compress --profile p --bits 3 {MENU}"
+    refusal = expertcut(f"{command} --weigh answers", status=2)
+    assert "noise in no block makes answers worse" in refusal  # of a model that knows nothing
+    printed = expertcut(f"{command} --out small")
+    assert "same top token" in printed and "KL" in printed
+    base, this, *others = load_compression(tmp_path / "small" / "compress.json").peers
+    assert base.kl is None and this.kl is not None and this.kl > 0 and len(others) == 4
+    held_out = load_plan(tmp_path / "small").proof.text
+    assert held_out[0].kl == pytest.approx(this.kl, rel=0.01)  # scored before and once written
+    expertcut(f"compress --profile p --sweep 150kB,140kB {MENU} --out swept")
+    large, small = json.loads((tmp_path / "swept/compress_sweep.json").read_text())["cells"]
+    assert small["change"]["kl"] > large["change"]["kl"] > 0
+
+
+def test_python_and_a_recipe_write_what_the_command_writes(
+    profiled: Path, quiz_folder: Path, tmp_path: Path, expertcut: Commands
+) -> None:
+    expertcut(f"compress --profile {profiled} --bits 2.5 {MENU} --no-verify --out small")
+    plan = api.load_profile(profiled).compress(
+        bits=2.5, options="1,2,3,4,8", group_size=16, verify=False
+    )
+    plan.save(tmp_path / "again")
+    weights = "model.safetensors"
+    content = (tmp_path / "small" / weights).read_bytes()
+    assert (tmp_path / "again" / weights).read_bytes() == content
+    model = load_profile(profiled).info.model.id
+    section = '{bits: 2.5, for: transformers, options: "1,2,3,4,8", group_size: 16, verify: false}'
+    (tmp_path / "r.yaml").write_text(
+        f"model: {model}\nquiz: {quiz_folder}\nshots: 1\nthreads: 1\nout: run\n"
+        "profile: {split: val, limit: 2}\n"
+        f"variants: [{{name: small, compress: {section}}}]\nreport:\n"
+    )
+    expertcut("run r.yaml")
+    assert (tmp_path / "run/variants/small" / weights).read_bytes() == content
+    assert "sum of experts" in (tmp_path / "run/report.html").read_text()
+    section = "{bits: 3, for: vllm, grain: expert}"
+    (tmp_path / "r.yaml").write_text(
+        f"model: {model}\nvariants: [{{name: small, compress: {section}}}]"
+    )
+    assert "--grain expert" in expertcut("run r.yaml", status=2)

@@ -76,8 +76,12 @@ def _of_experts(block: MoeBlock) -> tuple[int, int, int]:
 
 
 def stored_size(source: Source) -> tuple[int, int]:
-    """Parameters and bytes of a checkpoint's safetensors files, without loading them."""
-    n_parameters = sum(math.prod(tensor.shape) for tensor in source.headers.values())
+    """Parameters and bytes of a checkpoint's safetensors files, without loading them.
+
+    Packed weights count as they are once unpacked.
+    """
+    tensors = source.headers if source.packing is None else source.dense.tensors
+    n_parameters = sum(math.prod(tensor.shape) for tensor in tensors.values())
     return n_parameters, sum(file.stat().st_size for file in source.weight_files)
 
 
