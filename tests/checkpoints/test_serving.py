@@ -220,6 +220,10 @@ def test_llama_quantize_makes_the_types_and_bytes_that_were_said(
     assert gguf_bytes(headers(dtype), disk, options) == own_bytes(made)
     whole = dict.fromkeys(disk, Option("whole"))
     assert gguf_bytes(headers(dtype), disk, whole) == own_bytes(in_gguf(dtype)) > own_bytes(made)
+    eight = Option.parse("8")
+    smaller = quantised(tensor_types(headers(dtype), disk, options, eight), dtype)
+    assert {smaller[name][0] for name in others} == {"F32", "Q8_0"}
+    assert gguf_bytes(headers(dtype), disk, options, eight) == own_bytes(smaller) < own_bytes(made)
 
 
 def test_the_last_word_for_llama_quantize_is_quantised_or_it_would_not_read_the_types() -> None:

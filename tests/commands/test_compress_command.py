@@ -146,6 +146,7 @@ def test_errors_of_another_model_or_option_are_not_taken(
         ("--bits 3 --by pmq --options 4,copy", "scores widths"),
         ("--bits 3 --by pmq --grain layer", "take --grain expert"),
         ("--bits 3 --least 3 --options 4,8", "is none of the options"),
+        ("--bits 3 --rest 8", "add --for llama.cpp"),
         ("--max-bytes many", "is not a size"),
         ("--sweep 4GB,4GB", "a size twice"),
         ("--bits 3 --text x.jsonl", "add --sweep"),
@@ -197,8 +198,12 @@ def test_a_checkpoint_for_llama_cpp_is_the_base_with_a_list_of_types(
         == load_file(base / "model.safetensors").keys()
     )
     types = (tmp_path / "typed" / "tensor-types.txt").read_text()
-    assert types.count("_exps=") == 6
+    assert types.count("_exps=") == 6 and types.endswith("weight=f32\n")
     assert "llama-quantize" in printed and "convert_hf_to_gguf.py" in printed
+    expertcut(f"{command} --bits 6 --rest 8 --out smaller")
+    assert "weight=q8_0" in (tmp_path / "smaller" / "tensor-types.txt").read_text()
+    sizes = [load_plan(tmp_path / name).compression for name in ("typed", "smaller")]
+    assert sizes[0] is not None and sizes[1] is not None and sizes[1].bytes < sizes[0].bytes
 
 
 def plant(source: Path, folder: Path) -> Path:

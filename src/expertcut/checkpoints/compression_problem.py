@@ -163,11 +163,16 @@ class CompressionProblem:
         assert draft.compression is not None, "of these options"
         return CompressEdit(draft.edits, draft.compression)
 
+    @property
+    def _rest(self) -> Option:
+        """The option of all other matrices in a GGUF file."""
+        return Option("bits", bits=self.settings.rest) if self.settings.rest else Option("whole")
+
     @cached_property
     def _rest_bytes(self) -> int:
         """Bytes of all other tensors in a GGUF file."""
         first = {block.name: self.menu[0] for block in self.blocks}
-        whole = serving.gguf_bytes(self.source.headers, self.on_disk, first)
+        whole = serving.gguf_bytes(self.source.headers, self.on_disk, first, self._rest)
         return whole - int(self.bytes_UO[:, 0].sum())
 
     def check_budget(self) -> None:
@@ -266,8 +271,8 @@ class CompressionProblem:
     def serving_files(self, chosen: Options) -> dict[str, bytes]:
         """What the loader's own tools read: types for llama-quantize, or a recipe of GPTQ."""
         if self.settings.loader == "llama.cpp":
-            types = serving.tensor_types(self.source.headers, self.on_disk, self._by_block(chosen))
-            return {serving.TENSOR_TYPES: types}
+            own = (self.source.headers, self.on_disk, self._by_block(chosen), self._rest)
+            return {serving.TENSOR_TYPES: serving.tensor_types(*own)}
         if self.settings.loader == "vllm":
             config = quantization_config(self._rewrite(chosen.option_U))
             return {serving.RECIPE: serving.quantisation_recipe(config)}

@@ -63,12 +63,15 @@ def ascend_map(layers: Sequence[Rows]) -> object:
 
 
 def tensor_types(
-    headers: Headers, blocks: Mapping[str, DiskBlock], options: Mapping[str, Option]
+    headers: Headers,
+    blocks: Mapping[str, DiskBlock],
+    options: Mapping[str, Option],
+    rest: Option = _WHOLE,
 ) -> bytes:
-    """`tensor-types.txt` for llama-quantize, from the option of each block.
+    """`tensor-types.txt` for llama-quantize, from the option of each block, and of the `rest`.
 
     A line for each projection, which lies in one tensor with all experts of a layer, and a last one
-    that keeps the dtype of all others: the first line that is found in a tensor's name counts.
+    of all others: the first line that is found in a tensor's name counts.
     """
     numbers = layer_numbers(list(blocks))
     if numbers is None:
@@ -79,18 +82,21 @@ def tensor_types(
         for number, block in zip(numbers, blocks, strict=True)
         for projection, ggml in types[block].items()
     ]
-    return "\n".join([*lines, f"weight={_rest(headers, blocks)}\n"]).encode()
+    whole = rest.ggml_type(256, _dtype(headers, blocks))
+    return "\n".join([*lines, f"weight={whole}\n"]).encode()
 
 
 def gguf_bytes(
-    headers: Headers, blocks: Mapping[str, DiskBlock], options: Mapping[str, Option]
+    headers: Headers,
+    blocks: Mapping[str, DiskBlock],
+    options: Mapping[str, Option],
+    rest: Option = _WHOLE,
 ) -> int:
     """Bytes of all tensors in the GGUF file that these types give, each padded to 32.
 
     Norms, routers, biases and vectors are float32 there, whatever they are on disk.
     """
     f32 = tuple(block.router_weight for block in blocks.values()) + _F32_IN_GGUF
-    item_bytes = 4 if _rest(headers, blocks) == "f32" else 2
     sizes, experts = [], set[str]()
     for name, block in blocks.items():
         for own in block.by_expert:
@@ -103,7 +109,9 @@ def gguf_bytes(
     for name, stored in headers.items():
         if name not in experts:
             is_f32 = len(stored.shape) < 2 or not name.endswith(".weight") or name.endswith(f32)
-            sizes.append(math.prod(stored.shape) * (4 if is_f32 else item_bytes))
+            shape = (math.prod(stored.shape[:-1]), stored.shape[-1])
+            dtype = "F32" if is_f32 else _dtype(headers, blocks)
+            sizes.append((_WHOLE if is_f32 else rest).gguf_bytes({name: shape}, dtype))
     return sum(-(-size // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT for size in sizes)
 
 
@@ -120,7 +128,7 @@ def llama_cpp_commands(
     types = _ggml_types(headers, blocks, options)
     used = Counter(ggml for own in types.values() for ggml in own.values())
     named = [ggml.upper() for ggml, _ in used.most_common() if "f" not in ggml]
-    rest = _rest(headers, blocks)
+    rest = _WHOLE.ggml_type(1, _dtype(headers, blocks))
     whole, quantised = f"{checkpoint}-{rest}.gguf", f"{checkpoint}.gguf"
     file = f"--tensor-type-file {checkpoint}/{TENSOR_TYPES}"
     return (
@@ -142,10 +150,10 @@ def _ggml_types(
     }
 
 
-def _rest(headers: Headers, blocks: Mapping[str, DiskBlock]) -> str:
-    """The type of what is left as it is: the dtype of experts."""
+def _dtype(headers: Headers, blocks: Mapping[str, DiskBlock]) -> str:
+    """The dtype of experts, which what is left as it is gets too."""
     first = next(iter(blocks.values())).by_expert[0]
-    return _WHOLE.ggml_type(1, headers[next(iter(first.values()))].dtype)
+    return headers[next(iter(first.values()))].dtype
 
 
 def quantisation_recipe(quantization_config: Mapping[str, Any]) -> bytes:

@@ -360,6 +360,9 @@ class CompressSettings(Settings):
         None, "Smallest option of an expert that no token chose.  [default: the smallest]",
         metavar="OPTION",
     )  # fmt: skip
+    rest: int | None = _size(
+        None, "Bits of all other weights, with --for llama.cpp.  [default: as they are]", ge=1, le=8
+    )
     allow: Texts = _size(
         [], "Take a width that --for takes in new versions alone, as 2; repeatable.", metavar="B"
     )
@@ -399,7 +402,7 @@ class CompressSettings(Settings):
         """The `action` of the plan."""
         words = [f"compress --max-bytes {self.max_bytes}" if self.max_bytes else "compress"]
         words += [f"--bits {self.bits:g}"] if self.bits else []
-        for name in ("loader", "options", "grain", "group_size", "least", "by", "weigh"):
+        for name in ("loader", "options", "grain", "group_size", "least", "rest", "by", "weigh"):
             if getattr(self, name) != CompressSettings.model_fields[name].default:
                 words.append(f"{flag_of(CompressSettings, name)} {getattr(self, name)}")
         return " ".join(words)
@@ -423,6 +426,11 @@ class CompressSettings(Settings):
             )
         if len({*self.sizes}) < len(self.sizes):
             raise SettingsError(f"--sweep {self.sweep} has a size twice: name each once")
+        if self.rest is not None and self.loader != "llama.cpp":
+            raise SettingsError(
+                f"--rest {self.rest} makes attention and embeddings smaller, which llama-quantize "
+                "does: add --for llama.cpp, or leave --rest out"
+            )
         if self.by == "pmq" and self.grain_taken == "layer":
             raise SettingsError(
                 "--by pmq chooses among the experts of each layer: take --grain expert and --for "
@@ -440,7 +448,8 @@ class CompressSettings(Settings):
 
     def check_options(self, menu: Sequence[Option], group_size: int) -> None:
         """Refuses what the loader does not take, and options that cannot be chosen so."""
-        check_menu(menu, self.loader, self.grain_taken, group_size, allow=self.allow)
+        rest = [Option("bits", bits=self.rest)] if self.rest else []
+        check_menu([*menu, *rest], self.loader, self.grain_taken, group_size, allow=self.allow)
         if self.by == "pmq" and any(option.kind != "bits" for option in menu):
             raise SettingsError("--by pmq scores widths in bits: leave other options out")
         if self.least is not None and Option.parse(self.least) not in menu:

@@ -258,7 +258,7 @@ class CompressionSweepRun(CellSearch[schema.CompressionSweep]):
             grain=settings.grain_taken,
             group_size=self.problem.group_size,
             sizes=settings.sizes,
-            **settings.model_dump(include={"loader", "by", "least", "weigh", "seed"}),
+            **settings.model_dump(include={"loader", "by", "least", "rest", "weigh", "seed"}),
         )
         chosen_on = ChosenOnResult(split=questions.tuning.split, overlap=self.judge.n_used(used))
         self.sweep = schema.CompressionSweep(asked=request, chosen_on=chosen_on)

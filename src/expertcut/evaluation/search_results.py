@@ -232,6 +232,7 @@ class CompressionRequest(Record):
     by: str
     group_size: int
     least: str | None
+    rest: int | None
     weigh: Weigh
     seed: int
     text: JudgedTexts | None = None
