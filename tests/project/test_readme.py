@@ -4,16 +4,21 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import TypeAdapter
 
 import expertcut
+from expertcut import cli
 from expertcut.cli import main
 from expertcut.commands.merge import MergeSettings
 from expertcut.commands.prune import PruneSettings
 from expertcut.commands.reweight import ReweightSettings
 from expertcut.edits.criteria import CRITERIA
+from expertcut.models.routing_rule import RULE_KINDS
 from expertcut.recipes.recipe_schema import (
     EvalSection,
     HealSection,
@@ -22,7 +27,7 @@ from expertcut.recipes.recipe_schema import (
     PublishSection,
     Recipe,
 )
-from expertcut.settings import option_details
+from expertcut.settings import flag_of, option_details
 from tests.project.test_architecture import ORDER
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +55,7 @@ OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seconds", "--seeds", "--worlds"
 OPTIONS_OF_OTHERS |= {"--init-expert-location", "--ep-num-redundant-experts"}
 OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 135
-MAX_PAGES = 18  # beside log.md
+MAX_PAGES = 20  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:
@@ -162,6 +167,26 @@ def test_every_option_in_the_docs_is_one_of_a_command(help_texts: dict[str, str]
         if option not in known | EARLIER_OPTIONS | OPTIONS_OF_OTHERS
     }
     assert sorted(unknown) == []
+
+
+def test_papers_names_commands_options_criteria_and_rules_that_exist() -> None:
+    settings = {name: cls for _, name, cls, _ in cli.COMMANDS}
+    names = "|".join(COMMANDS)
+    spans = re.findall(rf"`((?:{names})(?: [^`\n]+)?)`", read("docs/papers.md"))
+    assert len(spans) > 30
+    for words in map(shlex.split, spans):
+        fields = {
+            flag_of(settings[words[0]], name): name for name in settings[words[0]].model_fields
+        }
+        for flag, value in pairwise([*words[1:], ""]):
+            if flag.startswith("--"):
+                field = settings[words[0]].model_fields[fields[flag]]
+                if flag == "--rule":
+                    assert value in RULE_KINDS, words
+                elif flag == "--by" and field.metadata:
+                    TypeAdapter(Annotated[field.annotation, *field.metadata]).validate_python(value)
+                elif flag == "--by":
+                    TypeAdapter(field.annotation).validate_python(value)
 
 
 def test_every_option_says_what_it_does(help_texts: dict[str, str]) -> None:
