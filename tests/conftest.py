@@ -198,6 +198,8 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object)
             tensor.data.copy_(order_VE[:, : tensor.shape[1]])
         elif name.endswith("per_expert_scale"):
             tensor.data.uniform_(0.5, 1.5)
+        elif name.endswith("layer_scalar"):
+            tensor.data.fill_(0.5)
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

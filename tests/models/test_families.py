@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from expertcut.models.hooks import Routing, observe_routers
-from tests.conftest import FAMILIES, PADDED_FAMILIES, open_model
+from tests.conftest import FAMILIES, PADDED_FAMILIES, Commands, open_model
 from tests.support.matrix import facts_line, facts_of, table
 
 Checkpoints = Callable[..., Path]
@@ -44,3 +44,12 @@ def test_experts_are_chosen_and_weighed_by_alpha_as_the_page_says(
         assert bool(is_even_T.all()) == (family != "phimoe")
         is_constant = bool((ratio_TK.max() / ratio_TK.min() - 1).abs() < 1e-4)
         assert is_constant == block.inflates
+
+
+def test_a_routing_rule_in_a_layer_that_is_the_block_is_refused_in_one_line(
+    expertcut: Commands, checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
+) -> None:
+    model = checkpoint("gemma4_text")
+    said = expertcut(f"route {model} --rule skip --at 0.5 --quiz {quiz_folder}", status=2)
+    assert "beside other modules of the decoder layer" in said.splitlines()[-1]
+    assert not list((tmp_path / "checkpoints").iterdir())

@@ -1,7 +1,7 @@
 """The matrix: every command on tiny models of every family, held to plain transformers by hand.
 
-`python -m tests.support.matrix` runs all of it and writes the tables into docs/families.md;
-`families` writes the first of them; with names of families it only prints their rows.
+`python -m tests.support.matrix` runs all of it and writes the tables into docs/families.md; with
+names of families only their rows of the matrix, with `families` only the table of families.
 tests/models/test_matrix.py holds each number to its limit, and the tables to what is run.
 """
 
@@ -378,8 +378,9 @@ def facts_of(model: Path) -> dict[str, str]:
     block, family = moe.blocks[-1], moe.model.config.model_type
     names = [b.name for b in moe.blocks]
     on_disk = next(iter(match_blocks(moe.source.headers, names)[0].values()))
-    rule = block.weights
+    factors, rule = block.scaled or ("", block.weights)
     weight = "mixer" if rule is None else "renormalised" if rule.is_renormalised else "α"
+    weight += f" · {factors}" if factors else ""
     added = {"score": "to α", "logits": "to the logits", "table": "no"}[block.selection]
     is_split = block.n_groups > 1
     return {
@@ -457,20 +458,16 @@ def write_families() -> None:
 
 
 def write_page(names: list[str]) -> None:
-    """Measures, prints, and writes the page if all was measured."""
-    if names == ["families"]:
-        write_families()
-        return
-    measured = {}
-    for name, row in rows(names or list(WORLDS)):
-        measured[name] = row
+    """Measures, prints, and writes what was measured into the page."""
+    lines = dict(zip(map(_typed, WORLDS), [""] * len(WORLDS), strict=True))
+    lines |= {line.split("|")[1].strip(): line for line in table("matrix")}
+    for name, row in rows([] if names == ["families"] else names or list(WORLDS)):
         numbers = " ".join(f"{key}={value:.1e}" for key, value in row.found.items())
         sys.stdout.write(f"{name}: {numbers} {row.refused or ''}\n")
         sys.stdout.flush()
-    if not names:
-        lines = [numbers_line(name, row) for name, row in measured.items() if row.facts]
-        write_table("matrix", ["family", *HEADS.values()], lines)
-        write_families()
+        lines[_typed(name)] = numbers_line(name, row) if row.facts else ""
+    write_table("matrix", ["family", *HEADS.values()], [line for line in lines.values() if line])
+    write_families()
 
 
 if __name__ == "__main__":

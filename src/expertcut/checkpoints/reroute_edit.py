@@ -63,15 +63,20 @@ class RerouteEdit(Edit):
         for block in blocks:
             if (at := routing.at_by_layer.get(block.layer)) is not None:
                 routing.rule.check(block, at)
-                self._check_stock(block)
+                self._check_layout(block)
         known = (self.rule, routing.at_by_layer, routing.fit_by_layer)
         return replace(self, declared=ExpertRouting.of(blocks, *known))
 
-    def _check_stock(self, block: MoeBlock) -> None:
+    def _check_layout(self, block: MoeBlock) -> None:
         if self.layout == "stock" and (block.weights is None or block.is_hashed):
             raise ContractError(
                 f"{block.name} works with {block.top_k} experts per token only, whatever its "
                 "config.json says: take --layout routed"
+            )
+        if self.layout == "routed" and block.is_layer:
+            raise ContractError(
+                f"{block.name} holds its router beside other modules of the decoder layer, which "
+                "layout routed does not write: see what rules do there with --sweep"
             )
 
     def simulate(self, simulation: Simulation) -> None:

@@ -280,6 +280,8 @@ def _router_axes(
         if part.startswith("shared_") or n_experts not in shape:
             continue
         if not (_ROUTER.fullmatch(part) or _SELECTION_BIAS.fullmatch(part)):
+            if block.rpartition(".")[2].isdecimal():  # a whole layer, which holds other modules too
+                continue
             raise ContractError(
                 f"{name} has an axis of {n_experts}, as many as there are experts, but belongs to "
                 "neither experts nor router: this form is not supported"

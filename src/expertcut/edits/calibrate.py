@@ -280,7 +280,7 @@ class RemovalTrial:
         # experts a projection of the tokens.
         handle = block.router.register_forward_pre_hook(lambda _module, args: calls.append(args))
         with handle, hooks.replaced_forward(block.experts, nothing):
-            block.module(self.x_TD[None])
+            block.run(self.x_TD[None])
         self.route, own_TD = partial(block.router, *calls[0]), given[0]
         n_rows = max(1, _SCRATCH_BYTES // (block.n_experts * x_TD.shape[1] * 8))
         parts = zip(self.x_TD.split(n_rows), own_TD.split(n_rows), strict=True)
@@ -368,6 +368,6 @@ def _gram(block: MoeBlock, x_RD: Tensor, own_RD: Tensor) -> Tensor:
 def _given(block: MoeBlock, x_RD: Tensor, output_RW: Tensor) -> Tensor:
     """The block's output (R, D) float64 for a given output of its experts."""
     with hooks.replaced_forward(block.experts, lambda *_: output_RW):
-        output = block.module(x_RD[None])
+        output = block.run(x_RD[None])
     y_RD: Tensor = (output[0] if isinstance(output, tuple) else output)[0]
     return y_RD.double().cpu()

@@ -15,8 +15,15 @@ from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
-from expertcut.models.hooks import Routing, own_forward, registered, replaced_forward
+from expertcut.models.hooks import (
+    Routing,
+    give_logits,
+    own_forward,
+    registered,
+    replaced_forward,
+)
 from expertcut.models.moe_block import MoeBlock, Residual, Step
+from expertcut.models.validate import ALL_TOP_K_FIELDS
 
 _N_DIGITS = 5  # of factors that two runs tell
 _Run = tuple[nn.Module, Tensor, Tensor]  # a module, its first input and its output
@@ -50,7 +57,7 @@ class Probe:
         sums = (output for module, *_, output in self.calls if module is self.block.experts)
         if not isinstance(expert_sum := next(sums, None), Tensor):
             return None, None
-        if self.decoder is self.block.module:
+        if self.block.is_layer:
             return None, self._residual()
         zeros = torch.zeros_like(expert_sum)
         with replaced_forward(self.block.experts, lambda *_, **__: zeros):
@@ -91,7 +98,8 @@ class Probe:
         if factor is None:
             return None
         for module, x, shared in self._streams(without):
-            if x.shape == layer_output_0.shape and (own := _share(x, shared, layer_output_0)):
+            is_wide = x.numel() == layer_output_0.numel()
+            if is_wide and (own := _share(x, shared, layer_output_0)):
                 return Residual(module, round(factor / own, _N_DIGITS), tuple(steps))
         return None
 
@@ -128,11 +136,10 @@ class Probe:
     def _streams(self, runs: list[_Run]) -> Iterator[tuple[nn.Module, Tensor, list[Tensor]]]:
         """Modules that may read the residual stream, with what else may be added to it."""
         block = self.block
-        is_beside = block.module is self.decoder
-        reader = block.experts if is_beside else block.module
+        reader = block.experts if block.is_layer else block.module
         read = next(x for module, x, _ in runs if module is reader)
         norms = [(module, x) for module, x, y in runs if y is read and module is not reader]
-        reader = block.router if is_beside else reader
+        reader = block.router if block.is_layer else reader
         children = set(self.decoder.children()) | set(block.module.children())
         for module, x in (*norms, (reader, next(x for m, x, _ in runs if m is reader))):
             others = [y for m, _, y in runs if m in children and m is not module and y is not x]
@@ -192,14 +199,18 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
             )
         probed = explain_gate(block, routing, model_type)
         output_factor, residual = probes[block.layer].connections()
-        found.append(replace(probed, output_factor=output_factor, residual=residual))
+        probed = replace(probed, output_factor=output_factor, residual=residual)
+        if residual is not None and block.is_layer:
+            is_norm = residual.norm is not block.router
+            probed = replace(probed, norm=residual.norm if is_norm else nn.Identity())
+        found.append(probed)
     return tuple(found)
 
 
 def _decoder_layer(model: nn.Module, block: MoeBlock) -> nn.Module:
-    """The layer that holds the block, or is it: router and experts beside other modules."""
-    parent = model.get_submodule(block.name.rpartition(".")[0])
-    return block.module if isinstance(parent, nn.ModuleList) else parent
+    if block.is_layer:
+        return block.module
+    return model.get_submodule(block.name.rpartition(".")[0])
 
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
@@ -215,8 +226,26 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
-def _routers(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.children() if m is not module.experts and hasattr(m, "top_k")]
+def _routers(module: Any) -> list[nn.Module]:
+    children = [m for m in module.children() if m is not module.experts]
+    n_experts = len(next(module.experts.parameters(), ()))
+    return [m for m in children if hasattr(m, "top_k")] or [
+        m for m in children if experts_per_token(m) and _scores(m, n_experts)
+    ]
+
+
+def _scores(module: nn.Module, n_experts: int) -> bool:
+    """Whether a module has a matrix of one row for each expert, in a Linear or by itself."""
+    parts = (module, *(m for m in module.children() if isinstance(m, nn.Linear)))
+    own = [p for part in parts for p in part.parameters(recurse=False)]
+    return any(p.ndim == 2 and len(p) == n_experts for p in own)
+
+
+def experts_per_token(router: Any) -> int:
+    """The router's K, by itself or by its config; 0 if neither says it."""
+    config = getattr(router, "config", None)
+    named = (getattr(config, field, None) for field in ALL_TOP_K_FIELDS)
+    return int(getattr(router, "top_k", next((k for k in named if type(k) is int), 0)))
 
 
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
@@ -231,7 +260,9 @@ def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
             "must be one router and one length"
         )
     router: Any = found[0]
-    n_experts, top_k = lengths.pop(), int(router.top_k)
+    n_experts, top_k = lengths.pop(), experts_per_token(router)
+    if not hasattr(router, "top_k"):
+        give_logits(router)
     if not 1 <= top_k <= n_experts:
         raise ContractError(f"{name} cannot route each token to {top_k} of {n_experts} experts")
     n_groups = int(getattr(router, "num_group", 1) or 1)

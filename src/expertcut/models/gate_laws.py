@@ -2,7 +2,8 @@
 
 With α the score of an expert (a function of the router's logits) and w its gate weight:
 
-    weights     w is c·α of the chosen experts, or c·α divided by its sum over them
+    weights     w is c·α of the chosen experts, or c·α divided by its sum over them, and possibly
+                times a tensor (E,) of the router
     choice      the chosen are the top-k of α + selection bias within the allowed groups
     table       ... or those of a table of token ids (hash-routed blocks)
     repeatable  the same input is routed in the same way twice
@@ -34,7 +35,13 @@ from expertcut.models import hooks, moe_block
 from expertcut.models.hooks import Routing, own_forward, replaced_forward, route
 from expertcut.models.kernels import by_expert
 from expertcut.models.modeling_routed import SCORES, Scoring
-from expertcut.models.moe_block import MoeBlock, RouterCall, Selection, WeightRule
+from expertcut.models.moe_block import (
+    SELECTION_BIAS,
+    MoeBlock,
+    RouterCall,
+    Selection,
+    WeightRule,
+)
 
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 See = Callable[[MoeBlock, Routing], None]  # a block whose `call` is that of the routing
@@ -77,8 +84,8 @@ def _explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBloc
     ops = hooks.logits_ops(block.router, block.call)
     op = next((op for op in ops if _acts(block, op, is_table)), None)
     routings = [routing, *_synthetic_routings(block, op)]
-    scoring, weights = _find_weights(block, routings, model_type)
-    block = replace(block, scoring=scoring, weights=weights, logits_op=op)
+    scoring, weights, scaled = _find_weights(block, routings, model_type)
+    block = replace(block, scoring=scoring, weights=weights, scaled=scaled, logits_op=op)
     is_cut_softmax = scoring == "softmax" and weights is not None and not weights.is_renormalised
     has_bias = block.selection_bias() is not None
     ways: Sequence[Selection] = ("score", "logits") if has_bias else ("score",)
@@ -96,7 +103,9 @@ def check_gate(block: MoeBlock, routing: Routing) -> None:
 def _check_gate(block: MoeBlock, routing: Routing) -> None:
     if block.is_hashed != _is_table(block, routing):
         raise broken(block, "choice", "a table of token ids chooses its experts only sometimes")
-    off = 0.0 if block.weights is None else _misfit(block.scoring, block.weights, routing)
+    name, rule = block.scaled or (None, block.weights)
+    seen = _unscaled(block, name, routing)
+    off = 0.0 if rule is None else _misfit(block.scoring, rule, seen)
     if off > _tolerance(routing):
         raise _broken_weights(block, block.scoring, off)
     if not block.is_hashed:
@@ -180,9 +189,28 @@ def _is_linear(block: MoeBlock, routing: Routing) -> bool:
 
 def _find_weights(
     block: MoeBlock, seen: Sequence[Routing], model_type: str
-) -> tuple[Scoring, WeightRule | None]:
+) -> tuple[Scoring, WeightRule | None, tuple[str, WeightRule] | None]:
     if _is_exempt("weights", model_type):
-        return "softmax", None
+        return "softmax", None, None
+    names = [n for n, t in block.router_tensors() if t.shape == (block.n_experts,)]
+    for name in (n for n in names if n != "bias" and n not in SELECTION_BIAS):
+        try:
+            scoring, rule = _plain_weights(block, [_unscaled(block, name, r) for r in seen])
+            return scoring, None, (name, rule)
+        except ContractError:
+            continue
+    return *_plain_weights(block, seen), None
+
+
+def _unscaled(block: MoeBlock, name: str | None, routing: Routing) -> Routing:
+    """The routing with weights divided by the router's own factor of each expert."""
+    if name is None:
+        return routing
+    scale_E = next(t for n, t in block.router_tensors() if n == name).to(routing.weights_TK)
+    return replace(routing, weights_TK=routing.weights_TK / scale_E[routing.experts_TK])
+
+
+def _plain_weights(block: MoeBlock, seen: Sequence[Routing]) -> tuple[Scoring, WeightRule]:
     weights = torch.cat([r.weights_TK.double().flatten() for r in seen])
     fits = []
     for is_renormalised, scoring in product((False, True), SCORES):
@@ -297,7 +325,9 @@ def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> hooks.Sc
     """Checks the laws of once and sum in each block's first forward, and passes its routing on."""
     is_summed = not _is_exempt("sum", model_type)
     return hooks.registered(
-        replaced_forward(block.module, _verified(block, is_summed, see)) for block in blocks
+        # A whole layer may do more with the sum.
+        replaced_forward(block.module, _verified(block, is_summed and not block.is_layer, see))
+        for block in blocks
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from expertcut.errors import ContractError
-from expertcut.models.find_blocks import routers
+from expertcut.models.find_blocks import experts_per_token, routers
 from expertcut.models.validate import expert_count, family_config, lost_weights, with_expert_count
 
 # Raised by transformers if a config or tensors do not fit.
@@ -59,7 +59,7 @@ def router_widths(config: Mapping[str, Any]) -> list[int]:
     """Experts per token of each router, by config.json; none if transformers has no code for it."""
     with _meta_model(config) as model:
         found: Iterable[Any] = () if model is None else routers(model)
-        return [router.top_k for router in found]
+        return [experts_per_token(router) for router in found]
 
 
 def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: str) -> None:

@@ -76,13 +76,29 @@ class MoeBlock:
     # larger (OLMoE, Qwen2-MoE, ...).
     inflates: bool = False
     weights: WeightRule | None = None  # gives gate weights from α; None is another rule
+    # The name of a tensor (E,) of the router that multiplies such weights; `weights` is None then.
+    scaled: tuple[str, WeightRule] | None = None
     selection: Selection = "score"  # α or logits, each plus selection bias; or a table of token ids
     residual: Residual | None = None
     output_factor: float | None = 1.0  # multiplies the experts' sum; None is a projection or norm
     call: RouterCall = field(default=RouterCall(()), compare=False, repr=False)  # on the probe
     logits_op: LogitsOp | None = None  # where logits can be changed; None is nowhere
     is_linear: bool = True  # logits are gate matrix times input plus bias
+    norm: nn.Module | None = None  # of a whole layer: gives the experts' input from the router's
     most: int | None = None  # places per token that a routing rule gives; None is `top_k`
+
+    def run(self, x_BTD: Tensor) -> Any:
+        """The output for inputs of its router; Σ experts alone in a layer that holds more."""
+        if self.norm is None:
+            return self.module(x_BTD)
+        x_TD = x_BTD.flatten(0, -2)
+        _, weights_TK, experts_TK = self.router(x_TD)
+        return self.experts(self.norm(x_TD), experts_TK, weights_TK).view_as(x_BTD)
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether `module` is a decoder layer, which holds router and experts beside others."""
+        return self.name.rpartition(".")[2].isdecimal()
 
     @property
     def is_hashed(self) -> bool:
