@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from expertcut.checkpoints.edit import simulated
+from expertcut.checkpoints.build import BuildOptions, build, engine_as_profiled
+from expertcut.checkpoints.compress_edit import CompressEdit
+from expertcut.checkpoints.edit import Calibration, simulated
 from expertcut.checkpoints.exact import FAMILIES as WITH_CONSTANTS
-from expertcut.checkpoints.export import check_export
+from expertcut.checkpoints.export import check_export, edits_of
 from expertcut.edits.compression import Loader
-from expertcut.edits.plan import BlockEdit, EditPlan
+from expertcut.edits.plan import BlockEdit, EditPlan, load_plan
+from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError, ExpertcutError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import observe_routers
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.models.modeling_packed import PACKING_KEY
-from tests.conftest import open_model
+from expertcut.profiling.storage import load_profile
+from tests.conftest import Commands, open_model, write_quiz
 from tests.support.exact_models import logprobs
 from tests.support.packed_models import (
     CONSTANTS,
@@ -37,7 +42,7 @@ from tests.support.packed_models import (
 from tests.support.rewrites import Fitted, export
 
 Checkpoints = Callable[..., Path]
-ONE_BY_ONE = ("olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "jamba")
+ONE_BY_ONE = ("olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "jamba", "axk1")
 FIRST = "model.layers.0.mlp.experts.0.down_proj.weight"  # 1 bit in a checkpoint of every option
 
 pytestmark = pytest.mark.usefixtures("modules_cache")
@@ -381,3 +386,61 @@ def test_what_layout_packed_cannot_hold_is_refused_before_a_model_is_loaded(
     plan = EditPlan("", "", "", "all", uneven.edits, "packed", compression=for_vllm)
     with pytest.raises(ContractError, match="vLLM loads one for all experts"):
         check_export(find_source(str(checkpoint("olmoe"))), plan, 8, tmp_path / "out")
+
+
+OPTIONS = ("2", "lowrank:0.4:0.2", "copy", "mean", "whole", "4")
+
+
+def test_the_held_out_check_compares_with_the_unpacked_experts(
+    checkpoint: Checkpoints, tmp_path: Path, expertcut: Commands
+) -> None:
+    base = checkpoint("olmoe")
+    write_quiz(tmp_path / "quiz", {"dev": 5, "val": 4, "test": 2})
+    expertcut(f"profile {base} --quiz quiz --split val --shots 1 --threads 1 --out p")
+    plan = replace(packed_plan(base, OPTIONS), is_calibrated=True)
+    options = BuildOptions(LoadOptions())
+    made = build(load_profile(Path("p")), plan, Path("packed"), options)
+    assert made.proof is not None
+    unedited, unpacked = made.proof.held_out
+    assert unpacked.max_abs_logprob_diff < 1e-4 < 0.1 < unedited.max_abs_logprob_diff
+    found = load_plan(Path("packed"))
+    assert found.blocks == plan.edits and found.compression == plan.compression
+    tensors = load_file(tmp_path / "packed" / "model.safetensors")
+    fitted = {n: t for n, t in tensors.items() if "approx_" in n or "weight_rows" in n}
+    assert sum("approx_scale" in n and bool(t.any()) for n, t in fitted.items()) >= 1
+    assert sum("approx_value" in n and bool(t.any()) for n, t in fitted.items()) >= 3
+    # Those that the tokens weigh most, as measured again.
+    (edit,) = edits_of(plan)
+    profile = load_profile(Path("p"))
+    engine = engine_as_profiled(profile, find_source(str(base)), LoadOptions())
+    questions = questions_for(profile, is_fitting=True)
+    again = edit.fit(engine, Calibration(profile, questions, engine.moe.source))
+    assert isinstance(again, CompressEdit)
+    for block, own in again.rows.items():
+        for expert, by_part in own.items():
+            for part, rows_K in by_part.items():
+                name = f"{block}.experts.{expert}.{part}_proj.weight_rows"
+                assert torch.equal(fitted[name], rows_K)
+
+
+@pytest.mark.parametrize("loader", ["transformers", "vllm"])
+def test_a_packed_checkpoint_is_profiled_pruned_and_evaluated(
+    packed: Callable[..., Packed], tmp_path: Path, expertcut: Commands, loader: Loader
+) -> None:
+    options = WIDTHS if loader == "vllm" else (*EVERY_OPTION, *CONSTANTS)
+    made = packed("olmoe", options, loader)
+    shutil.copytree(made.folder, tmp_path / "model")
+    write_quiz(tmp_path / "quiz", {"dev": 5, "val": 3, "test": 2})
+    expertcut("profile model --quiz quiz --split val --shots 1 --threads 1 --out p")
+    n_bytes = (made.folder / "model.safetensors").stat().st_size
+    said = expertcut(f"prune --profile p --max-bytes {n_bytes * 9 // 10} --out cut")
+    size = (tmp_path / "cut" / "model.safetensors").stat().st_size
+    assert size <= n_bytes * 9 // 10 and f"{size / 1000:.1f} kB" in said
+    expertcut("eval model cut --quiz quiz --shots 1 --out results.json")
+    found = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert [model["bytes"] for model in found] == [n_bytes, size]
+    refused = expertcut("merge --profile p --keep 4 --out merged", status=2)
+    assert "has packed experts (compress), which cannot be merged" in refused
+    if loader == "vllm":
+        refused = expertcut("prune --profile p --keep 4 --layout exact --out no", status=2)
+        assert "cannot be cut with layout exact" in refused

@@ -128,11 +128,12 @@ def _factors(
     made = {"weight_u": u_RP.to(dtype).contiguous(), "weight_v": v_PC.to(dtype).contiguous()}
     if kept := option.n_rows(shape):
         rest_RC = wide - made["weight_u"].double() @ made["weight_v"].double()
-        seen_RM = rest_RC
-        if inputs_MC is not None and len(inputs_MC):
-            seen_RM = rest_RC @ inputs_MC.double().T
-        rows_K = seen_RM.norm(dim=1).topk(kept).indices.sort().values
-        made["weight_s"] = rest_RC[rows_K].to(dtype)
+        if rows_K is None:
+            seen_RM = rest_RC
+            if inputs_MC is not None and len(inputs_MC):
+                seen_RM = rest_RC @ inputs_MC.double().T
+            rows_K = seen_RM.norm(dim=1).topk(kept).indices.sort().values
+        made["weight_s"] = rest_RC[rows_K.long()].to(dtype)
         made["weight_rows"] = rows_K.to(torch.int32)
     return made
 

@@ -359,11 +359,10 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
         if source.packing is None:
             validate.check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
-        if source.packing is not None and PACKING_KEY not in raw:  # as vLLM reads it
-            del config.quantization_config
-            setattr(config, PACKING_KEY, dataclasses.asdict(source.packing))
         if not may_run_code and type(config) not in _MODELS._model_mapping:
             raise validate.not_a_text_model(folder, config.to_dict())
+        if source.packing is not None and PACKING_KEY not in raw:
+            config = _unpacking(config, source.packing)
         with torch.device("meta"):  # tensors with shapes and no bytes
             if (model_class := _class_of(config)) is _MODELS:
                 model = _MODELS.from_config(config, trust_remote_code=may_run_code)
@@ -373,12 +372,21 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     return config, may_run_code
 
 
+def _unpacking(config: Any, packing: Packing) -> Any:
+    """The config of weights as vLLM reads them, for the class that unpacks them."""
+    said = {
+        k: v for k, v in config.to_dict().items() if k not in ("quantization_config", "model_type")
+    }
+    unpacking = getattr(modeling_packed, f"Packed{type(config).__name__}")
+    return unpacking.from_dict({**said, PACKING_KEY: dataclasses.asdict(packing)})
+
+
 def _class_of(config: Any) -> Any:
     """What loads a model; for weights as vLLM reads them the class that unpacks its family's."""
-    is_own = type(config).__name__.startswith("Packed")  # its code brings the class
-    if is_own or not hasattr(config, PACKING_KEY):
+    if type(config).__module__ != modeling_packed.__name__:
         return _MODELS
-    return getattr(modeling_packed, f"Packed{_MODELS._model_mapping[type(config)].__name__}")
+    family = _MODELS._model_mapping[type(config).__base__]
+    return getattr(modeling_packed, f"Packed{family.__name__}")
 
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
