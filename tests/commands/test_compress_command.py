@@ -185,6 +185,9 @@ def test_a_checkpoint_for_vllm_has_one_width_a_layer_and_a_recipe(
     assert "transformers alone cannot load it" in " ".join(printed.split())
     recipe = (tmp_path / "both" / "recipe.yaml").read_text()
     assert "GPTQModifier" in recipe and "num_bits: 8" in recipe
+    expertcut("publish both me/both --dry-run")
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "vllm serve" in card and "AutoModelForCausalLM" not in card
 
 
 def test_a_checkpoint_for_llama_cpp_is_the_base_with_a_list_of_types(
@@ -327,6 +330,15 @@ def test_a_merged_checkpoint_is_compressed_too(
         "the same experts unpacked in the unedited model"
     )
     assert plan.proof.held_out[1].max_abs_logprob_diff < 1e-4
+    assert "sum of experts" in expertcut("show both --wide")
+    expertcut("publish both me/both --dry-run")
+    card = " ".join((tmp_path / "both" / "README.md").read_text().replace("\\", "").split())
+    assert "modeling_packed.py and the file that it imports" in card
+    assert "loaded and scored here" in card
+    # The next edit takes no part of what was chosen here along.
+    again = measured(tmp_path / "both", quiz_folder, tmp_path / "q", threads=1).path
+    expertcut(f"prune --profile {again} --keep 3 --no-verify --out cut")
+    assert not (tmp_path / "cut" / "compress.json").exists()
 
 
 def test_texts_measure_and_judge_as_questions_do(tmp_path: Path, expertcut: Commands) -> None:

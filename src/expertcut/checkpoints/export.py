@@ -16,6 +16,7 @@ from expertcut.checkpoints.permute_edit import PermuteEdit
 from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.reroute_edit import RerouteEdit
 from expertcut.checkpoints.routed import RoutedWriter
+from expertcut.checkpoints.serving import TENSOR_TYPES
 from expertcut.checkpoints.shards import (
     Shard,
     check_space,
@@ -36,7 +37,7 @@ from expertcut.models.meta_model import check_loads
 from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor, dense, packing_of
 
 logger = logging.getLogger(__name__)
-_NOT_COPIED = {*RECORDS, "config.json", "README.md"}
+_NOT_COPIED = {*RECORDS, TENSOR_TYPES, "config.json", "README.md"}
 _COPIED_ENDINGS = {".json", ".txt", ".model", ".jinja"}
 _COPIED_NAMES = ("LICENSE", "LICENCE", "NOTICE")
 WRITERS: Mapping[Layout, LayoutWriter] = {

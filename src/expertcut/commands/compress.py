@@ -126,10 +126,12 @@ def write(
 
     profile, problem, draft = choice.profile, choice.problem, choice.draft
     folder = settings.out or choice.folder
-    files = {COMPRESSION_FILE: choice.file.json_bytes(), **problem.serving_files(choice.chosen)}
+    files, extra = {COMPRESSION_FILE: choice.file.json_bytes()}, extra_files or {}
+    for name, content in problem.serving_files(choice.chosen).items():
+        files[f"gptq-{name}" if name in extra else name] = content  # beside a run's own recipe
     # Of a checkpoint for llama.cpp nothing differs from the base before it is quantised.
     verify = settings.verify and settings.loader != "llama.cpp"
-    options = settings.updated(verify=verify).build_options({**files, **(extra_files or {})})
+    options = settings.updated(verify=verify).build_options({**files, **extra})
     make = write_plan if settings.plan_only else build
     built = make(profile, draft, folder, options)
     settings.say_profile(profile, ui)
