@@ -322,6 +322,22 @@ def two(tmp_path: Path) -> list[str]:
     return [written(tmp_path, source, texts(9, seed)) for seed, source in enumerate("ab")]
 
 
+def test_in_double_precision_every_sum_is_that_in_single_up_to_its_rounding(
+    checkpoint: Checkpoints, two: list[str], tmp_path: Path
+) -> None:
+    found = {
+        dtype: profiled(
+            likely_right(open_model(checkpoint("olmoe"), dtype=dtype)), tmp_path / dtype, *two
+        )
+        for dtype in ("float32", "float64")
+    }
+    for name in ROUTED:
+        single_LE, double_LE = (profile.token_sum(name) for profile in found.values())
+        np.testing.assert_allclose(single_LE, double_LE, rtol=1e-4, atol=1e-5, err_msg=name)
+        is_counted = name in ("tokens", "votes")  # whole numbers, the same in both
+        assert np.array_equal(single_LE, double_LE) == is_counted, name
+
+
 def test_the_numbers_shown_are_those_of_the_paper_and_of_transformers_own_loss(
     moe: MoeModel, two: list[str], tmp_path: Path
 ) -> None:

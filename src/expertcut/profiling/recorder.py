@@ -1,7 +1,6 @@
 """Records what a profile stores of a chunk: routing at answers, and sums over all tokens."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
@@ -194,16 +193,25 @@ def shift(x_TD: Tensor, output_TD: Tensor, factor: float = 1.0) -> Tensor:
     Computed as sin² / (1 + cos), which is accurate for small angles; 0 where x or the sum is 0.
     """
     output_TD = output_TD.to(x_TD.device)
-    norm = partial(torch.linalg.vector_norm, dim=-1, dtype=torch.float32)
-    xx_T, yy_T = norm(x_TD).double() ** 2, norm(output_TD).double() ** 2 * factor**2
+    xx_T, yy_T = _norm(x_TD).double() ** 2, _norm(output_TD).double() ** 2 * factor**2
     # On a CPU twice as fast as vecdot.
-    xy_T = (x_TD.float() * output_TD.float()).sum(dim=-1).double() * factor
+    dtype = _at_least_float32(x_TD)
+    xy_T = (x_TD.to(dtype) * output_TD.to(dtype)).sum(dim=-1).double() * factor
     lengths_T = xx_T * (xx_T + 2 * xy_T + yy_T).clamp(min=0)
     is_defined_T: Tensor = lengths_T > 0
     lengths_T = lengths_T.where(is_defined_T, 1.0)
     cos_T = ((xx_T + xy_T) / lengths_T.sqrt()).clamp(-1, 1)
     sin2_T = (xx_T * yy_T - xy_T**2).clamp(min=0) / lengths_T
     return torch.where(cos_T > 0, sin2_T / (1 + cos_T.abs()), 1 - cos_T) * is_defined_T
+
+
+def _at_least_float32(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _norm(x_MD: Tensor) -> Tensor:
+    norm_M: Tensor = torch.linalg.vector_norm(x_MD, dim=-1, dtype=_at_least_float32(x_MD))
+    return norm_M
 
 
 class TokenSums:
@@ -285,7 +293,7 @@ class TokenSums:
         if not len(tokens_M):
             return
         # Without copies of M times D values, as .float() and .abs() make.
-        norm_M = torch.linalg.vector_norm(output_MD, dim=-1, dtype=torch.float32)
+        norm_M = _norm(output_MD)
         extremes = torch.stack(output_MD.aminmax())
         self.pending.append((call.expert, tokens_M, weights_M, norm_M, extremes))
         if self.in_calibration_T is not None:
