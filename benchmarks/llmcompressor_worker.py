@@ -57,6 +57,7 @@ def main() -> None:
     options.add_argument("out", type=Path, help="a folder for found.safetensors and found.json")
     options.add_argument("--sparsity", type=float, required=True)
     options.add_argument("--batch-size", type=int, default=1)
+    options.add_argument("--dtype", default="float32")
     options.add_argument("--every-expert", action="store_true", help="as is its default")
     options.add_argument("--uncut", action="store_true", help="behind layers that are not cut")
     args = options.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
     ids = [row["input_ids"] for row in rows]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     assert [tokenizer(row["text"])["input_ids"] for row in rows] == ids
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     linearize_moe(model)  # load_quantizable_moe would import torchvision too
     seen, modifier = observe_saliencies(), Observed(sparsity=args.sparsity)
     mask = [[1] * len(row) for row in ids]
