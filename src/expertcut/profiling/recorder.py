@@ -249,7 +249,7 @@ class TokenSums:
         self.part = part
         self.in_calibration_T: Tensor | None = None  # tokens that count in both sums
         self.are_both_equal = False  # every token counts in both
-        # Of one block's experts: id, tokens, weights, norms, least and greatest output value.
+        # Of one block's experts: id, tokens, weights, norms and largest sizes of an output value.
         self.pending: list[tuple[int, Tensor, Tensor, Tensor, Tensor]] = []
         self.routing: hooks.Routing | None = None
         self.stream: tuple[int, Tensor] | None = None
@@ -292,18 +292,11 @@ class TokenSums:
             output_MD = output_MD[is_valid_M]
         if not len(tokens_M):
             return
-        # Without copies of M times D values, as .float() and .abs() make.
+        # Without copies of M times D values, as .float(), .abs() and an index make. By token,
+        # `aminmax` is slower than both of its halves.
         norm_M = _norm(output_MD)
-        extremes = torch.stack(output_MD.aminmax())
-        self.pending.append((call.expert, tokens_M, weights_M, norm_M, extremes))
-        if self.in_calibration_T is not None:
-            if not self.are_both_equal:
-                output_MD = output_MD[self.in_calibration_T.to(tokens_M.device)[tokens_M]]
-            if len(output_MD):
-                largest_E = self.largest[2, call.layer]
-                largest = extremes if self.are_both_equal else torch.stack(output_MD.aminmax())
-                largest = largest.abs().amax().to(largest_E)
-                largest_E[call.expert] = largest_E[call.expert].maximum(largest)
+        largest_M = torch.maximum(output_MD.amax(dim=-1), -output_MD.amin(dim=-1)).abs()  # no −0
+        self.pending.append((call.expert, tokens_M, weights_M, norm_M, largest_M))
 
     def combined(self, layer: int, output_TD: Tensor) -> None:
         """Adds the outputs of a block's experts, after all have run."""
@@ -311,7 +304,7 @@ class TokenSums:
         routing, self.routing = self.routing, None
         if not seen:
             return
-        experts, tokens, weights, norms, extremes = zip(*seen, strict=True)
+        experts, tokens, weights, norms, largest = zip(*seen, strict=True)
         device = self.sums.device
         expert_H = torch.tensor(experts, device=device)
         counts_H = torch.tensor([len(tokens_M) for tokens_M in tokens], device=device)
@@ -323,9 +316,14 @@ class TokenSums:
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        largest_E = self.largest[self.part, layer]
-        largest_H = torch.stack(extremes).abs().amax(dim=1).to(largest_E)
-        largest_E[expert_H] = largest_E[expert_H].maximum(largest_H)
+        largest_TE = self.largest.new_zeros(norm_TE.shape)
+        largest_TE[at_A] = torch.cat(largest).to(largest_TE)
+        self._raise_largest(self.part, layer, largest_TE)
+        if self.in_calibration_T is not None:
+            if not self.are_both_equal:
+                counts_T1 = self.in_calibration_T.to(device)[:, None]
+                largest_TE = largest_TE.where(counts_T1, 0.0)
+            self._raise_largest(2, layer, largest_TE)
         assert routing is not None, "a block's router runs before its experts"
         place_TK = self.places(layer, routing.experts_TK)
         self._add("votes", layer, borda_points(F.pad(weighted_TE, (0, 1)), place_TK)[:, :-1])
@@ -362,6 +360,10 @@ class TokenSums:
             residual = self.blocks[layer].residual
             residual_T = shift(x_TD, added_TD, 0.0 if residual is None else residual.factor)
             self._add(RESIDUAL, layer, weighted_TE * residual_T.to(weighted_TE)[:, None])
+
+    def _raise_largest(self, part: int, layer: int, largest_TE: Tensor) -> None:
+        largest_E = self.largest[part, layer]
+        torch.maximum(largest_E, largest_TE.amax(dim=0), out=largest_E)
 
     def _add(self, name: str, layer: int, amount_TE: Tensor, valid_T: Tensor | None = None) -> None:
         amount_E = amount_TE.sum(dim=0)
