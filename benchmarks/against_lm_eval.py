@@ -8,16 +8,20 @@ each subject. Every run is a process of its own, one after another. Scoring only
 without starting Python and loading the model. No ratio is printed where a prediction differs or a
 log-probability by more than 1e-4.
 
-With --texts, rolling log-likelihoods of 15 documents beside `eval --text`, three rounds in turns.
+With --texts, rolling log-likelihoods beside `eval --text`, three rounds in turns: of documents that
+fill the context, and of questions as texts of 50 to 300 tokens. lm-evaluation-harness runs at its
+default batch size, 1, and at its best, found on a few of the documents.
 """
 
 import argparse
 import json
 import math
+import random
 import re
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +31,9 @@ from benchmarks.common import SUBJECTS, Took, parser, random_olmoe, report, text
 
 BATCH_SIZES = (1, 8, 32)
 TOLERANCE = 1e-4
+FULL_TOKENS = 4096  # the context of the model
+# By kind of documents, how many are tried, and batch sizes: two full rows need 5 GB for logits.
+ROLLING_SIZES = {"full": (2, (1, 2)), "short": (20, (1, 8, 32))}
 TEXT_TOLERANCE = 1e-5  # of the mean loss, which is the relative error of the perplexity
 # lm_eval's command line, with a clock around what scores.
 TIMED_LM_EVAL = """
@@ -64,6 +71,17 @@ with open("rolling.json", "w") as file:
     json.dump({"scoring_s": scoring_s, "loglikelihoods": loglikelihoods, "tokens": tokens,
                "prefix": lm.prefix_token_id, "max_length": lm.max_length}, file)
 """
+
+
+@dataclass(frozen=True)
+class Rolling:
+    """One run of a tool over documents; `loss` is the mean −log p of their tokens."""
+
+    tool: str
+    tokens: int
+    scoring_s: float
+    took: Took
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -155,32 +173,70 @@ def measured(model: Path, shots: int, args: argparse.Namespace, place: Path) -> 
     return rows
 
 
-def rolling(model: Path, args: argparse.Namespace, place: Path) -> list[list[object]]:
-    """Texts: lm_eval's rolling log-likelihood beside `eval --text`, three rounds in turns."""
-    documents = text_rows(args.quiz, args.tokenizer, (200, 700, 1500, 3000, 4096) * 3)
-    (place / "docs.jsonl").write_text(
-        "".join(json.dumps({"text": d["text"]}) + "\n" for d in documents)
-    )
+def documents(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Real texts by kind: four that fill the context, and 60 questions of a quiz."""
+    from transformers import AutoTokenizer
+
+    from expertcut.data import Selection, load_quiz
+
+    encode = AutoTokenizer.from_pretrained(args.tokenizer)
+    full = text_rows(args.quiz, args.tokenizer, (FULL_TOKENS,) * 4)
+    questions = load_quiz(Selection(str(args.quiz), shots=0))
+    texts = ["\n".join((question.text, *question.choices)) for question in questions]
+    random.Random(0).shuffle(texts)
+    short = (text for text in texts if 50 <= len(encode(text).input_ids) <= 300)
+    return {"full": [row["text"] for row in full], "short": list(islice(short, 60))}
+
+
+def lm_eval_rolling(model: Path, file: Path, folder: Path, batch: int, threads: int) -> Rolling:
+    """Rolling log-likelihoods of lm-evaluation-harness."""
+    folder.mkdir()
+    words = [sys.executable, "-c", TIMED_ROLLING, model, file, batch]
+    took = timed(words, threads, folder / "log", folder)
+    found = json.loads((folder / "rolling.json").read_text())
+    tokens = sum(found["tokens"])
+    loss = -sum(found["loglikelihoods"]) / tokens
+    return Rolling(f"lm_eval, batch size {batch}", tokens, found["scoring_s"], took, loss)
+
+
+def expertcut_rolling(model: Path, file: Path, folder: Path, threads: int) -> Rolling:
+    """`expertcut eval --text`."""
+    folder.mkdir()
+    words = [sys.executable, "-m", "expertcut", "eval", model, "--text", file]
+    words += ["--max-tokens", FULL_TOKENS, "--threads", threads]
+    took = timed(words, threads, folder / "log", folder)
+    (store,) = (folder / "results.chunks").iterdir()
+    scoring_s = json.loads((store / "run.json").read_text())["elapsed_s"]
+    (own,) = json.loads((folder / "results.json").read_text())["models"][0]["text"].values()
+    loss = math.log(own["perplexity"])
+    return Rolling("expertcut eval --text", own["tokens"], scoring_s, took, loss)
+
+
+def rolling(
+    model: Path, kind: str, texts: list[str], args: argparse.Namespace, place: Path
+) -> list[list[object]]:
+    """One row per run in turns; ratios are of lm_eval's time by that of ours behind it."""
+    n_few, sizes = ROLLING_SIZES[kind]
+    few, file = place / f"{kind}-few.jsonl", place / f"{kind}.jsonl"
+    for path, own in ((few, texts[:n_few]), (file, texts)):
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+    tried = {
+        n: lm_eval_rolling(model, few, place / f"{kind}-try{n}", n, args.threads).scoring_s
+        for n in sizes
+    }
+    best = min(tried, key=lambda size: tried[size])
+    print(f"{kind} documents, seconds by batch size of lm_eval: {tried}", flush=True)
     rows: list[list[object]] = []
-    for number in range(3):
-        for tool in ("lm_eval", "expertcut"):
-            folder = place / f"{tool}{number}"
-            folder.mkdir()
-            if tool == "lm_eval":
-                words = [sys.executable, "-c", TIMED_ROLLING, model, place / "docs.jsonl", "1"]
-                took = timed(words, args.threads, folder / "log", folder)
-                found = json.loads((folder / "rolling.json").read_text())
-                loss = -sum(found["loglikelihoods"]) / sum(found["tokens"])
-                rows.append([tool, sum(found["tokens"]), found["scoring_s"], took.elapsed_s, loss])
-                continue
-            words = [sys.executable, "-m", "expertcut", "eval", model, "--text"]
-            words += [place / "docs.jsonl", "--max-tokens", "4096", "--threads", args.threads]
-            took = timed(words, args.threads, folder / "log", folder)
-            (store,) = (folder / "results.chunks").iterdir()
-            run = json.loads((store / "run.json").read_text())
-            own = json.loads((folder / "results.json").read_text())["models"][0]["text"]["docs"]
-            loss = math.log(own["perplexity"])
-            rows.append([tool, own["tokens"], run["elapsed_s"], took.elapsed_s, loss])
+    for number in range(args.rounds):
+        theirs = [
+            lm_eval_rolling(model, file, place / f"{kind}{number}-{size}", size, args.threads)
+            for size in dict.fromkeys((1, best))
+        ]
+        ours = expertcut_rolling(model, file, place / f"{kind}{number}", args.threads)
+        for run in (*theirs, ours):
+            times = [run.scoring_s, run.took.elapsed_s, run.took.cpu_s]
+            ratios = [run.scoring_s / ours.scoring_s, run.took.elapsed_s / ours.took.elapsed_s]
+            rows.append([kind, run.tool, run.tokens, *times, *ratios, run.loss])
     return rows
 
 
@@ -191,15 +247,19 @@ def main() -> None:
     options.add_argument("--limit", type=int, help="questions of each subject")
     options.add_argument("--tuning-limit", type=int, default=8, help="to find the batch size with")
     options.add_argument("--texts", action="store_true", help="rolling log-likelihoods instead")
+    options.add_argument("--rounds", type=int, default=3, help="of --texts")
     args = options.parse_args()
-    rows = []
+    rows: list[list[object]] = []
     if args.texts:
         with tempfile.TemporaryDirectory() as folder:
             model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
-            rows = rolling(model, args, Path(folder))
-        columns = {"run": "", "tokens": ",d", "scoring s": ".1f", "process s": ".1f"}
+            for kind, texts in documents(args).items():
+                rows += rolling(model, kind, texts, args, Path(folder))
+        columns = {"documents": "", "run": "", "tokens": ",d", "scoring s": ".1f"}
+        columns |= {"process s": ".1f", "CPU s": ".1f", "× scoring": ".2f", "× process": ".2f"}
         report(args.out, "rolling", columns | {"mean loss": ".7f"}, rows)
-        sys.exit(max(row[4] for row in rows) - min(row[4] for row in rows) > TEXT_TOLERANCE)
+        losses = {kind: [row[-1] for row in rows if row[0] == kind] for kind in ROLLING_SIZES}
+        sys.exit(any(max(own) - min(own) > TEXT_TOLERANCE for own in losses.values()))
     with tempfile.TemporaryDirectory() as folder:
         model = random_olmoe(Path(folder) / "olmoe", args.tokenizer)
         for shots in args.shots:

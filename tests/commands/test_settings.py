@@ -22,7 +22,7 @@ from expertcut.errors import SettingsError
 from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.settings import IN_RECIPE, Settings, option, option_details
-from tests.conftest import Commands
+from tests.conftest import WORDS, Commands
 
 OWN = {name: settings for _, name, settings, _ in COMMANDS}
 NEEDED = {
@@ -289,10 +289,10 @@ def test_the_commands_run_from_python_and_say_nothing(
     [
         ("prune owner/name", "make one with `expertcut profile owner/name --quiz QUIZ`, or add"),
         ("merge owner/name --keep 4", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz"),
-        ("reweight owner/name", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz QUIZ"),
+        ("reweight owner/name", "`, or add --quiz QUIZ or --text FILE, and no --profile"),
         ("audit owner/name", "`expertcut profile owner/name --quiz QUIZ`, or add --quiz QUIZ"),
         ("sweep owner/name", "make one with `expertcut profile owner/name --quiz QUIZ`\n"),
-        ("prune owner/name --profile p --quiz q --keep 4", "add --quiz QUIZ, and no --profile"),
+        ("prune owner/name --profile p --quiz q --keep 4", "--text FILE, and no --profile"),
         ("prune mine --keep 4", "mine is a profile: name it with --profile mine"),
         ("sweep mine", "mine is a profile: name it with --profile mine"),
         (
@@ -300,6 +300,9 @@ def test_the_commands_run_from_python_and_say_nothing(
             "--quiz is for a MODEL that is profiled first: give MODEL and --quiz, or",
         ),
         ("prune --split val --keep 4", "--split is for a MODEL that is profiled first"),
+        ("audit --text t.txt", "--text is for a MODEL that is profiled first: give MODEL and"),
+        ("prune owner/name --text t.txt --profile p --keep 4", "--text FILE, and no --profile"),
+        ("prune owner/name --quiz q --text t --keep 4", "--quiz is for a quiz, and --text reads"),
         ("prune --profile owner/name --keep 4", "no profile in owner/name: it has no profile.json"),
         ("prune owner/name --sweep 0.5", "MODEL does not go with --sweep"),
     ],
@@ -328,3 +331,23 @@ def test_a_model_with_a_quiz_is_profiled_first_and_once(
     assert chunks and chunks == {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
     assert load_plan(Path("a")).chosen_on.sha256 == load_plan(Path("b")).chosen_on.sha256
     assert f"profile   {made} (newest; " in expertcut("prune --keep 5 --plan-only --out c")
+
+
+def test_a_model_with_texts_is_profiled_first_and_once(
+    checkpoint: Callable[..., Path], expertcut: Commands
+) -> None:
+    documents = [f"{WORDS[n % 7]} {WORDS[n % 5]} {n} {WORDS[n % 3]}" for n in range(40)]
+    lines = (json.dumps({"text": text}) + "\n" for text in documents)
+    Path("t.jsonl").write_text("".join(lines))
+    asked = (checkpoint("olmoe"), "--text", "t.jsonl=2")
+    cut = ("--keep", 5, "--by", "reap", "--plan-only", "--seed")
+    first = expertcut("prune", *asked, *cut, 0, "--out", "a")
+    (made,) = Path("profiles").iterdir()
+    assert f"written   {made}\n" in first and f"profile   {made} (" in first
+    assert list(json.loads((made / "profile.json").read_text())["text"]["sources"]) == ["t"]
+    chunks = {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
+    expertcut("prune", *asked, *cut, 1, "--out", "b")  # another seed of the cut, the same profile
+    audit = expertcut("audit", *asked, "--sample", 2, "--by", "reap", "--out", "audit")
+    assert f"profile   {made} (" in audit and "documents" in audit
+    assert chunks and chunks == {file: file.stat().st_mtime_ns for file in made.glob("chunks/*")}
+    assert load_plan(Path("a")).chosen_on.sha256 == load_plan(Path("b")).chosen_on.sha256

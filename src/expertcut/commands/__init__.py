@@ -464,17 +464,25 @@ class ProfiledQuizSettings(JudgedSettings, ScoredSettings, ProfiledSettings):
 
 
 class ModelFirstSettings(ProfiledQuizSettings):
-    """The profile, or the model and the quiz to make it from."""
+    """The profile, or the model and the quiz or the texts to make it from."""
 
-    model: str | None = argument(None, "Model to profile first on --quiz: folder or Hub id.")
+    model: str | None = argument(
+        None, "Model to profile first on --quiz or --text: folder or Hub id."
+    )
+    text: Texts = text_option(
+        [], "Texts to profile MODEL on, as `profile --text`; repeatable.",
+        in_recipe=False, metavar="SPEC[=W]",
+    )  # fmt: skip
 
     def check_model(self) -> None:
-        """Refuses a model without a quiz or beside a profile, and a quiz without a model."""
-        if self.model is None and (given := self.scored_given):
-            how = "give MODEL and --quiz, or leave it out: a profile has its own questions"
+        """Refuses a model with nothing to profile it on or beside a profile, and the reverse."""
+        if self.model is None and (given := self.scored_given or ["--text"] * bool(self.text)):
+            kind, own = ("--text", "texts") if self.text else ("--quiz", "questions")
+            how = f"give MODEL and {kind}, or leave it out: a profile has its own {own}"
             raise SettingsError(f"{given[0]} is for a MODEL that is profiled first: {how}")
-        if self.model is not None and (self.quiz is None or self.profile is not None):
-            how = ", or add --quiz QUIZ, and no --profile, to profile it first"
+        has_source = self.quiz is not None or self.text
+        if self.model is not None and (not has_source or self.profile is not None):
+            how = ", or add --quiz QUIZ or --text FILE, and no --profile, to profile it first"
             raise no_profile(self.model, how)
 
 

@@ -139,11 +139,12 @@ def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
 
 
 def profiled_first(settings: commands.ModelFirstSettings, ui: UI) -> dict[str, list[str] | None]:
-    """The `profile` of the model, made or resumed, and neither model nor quiz; else nothing."""
+    """The `profile` of the model, made or resumed, and no more what it is made from; or nothing."""
     settings.check_model()
     if settings.model is None:
         return {}
-    names = {*ProfileSettings.model_fields} - {"out"}
+    names = {*ProfileSettings.model_fields} - {"out", "seed"}  # an edit's seed is its own
     given = settings.model_dump(include=names, exclude_none=True)
     unset = dict.fromkeys(("model", *commands.ScoredSettings.model_fields))
-    return unset | {"profile": [str(run(ProfileSettings.read(**given), ui).path)]}
+    made = run(ProfileSettings.read(**given), ui)
+    return unset | {"text": [], "profile": [str(made.path)]}

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from expertcut.scoring.rerouting import Rerouting
 
 
-class RouteSettings(CheckpointSettings, ScoredTextSettings, route_settings.RouteSettings):
+class RouteSettings(ScoredTextSettings, CheckpointSettings, route_settings.RouteSettings):
     """Use other experts at run time: fewer, more, or by another rule."""
 
     examples: ClassVar = (
