@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
 
 
-class CompressSettings(CheckpointSettings, ScoredTextSettings, edit_settings.CompressSettings):
+class CompressSettings(ScoredTextSettings, CheckpointSettings, edit_settings.CompressSettings):
     """Store experts in fewer bytes under one budget."""
 
     examples: ClassVar = (
