@@ -196,6 +196,7 @@ def test_a_family_with_a_selection_bias_gets_it_there_and_keeps_its_weights(
 def test_another_family_gets_biases_of_its_gates_in_layout_exact(
     expertcut: Commands,
     traced: Callable[..., Path],
+    quiz_folder: Path,
     tmp_path: Path,
     modules_cache: None,
 ) -> None:
@@ -204,6 +205,12 @@ def test_another_family_gets_biases_of_its_gates_in_layout_exact(
     plan = load_plan(tmp_path / "out")
     assert [sorted(edit.bias) for edit in plan.blocks.values()] == [[*range(E)]] * 2
     assert plan.proof.held_out[1].max_abs_logprob_diff < 1e-4
+    asked = f"--quiz {quiz_folder} --split val --shots 0 --logits"
+    expertcut(f"trace out {asked} --out t2")  # later layers see other tokens now
+    expertcut("reweight --balance 0.1 --trace t2 --layout exact --out out2 --no-verify")
+    expertcut(f"trace out2 {asked} --out t3")
+    first, second, third = (loads(tmp_path / name) for name in ("t", "t2", "t3"))
+    assert max(first) > max(second) > max(third)
     expertcut("report out")
     assert "choices kept" in (tmp_path / "out" / "report.html").read_text()
     again = expertcut("reweight --balance 30 --trace t --layout exact --out none")
