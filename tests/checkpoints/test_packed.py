@@ -267,6 +267,27 @@ def test_kept_constants_of_a_cut_packed_model_are_scaled_and_renamed(
     assert torch.isfinite(logprobs(moe.model)).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "loader"),
+    [((*EVERY_OPTION, *CONSTANTS), "transformers"), (WIDTHS, "vllm")],
+)
+def test_packed_experts_in_another_order_answer_as_before(
+    packed: Callable[..., Packed], tmp_path: Path, options: tuple[str, ...], loader: Loader
+) -> None:
+    made, order = packed("olmoe", options, loader), (3, 0, 7, 1, 6, 2, 5, 4)
+    names = [block.name for block in open_model(made.folder).blocks]
+    edits = {name: BlockEdit(keep=tuple(range(8)), order=order) for name in names}
+    (tmp_path / "placed").mkdir()
+    plan = EditPlan("placed", "place", "by hand", "all", edits)
+    export(made.source, plan, 8, Fitted(), tmp_path / "placed")
+    before, after = made.tensors, load_file(tmp_path / "placed" / "model.safetensors")
+    gate = "model.layers.0.mlp.gate.weight"
+    assert torch.equal(after[gate], before[gate][list(order)])
+    assert sorted(after) != sorted(before) or loader == "vllm"
+    found = logprobs(open_model(tmp_path / "placed").model)
+    assert (found - logprobs(open_model(made.folder).model)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(("options", "loader"), [(CONSTANTS, "transformers"), (WIDTHS, "vllm")])
 def test_it_loads_where_a_device_map_puts_it(
     packed: Callable[..., Packed], tmp_path: Path, options: tuple[str, ...], loader: Loader
@@ -441,6 +462,8 @@ def test_a_packed_checkpoint_is_profiled_pruned_and_evaluated(
     assert [model["bytes"] for model in found] == [n_bytes, size]
     refused = expertcut("merge --profile p --keep 4 --out merged", status=2)
     assert "has packed experts (compress), which cannot be merged" in refused
+    refused = expertcut("heal cut --quiz quiz --out healed", status=2)
+    assert "has packed experts (compress), which cannot be healed" in refused
     if loader == "vllm":
         refused = expertcut("prune --profile p --keep 4 --layout exact --out no", status=2)
         assert "cannot be cut with layout exact" in refused

@@ -72,7 +72,7 @@ def _tables(tensors: TensorChanges, block: DiskBlock) -> list[str]:
         name
         for name, tensor in tensors.headers.items()
         if name.startswith(f"{block.name}.") and tensor.dtype in _INTEGERS
-        if name not in block.axes and len(tensor.shape) == 2
+        if name not in block.axes and len(tensor.shape) == 2 and not name.endswith("_packed")
     ]
 
 

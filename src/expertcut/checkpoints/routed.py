@@ -54,6 +54,7 @@ class RoutedWriter(StockWriter):
 
     def check_routing(self, source: Source, routing: Rerouting) -> None:
         config, rule = read_config(source.path), routing.rule
+        source.refuse_packed("put behind a rule of layout routed")
         if ROUTING_KEY in config:
             raise ContractError(
                 f"{source.id} has a routing rule already ({config[ROUTING_KEY]['rule']}): route "
