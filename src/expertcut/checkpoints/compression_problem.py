@@ -179,7 +179,7 @@ class CompressionProblem:
         """Refuses a budget below the smallest size, before a model is loaded."""
         nothing_UO = np.zeros(self.bytes_UO.shape)
         for budget in self.settings.sizes or (None,):
-            self.choose(nothing_UO, budget, by="error")
+            self.choose(nothing_UO, budget)
 
     def choose(
         self, error_UO: Array, budget: int | None, *, by: str = "", grain: Grain | None = None

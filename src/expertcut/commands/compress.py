@@ -95,18 +95,20 @@ def choose(settings: CompressSettings, ui: UI) -> Choice:
     folder = settings.output_folder(profile, settings.slug, ui)
     ui.quiet()
     problem.check_budget()
-    engine, load_as = None, settings.load_as()
-    if file is None:
-        engine = engine_as_profiled(profile, problem.source, load_as)
-        with ui.parts("measuring", folder) as report:
-            file = stages.measure(problem, engine, report)
     (budget,) = settings.sizes or (None,)
+    is_scored = settings.verify and bool(len(problem.calibration.questions.held_out))
+    engine = measured = None
+    if file is None or is_scored:
+        engine = engine_as_profiled(profile, problem.source, settings.load_as())
+        inputs = stages.stored_inputs(problem, engine)
+    if file is None and engine is not None:
+        with ui.parts("measuring", folder) as report:
+            file = stages.measure(problem, engine, inputs, report)
+    assert file is not None, "measured or read"
     error_UO = problems.errors_of(file, problem)
     chosen = problem.choose(error_UO, budget)
-    is_scored = settings.verify and bool(len(problem.calibration.questions.held_out))
-    if engine is None and is_scored:
-        engine = engine_as_profiled(profile, problem.source, load_as)
-    measured = None if engine is None else stages.block_errors(problem, engine, file, chosen)
+    if engine is not None:
+        measured = stages.block_errors(problem, engine, inputs, file, chosen)
     file = problems.solved(file, problem, chosen, measured)
     if engine is not None and is_scored:
         peers = problem.peers(error_UO, budget, chosen)
@@ -123,6 +125,7 @@ def write(
     from expertcut.checkpoints.build import Built, build, write_plan
     from expertcut.edits.compression import COMPRESSION_FILE
     from expertcut.reporting import compress_tables as tables
+    from expertcut.reporting.edit_tables import unit
 
     profile, problem, draft = choice.profile, choice.problem, choice.draft
     folder = settings.out or choice.folder
@@ -143,6 +146,8 @@ def write(
         ("loads", tables.loads_sentence(draft.compression, draft.edits, was_loaded=was_loaded)),
         *(("", command) for command in problem.commands(choice.chosen, folder)),
     ]
+    if settings.loader == "llama.cpp":
+        facts.append(("gguf", f"{unit(draft.compression.bytes, 'B')} of tensors"))
     ui.say([], [labelled(*fact) for fact in facts])
     settings.say_result(built, folder, profile, [], ui)
     return built or folder

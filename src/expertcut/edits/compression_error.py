@@ -39,7 +39,9 @@ class ExpertTokens:
         """The expert under an option, made of its weights as they are on disk."""
         own = matrices(self.block, self.expert)
         weights = {name: matrix_RC.to(DTYPES[dtype]) for name, matrix_RC in own.items()}
-        inputs = projection_inputs(self.block, self.expert, self.x_MD)
+        inputs = {}
+        if option.row_share:  # whose rows are chosen by them
+            inputs = projection_inputs(self.block, self.expert, self.x_MD)
         return compressed(option, weights, inputs, self.x_MD, self.y_MD, group_size)
 
     @torch.inference_mode()

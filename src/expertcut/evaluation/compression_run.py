@@ -32,6 +32,7 @@ from expertcut.edits.compression import (
     PeerScore,
     load_compression,
 )
+from expertcut.edits.compression_error import Inputs
 from expertcut.edits.edit_settings import CompressSettings
 from expertcut.errors import ContractError
 from expertcut.evaluation import search_results as schema
@@ -55,14 +56,20 @@ _LEAST_SLOPE = 0.01  # of the largest: noise may help by chance
 OnPart = Callable[[int, int], None]
 
 
-def measure(problem: CompressionProblem, engine: Engine, on_part: OnPart) -> CompressionFile:
+def stored_inputs(problem: CompressionProblem, engine: Engine) -> Inputs:
+    """Inputs of all blocks at the tokens that errors are measured on."""
+    return sample_inputs(engine, problem.calibration.questions.tuning)
+
+
+def measure(
+    problem: CompressionProblem, engine: Engine, inputs: Inputs, on_part: OnPart
+) -> CompressionFile:
     """`compress.json` without a choice: errors as shares of each block's output, weighed."""
     tuning = problem.calibration.questions.tuning
     check_matrices(problem, engine)
     found = compression_error.option_errors(
-        engine, sample_inputs(engine, tuning), problem.menu, problem.dtype, problem.group_size,
-        on_part,
-    )  # fmt: skip
+        engine, inputs, problem.menu, problem.dtype, problem.group_size, on_part
+    )
     weight_L = 1 / found.energy_L
     if problem.settings.weigh == "answers":
         weight_L = weight_L * noise_slopes(engine, tuning)
@@ -141,10 +148,13 @@ def check_matrices(problem: CompressionProblem, engine: Engine) -> None:
 
 
 def block_errors(
-    problem: CompressionProblem, engine: Engine, file: CompressionFile, chosen: Options
+    problem: CompressionProblem,
+    engine: Engine,
+    inputs: Inputs,
+    file: CompressionFile,
+    chosen: Options,
 ) -> list[float]:
     """The error of each block with all its options at once, weighed as those of single experts."""
-    inputs = sample_inputs(engine, problem.calibration.questions.tuning)
     blocks, edit = engine.moe.blocks, problem.edit(chosen.option_U, engine)
     before = compression_error.block_outputs(blocks, inputs)
     with simulated(engine.moe, [edit], is_as_written=False):
@@ -165,7 +175,8 @@ def score_peers(
         scorer = _TextScorer(engine, held_out)
     else:
         scorer = _QuizScorer(engine, as_quiz(held_out))
-    found = [PeerScore(plan="base", **scorer.base())]
+    size_bytes = sum(file.stat().st_size for file in problem.source.weight_files)
+    found = [PeerScore(plan="base", bytes=size_bytes, **scorer.base())]
     on_part(1, len(peers) + 1)
     for name, choice in peers.items():
         edit = problem.edit(choice.option_U, engine)
@@ -267,7 +278,8 @@ class CompressionSweepRun(CellSearch[schema.CompressionSweep]):
         if file is None and self.is_resumed and kept.is_file():
             file = load_compression(kept)
         if file is None:
-            file = measure(self.problem, self.engine, on_part)
+            inputs = stored_inputs(self.problem, self.engine)
+            file = measure(self.problem, self.engine, inputs, on_part)
             if self.waits:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 self.note(folder, {})
