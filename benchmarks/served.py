@@ -1,6 +1,6 @@
 """Asks one engine for log-probabilities, in the Python that runs this.
 
-    python benchmarks/served.py vllm|transformers FOLDER CHECKPOINT ...
+    python benchmarks/served.py vllm|transformers FOLDER CHECKPOINT ... [--dtype bfloat16]
 
 benchmarks/against_vllm.py runs it in one Python after another; it needs nothing of expertcut. Reads
 the token ids of the prompts from FOLDER/prompts.json, and prints one line of JSON per checkpoint:
@@ -32,8 +32,8 @@ Prompts = list[list[int]]
 Answers = dict[str, Tensor]
 
 
-def ask_vllm(checkpoint: Path, prompts: Prompts) -> Answers:
-    """In float32 and without compiling, one prompt at a time."""
+def ask_vllm(checkpoint: Path, prompts: Prompts, dtype: str) -> Answers:
+    """Without compiling, one prompt at a time."""
     import vllm
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -41,7 +41,7 @@ def ask_vllm(checkpoint: Path, prompts: Prompts) -> Answers:
     try:
         engine = vllm.LLM(
             str(checkpoint),
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             distributed_executor_backend="uni",
             max_logprobs=-1,
@@ -64,12 +64,12 @@ def ask_vllm(checkpoint: Path, prompts: Prompts) -> Answers:
         cleanup_dist_env_and_memory()
 
 
-def ask_transformers(checkpoint: Path, prompts: Prompts) -> Answers:
+def ask_transformers(checkpoint: Path, prompts: Prompts, dtype: str) -> Answers:
     """Version 4 with the family's own class, as someone loads it who trusts no code."""
     from transformers import AutoModelForCausalLM, __version__
 
     options = {} if __version__.startswith("4.") else {"trust_remote_code": True}
-    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32, **options)
+    model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype, **options)
     found: Answers = {}
     with torch.inference_mode():
         for i, ids in enumerate(prompts):
@@ -79,7 +79,7 @@ def ask_transformers(checkpoint: Path, prompts: Prompts) -> Answers:
     return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-ENGINES: dict[str, Callable[[Path, Prompts], Answers]] = {
+ENGINES: dict[str, Callable[[Path, Prompts, str], Answers]] = {
     "vllm": ask_vllm,
     "transformers": ask_transformers,
 }
@@ -91,13 +91,14 @@ def main() -> None:
     parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--dtype", default="float32")
     args = parser.parse_args()
     version = __import__(args.engine).__version__
     prompts = json.loads((args.folder / "prompts.json").read_text())
     for checkpoint in args.checkpoints:
         error = None
         try:
-            answers = ENGINES[args.engine](checkpoint, prompts)
+            answers = ENGINES[args.engine](checkpoint, prompts, args.dtype)
             save_file(answers, args.folder / checkpoint.name)
         except Exception as refusal:  # whatever an engine says when it refuses
             error = f"{type(refusal).__name__}: {refusal}"
