@@ -96,7 +96,8 @@ class Bench:
         """A sweep over sizes; its errors are measured where no earlier one has them."""
         out = self.place / f"{profile.name}-{name}"
         asked = ("--profile", profile, "--sweep", ",".join(map(str, sizes)), *options)
-        self.run("compress", *asked, "--group-size", GROUP_SIZE, *self.judge, "--out", out)
+        asked += () if "--from" in options else ("--group-size", GROUP_SIZE)
+        self.run("compress", *asked, *self.judge, "--out", out)
         return table(out / "compress_sweep.csv")[1:]
 
     def menu(self, profile: Path, options: str, sizes: Sequence[int], name: str) -> dict[str, Any]:
@@ -113,17 +114,9 @@ class Bench:
             del others["by PMQ"]
         for other, words in others.items():
             key = f"{name}{other}"
-            own = sizes if other != "one for all" else self.fitting(errors, sizes)
-            found[key] = self.compressed(profile, slug(key), own, *words, *asked, "--from", errors)
+            words = (*words, *asked, "--from", errors)
+            found[key] = self.compressed(profile, slug(key), sizes, *words)
         return found
-
-    def fitting(self, errors: Path, sizes: Sequence[int]) -> list[int]:
-        """Sizes that the smallest option for all experts does not exceed, with room for headers."""
-        content = json.loads(errors.read_text())
-        smallest = min(map(sum, zip(*content["bytes"], strict=True)))
-        whole = sum(map(max, content["bytes"]))
-        rest = (BUNDLED / "model.safetensors").stat().st_size - whole
-        return [size for size in sizes if size > smallest + max(rest, 0) * 1.2]
 
 
 def slug(name: str) -> str:

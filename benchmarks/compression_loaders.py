@@ -140,7 +140,7 @@ def part_llama_cpp(models: Mapping[str, tuple[Path, Path]], args: argparse.Names
     python = args.llama / "venv-llama.cpp" / "bin" / "python"
     (source,) = args.llama.glob("llama_cpp_python-*/vendor/llama.cpp")
     tool = llama_quantize(args.llama, args.work / "llama-quantize")
-    menus = {"bundled": (("8", 8), ("4,5,8", 4.6)), "random": (("2,3,4,5,6,8", 4.2),)}
+    menus = {"bundled": (("8", 8), ("4,5,8", 4.6)), "random": (("2,3,4,5,6,8", 3.6),)}
     for name, (_, profile) in models.items():
         for options, bits in menus[name]:
             folder = args.work / f"{name}-{options.replace(',', '')}"
@@ -218,15 +218,21 @@ def part_vllm(models: Mapping[str, tuple[Path, Path]], args: argparse.Namespace)
     model, profile = models["random"]
     folder = args.work / "vllm"
     folder.mkdir()
-    asked = ("--for", "vllm", "--options", 4, "--bits", 4, "--group-size", 128)
-    compressed(profile, folder / "packed", *asked)
-    dense = unpacked(folder / "packed", model, folder / "dense")
+    names = {"base": model}
+    for name, options, bits in (("packed", "4", 4), ("mixed", "4,whole", 10)):
+        asked = ("--for", "vllm", "--options", options, "--bits", bits, "--group-size", 128)
+        plan = compressed(profile, folder / name, *asked)
+        used = {
+            *(option for edit in plan["blocks"].values() for option in edit["options"].values())
+        }
+        must(used == {*options.split(",")}, f"the options of {name}: {used}")
+        names[name] = folder / name
+        names[f"{name}-dense"] = unpacked(names[name], model, folder / f"{name}-dense")
     ids = prompts_of(args.quiz, args.tokenizer, 20)
-    names = {"base": model, "packed": folder / "packed", "dense": dense}
     told: dict[str, dict[str, Any]] = {}
     for engine, python, wanted in (
-        ("vllm", args.vllm, ("base", "packed", "dense")),
-        ("transformers", Path(sys.executable), ("base", "dense")),
+        ("vllm", args.vllm, ("base", "packed", "packed-dense", "mixed")),
+        ("transformers", Path(sys.executable), ("base", "packed-dense", "mixed-dense")),
     ):
         place = folder / engine
         place.mkdir()
@@ -241,9 +247,11 @@ def part_vllm(models: Mapping[str, tuple[Path, Path]], args: argparse.Namespace)
     ours = told["transformers"]
     for name, found, reference in (
         ("base", told["vllm"]["base"], ours["base"]),
-        ("4 bits, unpacked before", told["vllm"]["dense"], ours["dense"]),
-        ("4 bits, packed", told["vllm"]["packed"], ours["dense"]),
-        ("4 bits, by transformers, to the base", ours["dense"], ours["base"]),
+        ("4 bits, unpacked before", told["vllm"]["packed-dense"], ours["packed-dense"]),
+        ("4 bits", told["vllm"]["packed"], ours["packed-dense"]),
+        ("4 bits in one layer", told["vllm"]["mixed"], ours["mixed-dense"]),
+        ("4 bits, by transformers, to the base", ours["packed-dense"], ours["base"]),
+        ("4 bits in one layer, likewise", ours["mixed-dense"], ours["base"]),
     ):
         row("vLLM 0.32.0", name, "median, largest |Δ log p|", moved(found, reference))
 
