@@ -142,8 +142,7 @@ def write(
     assert draft.compression is not None
     was_loaded = isinstance(built, Built) and built.proof is not None
     facts = [
-        ("bits", tables.solved_sentence(draft.compression, choice.file)),
-        ("loads", tables.loads_sentence(draft.compression, draft.edits, was_loaded=was_loaded)),
+        *tables.facts(draft.compression, choice.file, draft.edits, was_loaded=was_loaded),
         *(("", command) for command in problem.commands(choice.chosen, folder)),
     ]
     if settings.loader == "llama.cpp":

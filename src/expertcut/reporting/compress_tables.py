@@ -21,7 +21,7 @@ from expertcut.stats import MARGIN, verdict
 
 _FORMS: Mapping[Loader, str] = {
     "transformers": "loads in transformers 5.22 or later with trust_remote_code",
-    "vllm": "loads in vLLM as its source reads",
+    "vllm": "loads in vLLM (4 bits were run, on a CPU; 8 bits and CUDA are read in its source)",
     "llama.cpp": "llama-quantize makes the GGUF by tensor-types.txt, whose types were measured as "
     "rounding to the nearest of the same width",
 }
@@ -93,16 +93,27 @@ def loads_sentence(
     text = _FORMS[compression.loader]
     if compression.loader == "transformers":
         return f"{text} ({'loaded and scored here' if was_loaded else 'not loaded here'})"
-    text += " (not run here)"
-    if compression.loader == "vllm":
-        widths = {option for edit in blocks.values() for option in (edit.options or {}).values()}
-        text += "; expertcut reads it too"
-        if len(widths) > 1:
-            text += (
-                f"; transformers alone cannot load it, for its layers have {len(widths)} widths: "
-                "--for transformers writes one that it can"
-            )
-    return text
+    if compression.loader == "llama.cpp":
+        return f"{text} (not run here)"
+    widths = {option for edit in blocks.values() for option in (edit.options or {}).values()}
+    if len(widths) == 1:
+        return f"{text}, and in transformers with compressed-tensors"
+    return (
+        f"{text}; transformers alone cannot load it, for its layers have {len(widths)} widths: "
+        "--for transformers writes one that it can"
+    )
+
+
+def facts(
+    compression: Compression,
+    file: CompressionFile,
+    blocks: Mapping[str, BlockEdit],
+    *,
+    was_loaded: bool,
+) -> list[tuple[str, str]]:
+    """How small the experts are, by which program, and where the checkpoint loads."""
+    loads = loads_sentence(compression, blocks, was_loaded=was_loaded)
+    return [("bits", solved_sentence(compression, file)), ("loads", loads)]
 
 
 def tables(file: CompressionFile, blocks: Mapping[str, BlockEdit]) -> list[Table]:

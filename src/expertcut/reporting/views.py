@@ -363,11 +363,16 @@ def _plan(path: Path, margin: float) -> Shown:
     plan, folder = load_plan(path), path if path.is_dir() else path.parent
     tables = [eval_tables.plan_table(plan)]
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
-    if found := compression_in(folder):
+    facts: list[tuple[str, str]] = []
+    if plan.compression and (found := compression_in(folder)):
         tables = [*compress_tables.tables(found, plan.blocks), *tables]
+        was_loaded = bool(plan.proof.held_out or plan.proof.text)
+        how = (plan.compression, found, plan.blocks)
+        facts = compress_tables.facts(*how, was_loaded=was_loaded)
     proofs = proofs_in(path)
     tables += [route_tables.proof_table(proof) for proof in proofs.values()]
     said = [proof.sentence for proof in proofs.values()]
+    said += [labelled(*fact) for fact in facts]
     tables += [balance_table(plan.balance)] if plan.balance else []
     said += balance_sentences(plan.balance) if plan.balance else []
     shown = _shown(plan, tables, eval_tables.plan_csv)
