@@ -21,11 +21,12 @@ import torch
 import typer.main
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.utils import collect_env
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main, progress
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
+from expertcut.models.validate import auto_class
 from expertcut.reporting import plots
 from tests.support.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
@@ -185,7 +186,7 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object)
     """A random model of a family, saved as a stranger would find it."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**(FAMILIES | MORE)[family], **changes})
-    model = AutoModelForCausalLM.from_config(config)
+    model = auto_class(config).from_config(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A selection bias of zero would hide a path that forgets it.
         # So are the whole routers of ERNIE in transformers 5.22.

@@ -30,6 +30,7 @@ FEW_PARTS = ("cut", "sweep", "ablation", "boost")
 _TABLE = "chooses its experts by a table of token ids"
 # What is refused, and by which words.
 REFUSED: dict[str, dict[str, str]] = {
+    "gemma4": {"boost": "caps or scales its logits"},
     "gemma4_text": {"boost": "caps or scales its logits"},
     "laguna": {"boost": "caps or scales its logits"},
     "deepseek_v4": dict.fromkeys(("cut", "sweep", "reconstruction", "merge"), _TABLE),

@@ -273,3 +273,81 @@ MORE: dict[str, dict[str, object]] = {
         "moe_intermediate_size": 16,
     },
 }
+
+# Vision-language checkpoints: the text model is that of another family, and reads no images here.
+_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4}
+_IMAGE_IDS = {
+    name: 280 + i
+    for i, name in enumerate(
+        ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    )
+}
+_THREE_AXES = {
+    "rope_parameters": {
+        "rope_type": "default",
+        "rope_theta": 10000.0,
+        "mrope_section": [2, 1, 1],
+        "partial_rotary_factor": 1.0,
+    }
+}
+MORE |= {
+    "qwen3_vl_moe": {
+        **_IMAGE_IDS,
+        "text_config": {
+            **EIGHT,
+            **_HEADS,
+            **_THREE_AXES,
+            "moe_intermediate_size": 16,
+            "norm_topk_prob": True,
+        },
+        "vision_config": {
+            **_VISION,
+            "out_hidden_size": 32,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": [0],
+        },
+    },
+    "glm4v_moe": {
+        **_IMAGE_IDS,
+        "text_config": {
+            **SMALL,
+            **_HEADS,
+            **_GROUPS,
+            **_THREE_AXES,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 16,
+            "first_k_dense_replace": 0,
+        },
+        "vision_config": {**_VISION, "out_hidden_size": 32, "image_size": 8},
+    },
+    "mistral4": {
+        **LATENT,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 4096,
+        },
+    },
+    "aria": {
+        "text_config": {**MORE["aria_text"], "model_type": "aria_text"},
+        "vision_config": {
+            "model_type": "idefics3_vision",
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "projector_patch_to_query_dict": {4: 4},
+        "image_token_id": 280,
+    },
+    "qwen3_5_moe": {
+        **_IMAGE_IDS,
+        "text_config": MORE["qwen3_5_moe_text"],
+        "vision_config": {**_VISION, "out_hidden_size": 32, "num_position_embeddings": 16},
+    },
+    "gemma4": {"text_config": MORE["gemma4_text"], "vision_config": None, "audio_config": None},
+}

@@ -58,6 +58,7 @@ WORLDS: dict[str, tuple[str, dict[str, object]]] = {
 # What people call the models of a type.
 NAMES = {
     "afmoe": "Trinity",
+    "aria": "Aria, with images",
     "aria_text": "Aria",
     "axk1": "A.X-K1",
     "axk2": "A.X-K2",
@@ -72,9 +73,11 @@ NAMES = {
     "ernie4_5_moe": "ERNIE-4.5",
     "exaone_moe": "K-EXAONE",
     "flex_olmo": "FlexOlmo",
+    "gemma4": "Gemma-4, with images",
     "gemma4_text": "Gemma-4",
     "glm4_moe": "GLM-4.5 to 4.7",
     "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm4v_moe": "GLM-4.5V, GLM-4.6V",
     "glm_moe_dsa": "GLM-5",
     "gpt_oss": "GPT-OSS",
     "granitemoe": "Granite-3",
@@ -91,14 +94,17 @@ NAMES = {
     "minimax": "MiniMax-01 and M1",
     "minimax_m2": "MiniMax-M2",
     "minimax_m3_vl_text": "MiniMax-M3",
+    "mistral4": "Mistral-Small-4",
     "mixtral": "Mixtral",
     "nemotron_h": "Nemotron-3",
     "olmoe": "OLMoE",
     "phimoe": "Phi-3.5-MoE",
     "qwen2_moe": "Qwen1.5 and Qwen2 MoE",
+    "qwen3_5_moe": "Qwen3.5, with images",
     "qwen3_5_moe_text": "Qwen3.5",
     "qwen3_moe": "Qwen3 MoE",
     "qwen3_next": "Qwen3-Next",
+    "qwen3_vl_moe": "Qwen3-VL MoE",
     "solar_open": "Solar-Open",
 }
 # The parts of a row: what must agree, and what must not be 0.

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from expertcut.data import Quiz
 from expertcut.data.questions import LETTERS, prompt
@@ -54,11 +55,12 @@ GATES = {
             *("qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen3_next"),
             *("aria_text", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "mellum"),
             *("hunyuan_v1_moe", "minimax", "qwen3_5_moe_text", "cohere2_moe, softmax"),
+            *("aria", "mistral4", "qwen3_vl_moe", "qwen3_5_moe"),
         ),
         _SOFTMAX,
     ),
     "phimoe": Gate("softmax", "mixer"),
-    "gemma4_text": Gate("softmax", gives="probabilities"),
+    **dict.fromkeys(("gemma4", "gemma4_text"), Gate("softmax", gives="probabilities")),
     "kolibri1": Gate("sigmoid", "kept", bias="logit"),
     "deepseek_v4": Gate("sqrtsoftplus"),
 }
@@ -71,7 +73,7 @@ STREAMS: dict[str, str | None] = {
     "afmoe": "pre_mlp_layernorm",
     "beam": "pre_feedforward_layernorm",
     "cohere2_moe": "input_layernorm",
-    "gemma4_text": "pre_feedforward_layernorm",
+    **dict.fromkeys(("gemma4", "gemma4_text"), "pre_feedforward_layernorm"),
     "jamba": "pre_ff_layernorm",
     "lfm2_moe": "ffn_norm",
     "nemotron_h": "norm",
@@ -80,7 +82,7 @@ STREAMS: dict[str, str | None] = {
 STREAM_FACTORS: dict[str, Callable[[Any], float]] = {
     "minimax": lambda layer: layer.mlp_alpha_factor,
     "beam": lambda layer: (1 - 1 / layer.mlp_residual_add_idx) ** 0.5,
-    "gemma4_text": lambda layer: float(layer.layer_scalar),
+    **dict.fromkeys(("gemma4", "gemma4_text"), lambda layer: float(layer.layer_scalar)),
 }
 
 
@@ -89,7 +91,8 @@ class Plain:
 
     def __init__(self, path: Path, family: str) -> None:
         model: Any
-        model, self.info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
+        own = getattr(transformers, AutoConfig.from_pretrained(path).architectures[0])
+        model, self.info = own.from_pretrained(path, output_loading_info=True)
         model.set_experts_implementation("eager")
         self.model = model.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)

@@ -359,13 +359,13 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
         if source.packing is None:
             validate.check_quantization(folder, raw)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=may_run_code)
-        if not may_run_code and type(config) not in _MODELS._model_mapping:
+        if not may_run_code and validate.auto_class(config) is None:
             raise validate.not_a_text_model(folder, config.to_dict())
         if source.packing is not None and PACKING_KEY not in raw:
             config = _unpacking(config, source.packing)
         with torch.device("meta"):  # tensors with shapes and no bytes
-            if (model_class := _class_of(config)) is _MODELS:
-                model = _MODELS.from_config(config, trust_remote_code=may_run_code)
+            if hasattr(model_class := _class_of(config), "from_config"):
+                model = model_class.from_config(config, trust_remote_code=may_run_code)
             else:
                 model = model_class._from_config(config)
         validate.check_total(folder, model, source.dense)
@@ -384,14 +384,14 @@ def _unpacking(config: Any, packing: Packing) -> Any:
 def _class_of(config: Any) -> Any:
     """What loads a model; for weights as vLLM reads them the class that unpacks its family's."""
     if type(config).__module__ != modeling_packed.__name__:
-        return _MODELS
+        return validate.auto_class(config) or _MODELS
     family = _MODELS._model_mapping[type(config).__base__]
     return getattr(modeling_packed, f"Packed{family.__name__}")
 
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
     device, file = runs_on(model.get_input_embeddings()), source.path / "config.json"
-    probe_1T = torch.arange(16, device=device)[None] % model.config.vocab_size
+    probe_1T = torch.arange(16, device=device)[None] % model.config.get_text_config().vocab_size
     try:
         return find_blocks(model, probe_1T)
     except ContractError as error:

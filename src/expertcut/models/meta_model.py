@@ -16,7 +16,13 @@ from torch import Tensor
 
 from expertcut.errors import ContractError
 from expertcut.models.find_blocks import experts_per_token, routers
-from expertcut.models.validate import expert_count, family_config, lost_weights, with_expert_count
+from expertcut.models.validate import (
+    auto_class,
+    expert_count,
+    family_config,
+    lost_weights,
+    with_expert_count,
+)
 
 # Raised by transformers if a config or tensors do not fit.
 _FAULTS = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError)
@@ -91,7 +97,7 @@ def check_loads(config: Mapping[str, Any], tensors: Mapping[str, Tensor], what: 
 @contextmanager
 def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
     """The model on the meta device, and no output; None if transformers has no code for it."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -107,9 +113,9 @@ def _meta_model(config: Mapping[str, Any]) -> Iterator[Any]:
             except ValueError as error:
                 if "trust_remote_code" not in str(error):
                     raise
-        if type(made) in AutoModelForCausalLM._model_mapping:
+        if made is not None and (auto := auto_class(made)) is not None:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(made, trust_remote_code=False)
+                model = auto.from_config(made, trust_remote_code=False)
         yield model
     finally:
         logging.set_verbosity(verbosity)

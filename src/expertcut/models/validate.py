@@ -121,6 +121,14 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
+def auto_class(config: Any) -> Any:
+    """The Auto class of transformers that loads a config: that of text models, if it has one."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
+
+    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    return next((auto for auto in classes if type(config) in auto._model_mapping), None)
+
+
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     """The error for a model that is not a text model."""
     model, modalities = str(config.get("model_type"))[:50], _modalities(config)
