@@ -22,6 +22,7 @@ for the errors in compress.json, solved by HiGHS in the place of gurobi, beside 
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -298,6 +299,7 @@ def part_mc_moe(models: Mapping[str, tuple[Path, Path]], args: argparse.Namespac
     bits_UO = np.tile([1, 2, 3], (len(error_UO), 1))
     theirs = their_solver(args.mc_moe, args.work, error_UO, (tokens_U, weight_U), n_experts)
     n_equal, n_all, largest = 0, 0, 0.0
+    os.chdir(args.work)  # where it writes model.lp
     for limit in range(n_experts + 3, 3 * n_experts, max(n_experts // 16, 1)):
         ours = pmq(
             error_UO, bits_UO, limit * len(layers), layer_U=layer_U,
@@ -353,7 +355,9 @@ def highs_as_gurobi() -> types.ModuleType:
             self.solver = highspy.Highs()
             self.solver.setOptionValue("output_flag", False)
             self.solver.setOptionValue("mip_rel_gap", 0.0)
-            must(self.solver.readModel(path) == highspy.HighsStatus.kOk, f"HiGHS reads {path}")
+            ended = Path(path).with_suffix(".end.lp")
+            ended.write_text(f"{Path(path).read_text()}\nEnd\n")  # which gurobi does without
+            must(self.solver.readModel(str(ended)) == highspy.HighsStatus.kOk, f"reading {path}")
 
         def optimize(self) -> None:
             self.solver.run()
