@@ -11,7 +11,7 @@ from torch import Tensor
 
 from expertcut.edits.allocation import allocate, smallest_size
 from expertcut.edits.compression import Option, Projection, parse_options
-from expertcut.edits.quantise import Compressed, compressed, ggml_round_trip, pack, quantise
+from expertcut.edits.quantise import Compressed, compressed, in_ggml, pack, quantise
 from expertcut.models.modeling_packed import dequantise, low_rank, unpack
 from expertcut.models.safetensors_index import DTYPES
 
@@ -237,17 +237,33 @@ def test_blocks_of_llama_cpp_round_to_the_nearest_of_their_steps():
     blocks_RGS = weight_RC.unflatten(1, (-1, 32))
     largest_RG = blocks_RGS.abs().amax(dim=2)
     errors = []
-    for ggml_type, steps in (("q8_0", 127), ("q5_0", 16), ("q4_0", 8)):
-        found_RC = ggml_round_trip(weight_RC, ggml_type)
-        assert found_RC is not None
+    for bits, steps in (("8", 127), ("5", 16), ("4", 8)):
+        found_RC = in_ggml(weight_RC, Option.parse(bits))
         moved_RG = (found_RC.unflatten(1, (-1, 32)) - blocks_RGS).abs().amax(dim=2)
         assert (moved_RG <= largest_RG / steps * 1.01).all()
         errors.append(float(moved_RG.square().mean()))
     assert errors == sorted(errors) and errors[0] > 0
 
 
-def test_a_type_that_gguf_cannot_write_is_left_to_the_caller(monkeypatch: pytest.MonkeyPatch):
-    weight_RC = torch.ones(2, 256)
-    assert ggml_round_trip(weight_RC, "q4_K") is None
+def test_what_gguf_cannot_write_is_rounded_to_as_many_bits(monkeypatch: pytest.MonkeyPatch):
+    of_blocks_RC = expert(dtype=torch.float32)["gate"]
+    k_quant_RC = of_blocks_RC.repeat(1, 4)
+    for option in parse_options("2,3,4"):
+        expected_RC = dequantise(*quantise(k_quant_RC, option.bits, 32))
+        assert torch.equal(in_ggml(k_quant_RC, option), expected_RC)
+    four = Option.parse("4")
+    by_gguf_RC = in_ggml(of_blocks_RC, four)
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert ggml_round_trip(weight_RC, "q8_0") is None
+    expected_RC = dequantise(*quantise(of_blocks_RC, 4, 32))
+    assert torch.equal(in_ggml(of_blocks_RC, four), expected_RC)
+    assert not torch.equal(by_gguf_RC, expected_RC)
+
+
+def test_widths_for_llama_cpp_are_its_types():
+    x_MD, weights = tokens(), expert()
+    option = Option.parse("4")
+    found = compressed(option, weights, {}, x_MD, x_MD, GROUP, is_ggml=True)
+    assert {*found.weights} == {*weights} and not found.tensors
+    for name, weight_RC in weights.items():
+        assert torch.equal(found.weights[name], in_ggml(weight_RC, option))
+        assert not torch.equal(found.weights[name], made("4", weights, x_MD).weights[name])

@@ -161,7 +161,8 @@ class CompressEdit(Edit):
         weights, nothing = {part: read_tensor(tensor)}, torch.zeros(0, 0)
         rows = {} if rows_K is None else {part: rows_K}
         size = self.compression.group_size
-        return compressed(option, weights, {}, nothing, nothing, size, rows=rows)
+        is_ggml = self.compression.loader == "llama.cpp"
+        return compressed(option, weights, {}, nothing, nothing, size, rows=rows, is_ggml=is_ggml)
 
     def rewrite(self, _layout: LayoutWriter, tensors: TensorChanges) -> None:
         """Not fitted, the sizes are right, and values are not."""

@@ -35,14 +35,17 @@ class ExpertTokens:
     weight_M: Tensor
     y_MD: Tensor
 
-    def compressed(self, option: Option, dtype: str, group_size: int) -> Compressed:
+    def compressed(
+        self, option: Option, dtype: str, group_size: int, *, is_ggml: bool = False
+    ) -> Compressed:
         """The expert under an option, made of its weights as they are on disk."""
         own = matrices(self.block, self.expert)
         weights = {name: matrix_RC.to(DTYPES[dtype]) for name, matrix_RC in own.items()}
         inputs = {}
         if option.row_share:  # whose rows are chosen by them
             inputs = projection_inputs(self.block, self.expert, self.x_MD)
-        return compressed(option, weights, inputs, self.x_MD, self.y_MD, group_size)
+        made_of = (weights, inputs, self.x_MD, self.y_MD)
+        return compressed(option, *made_of, group_size, is_ggml=is_ggml)
 
     @torch.inference_mode()
     def squared_error(self, new: Compressed) -> float:
@@ -115,11 +118,14 @@ def option_errors(
     dtype: str,
     group_size: int,
     on_expert: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    is_ggml: bool = False,
 ) -> Measured:
     """The error of each option of each expert, alone in its block: Σ g²·‖f − f°‖² / T.
 
     Made one block at a time, of weights in their `dtype` on disk; each option's weights are made,
-    used and dropped. An expert that no stored token chose has error 0.
+    used and dropped. An expert that no stored token chose has error 0. With `is_ggml` widths are
+    types of llama.cpp.
     """
     blocks = engine.moe.blocks
     shape = (len(blocks), max(block.n_experts for block in blocks), len(menu))
@@ -134,7 +140,7 @@ def option_errors(
         factor = 1.0 if block.output_factor is None else block.output_factor
         for own in expert_tokens(block, inputs[block.layer]):
             for place, option in enumerate(menu):
-                new = own.compressed(option, dtype, group_size)
+                new = own.compressed(option, dtype, group_size, is_ggml=is_ggml)
                 squared = own.squared_error(new) * factor**2
                 error_LEO[layer, own.expert, place] = squared / n_tokens
             on_expert(layer * shape[1] + own.expert + 1, shape[0] * shape[1])

@@ -36,18 +36,22 @@ def compressed(
     group_size: int,
     *,
     rows: Mapping[Projection, Tensor] | None = None,
+    is_ggml: bool = False,
 ) -> Compressed:
     """An expert with these matrices (R, C), and with these inputs and outputs on its tokens.
 
     `inputs` (M, C) of each projection are needed by low rank with rows alone, `x_MD` and `y_MD` by
-    the constants. There may be no tokens. `rows` (K,) are those of low rank, if known.
+    the constants. There may be no tokens. `rows` (K,) are those of low rank, if known. With
+    `is_ggml` widths are types of llama.cpp, and have no tensors here.
     """
     if option.is_constant:
         dtype = next(iter(weights.values())).dtype
         return Compressed(constant=_constant(option, x_MD, y_MD, dtype))
     tensors, dense = {}, {}
     for name, weight_RC in weights.items():
-        if option.kind == "bits":
+        if option.kind == "bits" and is_ggml:
+            dense[name] = in_ggml(weight_RC, option)
+        elif option.kind == "bits":
             tensors[name], dense[name] = _integers(weight_RC, option.bits, group_size)
         elif option.kind == "lowrank":
             tensors[name] = _factors(weight_RC, option, inputs.get(name), (rows or {}).get(name))
@@ -154,18 +158,21 @@ def _constant(
     return c, v_D.to(dtype)
 
 
-def ggml_round_trip(weight_RC: Tensor, ggml_type: str) -> Tensor | None:
-    """A matrix in a type of llama.cpp and back, in float32, by the package gguf.
+def in_ggml(weight_RC: Tensor, option: Option) -> Tensor:
+    """A matrix as llama.cpp reads it back from the option's type, by the package gguf.
 
-    None without it (the extra `gguf`), and for K-quants, which it reads but cannot write.
+    Without it (the extra `gguf`), and for K-quants, which it reads but cannot write: rounded to
+    the nearest of as many bits, in groups of 32.
     """
+    name = option.ggml_type(weight_RC.shape[1], "BF16")
     try:
-        from gguf import GGMLQuantizationType, dequantize, quantize
-    except ImportError:
-        return None
-    kind = GGMLQuantizationType[ggml_type.upper()]
-    try:
-        packed = quantize(weight_RC.float().numpy(), kind)
-    except NotImplementedError:
-        return None
-    return torch.from_numpy(dequantize(packed, kind))
+        from gguf import GGMLQuantizationType, dequantize
+        from gguf import quantize as to_ggml
+
+        kind = GGMLQuantizationType[name.upper()]
+        array_RC = dequantize(to_ggml(weight_RC.float().cpu().numpy(), kind), kind)
+        return torch.from_numpy(array_RC).to(weight_RC)
+    except (ImportError, NotImplementedError):
+        if not name.startswith("q"):
+            return weight_RC
+        return dequantise(*quantise(weight_RC, int(name[1]), 32))

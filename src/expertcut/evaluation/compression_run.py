@@ -68,8 +68,9 @@ def measure(
     tuning = problem.calibration.questions.tuning
     check_matrices(problem, engine)
     found = compression_error.option_errors(
-        engine, inputs, problem.menu, problem.dtype, problem.group_size, on_part
-    )
+        engine, inputs, problem.menu, problem.dtype, problem.group_size, on_part,
+        is_ggml=problem.settings.loader == "llama.cpp",
+    )  # fmt: skip
     weight_L = 1 / found.energy_L
     if problem.settings.weigh == "answers":
         weight_L = weight_L * noise_slopes(engine, tuning)

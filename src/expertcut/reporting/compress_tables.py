@@ -22,8 +22,8 @@ from expertcut.stats import MARGIN, verdict
 _FORMS: Mapping[Loader, str] = {
     "transformers": "loads in transformers 5.22 or later with trust_remote_code",
     "vllm": "loads in vLLM (4 bits were run, on a CPU; 8 bits and CUDA are read in its source)",
-    "llama.cpp": "llama-quantize makes the GGUF by tensor-types.txt, whose types were measured as "
-    "rounding to the nearest of the same width",
+    "llama.cpp": "llama-quantize makes the GGUF by tensor-types.txt; K-quants were measured as "
+    "rounding to the nearest of the same width, other types by the package gguf if it is there",
 }
 
 
