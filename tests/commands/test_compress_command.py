@@ -93,6 +93,9 @@ def test_a_compressed_checkpoint_is_scored_beside_its_peers_shown_and_evaluated(
     )
     expertcut("report small")
     assert "by pmq" in (tmp_path / "small" / "report.html").read_text()
+    file = tmp_path / "small" / "compress.json"
+    file.write_text(file.read_text().replace("layers.1.mlp:", "layers.7.mlp:"))
+    assert "is not of the plan.json beside it" in expertcut("show small", status=2)
 
 
 def test_a_larger_budget_costs_no_more_and_no_byte_beyond_it_is_written(

@@ -275,7 +275,7 @@ def _plan_parts(run: Run, document: NamedDocument[PlanFile], key: str) -> list[P
             parts.append(edit_tables.touched_table(traffic))
             if all(block.mass is not None for block in traffic):
                 parts.append(_traffic(traffic, key))
-    if plan.compression and (compression := views.compression_in(document.file.parent)):
+    if compression := views.compression_in(document.file.parent, plan):
         parts += compress_tables.tables(compression, plan.blocks)
     if plan.tuning:
         tries = edit_tables.curve_table(plan.tuning)

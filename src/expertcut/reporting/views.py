@@ -165,10 +165,21 @@ def gather(path: Path) -> Run:
     )
 
 
-def compression_in(folder: Path) -> CompressionFile | None:
-    """The errors that a compressed checkpoint was chosen by, if they lie there."""
+def compression_in(folder: Path, plan: PlanFile) -> CompressionFile | None:
+    """The errors that a plan's options were chosen by, if they lie there; PlanError for others."""
     file = folder / COMPRESSION_FILE
-    return load_compression(file) if file.is_file() else None
+    if plan.compression is None or not file.is_file():
+        return None
+    found = load_compression(file)
+    n_units, errors = Counter(found.layers), found.block_error
+    own = {name: [*(edit.options or {}).values()] for name, edit in plan.blocks.items()}
+    sums = [*([errors.sum, errors.measured or errors.sum] if errors else [])]
+    is_right = [*n_units] == [*own] and all(len(part) == len(own) for part in sums)
+    for name, options in own.items():
+        is_right &= len(options) in (1, n_units[name]) and {*options} <= {*found.options}
+    if not is_right:
+        raise PlanError(f"{file} is not of the {PLAN_FILE} beside it: take it away, or put it back")
+    return found
 
 
 def proofs_in(folder: Path) -> dict[str, Proof]:
@@ -364,7 +375,7 @@ def _plan(path: Path, margin: float) -> Shown:
     tables = [eval_tables.plan_table(plan)]
     tables += [edit_tables.curve_table(plan.tuning)] if plan.tuning else []
     facts: list[tuple[str, str]] = []
-    if plan.compression and (found := compression_in(folder)):
+    if plan.compression and (found := compression_in(folder, plan)):
         tables = [*compress_tables.tables(found, plan.blocks), *tables]
         was_loaded = bool(plan.proof.held_out or plan.proof.text)
         how = (plan.compression, found, plan.blocks)
