@@ -146,6 +146,7 @@ def headers(dtype: str) -> Headers:
     for layer, width in EXPERT_WIDTHS.items():
         here = f"model.layers.{layer}"
         shapes |= {f"{here}.self_attn.q_proj.weight": (WIDTH, WIDTH)}
+        shapes |= {f"{here}.self_attn.o_proj.weight": (WIDTH, 96)}
         shapes |= {f"{here}.self_attn.q_proj.bias": (WIDTH,)}
         shapes |= {f"{here}.mlp.gate.weight": (N_EXPERTS, WIDTH)}
         shapes |= {f"{here}.mlp.shared_expert_gate.weight": (1, WIDTH)}
@@ -161,6 +162,7 @@ def in_gguf(dtype: str) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Names, types and shapes that the converter gives these tensors."""
     names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
     parts = {"self_attn.q_proj": "attn_q", "mlp.gate": "ffn_gate_inp"}
+    parts |= {"self_attn.o_proj": "attn_output"}
     parts |= {"mlp.shared_expert_gate": "ffn_gate_inp_shexp"}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in headers(dtype).items():
@@ -220,10 +222,11 @@ def test_llama_quantize_makes_the_types_and_bytes_that_were_said(
     assert gguf_bytes(headers(dtype), disk, options) == own_bytes(made)
     whole = dict.fromkeys(disk, Option("whole"))
     assert gguf_bytes(headers(dtype), disk, whole) == own_bytes(in_gguf(dtype)) > own_bytes(made)
-    eight = Option.parse("8")
-    smaller = quantised(tensor_types(headers(dtype), disk, options, eight), dtype)
-    assert {smaller[name][0] for name in others} == {"F32", "Q8_0"}
-    assert gguf_bytes(headers(dtype), disk, options, eight) == own_bytes(smaller) < own_bytes(made)
+    for rest, ggml in (("8", "Q8_0"), ("4", "Q4_0")):  # 256 does not divide all columns
+        own = (headers(dtype), disk, options, Option.parse(rest))
+        smaller = quantised(tensor_types(*own), dtype)
+        assert {smaller[name][0] for name in others} == {"F32", ggml}
+        assert gguf_bytes(*own) == own_bytes(smaller) < own_bytes(made)
 
 
 def test_the_last_word_for_llama_quantize_is_quantised_or_it_would_not_read_the_types() -> None:

@@ -82,8 +82,8 @@ def tensor_types(
         for number, block in zip(numbers, blocks, strict=True)
         for projection, ggml in types[block].items()
     ]
-    whole = rest.ggml_type(256, _dtype(headers, blocks))
-    return "\n".join([*lines, f"weight={whole}\n"]).encode()
+    others = rest.ggml_type(_columns(_others(headers, blocks)), _dtype(headers, blocks))
+    return "\n".join([*lines, f"weight={others}\n"]).encode()
 
 
 def gguf_bytes(
@@ -96,23 +96,38 @@ def gguf_bytes(
 
     Norms, routers, biases and vectors are float32 there, whatever they are on disk.
     """
-    f32 = tuple(block.router_weight for block in blocks.values()) + _F32_IN_GGUF
-    sizes, experts = [], set[str]()
+    sizes = []
     for name, block in blocks.items():
-        for own in block.by_expert:
-            experts |= {*own.values()}
         for part, tensor in block.by_expert[0].items():
             option = options[name] if part in PROJECTIONS else _WHOLE
             shape = headers[tensor].shape
             one = option.gguf_bytes({part: (shape[0], shape[1])}, headers[tensor].dtype)
             sizes.append(one * block.n_experts)
-    for name, stored in headers.items():
-        if name not in experts:
-            is_f32 = len(stored.shape) < 2 or not name.endswith(".weight") or name.endswith(f32)
-            shape = (math.prod(stored.shape[:-1]), stored.shape[-1])
-            dtype = "F32" if is_f32 else _dtype(headers, blocks)
-            sizes.append((_WHOLE if is_f32 else rest).gguf_bytes({name: shape}, dtype))
+    others, dtype = _others(headers, blocks), _dtype(headers, blocks)
+    columns = _columns(others)
+    for shape, is_f32 in others:
+        n = math.prod(shape)
+        rows = {"": (n, 1) if is_f32 else (n // columns, columns)}
+        sizes.append((_WHOLE if is_f32 else rest).gguf_bytes(rows, "F32" if is_f32 else dtype))
     return sum(-(-size // _GGUF_ALIGNMENT) * _GGUF_ALIGNMENT for size in sizes)
+
+
+def _others(
+    headers: Headers, blocks: Mapping[str, DiskBlock]
+) -> list[tuple[tuple[int, ...], bool]]:
+    """The shape of each tensor that is no expert's, and whether it is float32 in a GGUF."""
+    f32 = tuple(block.router_weight for block in blocks.values()) + _F32_IN_GGUF
+    experts = {n for block in blocks.values() for own in block.by_expert for n in own.values()}
+    return [
+        (t.shape, len(t.shape) < 2 or not name.endswith(".weight") or name.endswith(f32))
+        for name, t in headers.items()
+        if name not in experts
+    ]
+
+
+def _columns(others: Sequence[tuple[tuple[int, ...], bool]]) -> int:
+    """What divides the columns of all of them that may be quantised: they get one type."""
+    return math.gcd(*(shape[-1] for shape, is_f32 in others if not is_f32)) or 1
 
 
 def llama_cpp_commands(
