@@ -130,6 +130,8 @@ def test_errors_of_another_model_or_option_are_not_taken(
     assert "has no error of option 5" in expertcut(
         f"{command} --options 5 --profile {profiled}", status=2
     )
+    refusal = expertcut(f"{command} --options 4 --for llama.cpp --profile {profiled}", status=2)
+    assert "not of --for llama.cpp" in refusal
     assert "as they are" in expertcut(f"{command} --group-size 32 --profile {profiled}", status=2)
     other = make_checkpoint(tmp_path / "other", "olmoe", seed=3)
     path = measured(other, quiz_folder, tmp_path / "p", threads=1).path

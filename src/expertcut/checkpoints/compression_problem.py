@@ -328,6 +328,12 @@ def start(
             f"--from {path} has no error of option {unknown[0]}: name some of "
             f"{','.join(file.options)}, or measure anew without --from"
         )
+    if file.asked.is_ggml != (settings.loader == "llama.cpp"):
+        which = "the types of llama.cpp" if file.asked.is_ggml else "our own rounding"
+        raise SettingsError(
+            f"--from {path} has errors of {which}, not of --for {settings.loader}: measure anew "
+            "without --from"
+        )
     settings.check_options(menu, file.asked.group_size)
     problem = CompressionProblem(profile, settings, menu, file.asked.group_size)
     if (file.asked.fingerprint, file.units) != (problem.source.fingerprint, problem.units):

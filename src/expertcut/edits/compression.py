@@ -251,6 +251,7 @@ class CompressionQuestion(Record):
     questions: _Count
     fingerprint: str
     weigh: Weigh = "output"
+    is_ggml: bool = False  # by the types of llama.cpp
 
 
 class BlockErrors(Record):

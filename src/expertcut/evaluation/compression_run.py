@@ -84,6 +84,7 @@ def measure(
             questions=len(tuning),
             fingerprint=problem.source.fingerprint,
             weigh=problem.settings.weigh,
+            is_ggml=problem.settings.loader == "llama.cpp",
         ),
         units=problem.units,
         options=tuple(map(str, problem.menu)),
