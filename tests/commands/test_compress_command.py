@@ -199,7 +199,7 @@ def test_a_checkpoint_for_vllm_has_one_width_a_layer_and_a_recipe(
 def test_a_checkpoint_for_llama_cpp_is_the_base_with_a_list_of_types(
     profiled: Path, tmp_path: Path, expertcut: Commands
 ) -> None:
-    command = f"compress --profile {profiled} --for llama.cpp --group-size 16 --no-verify"
+    command = f"compress --profile {profiled} --for llama.cpp --no-verify"
     printed = expertcut(f"{command} --bits 6 --out typed")
     base = Path(load_profile(profiled).info.model.id)
     assert (

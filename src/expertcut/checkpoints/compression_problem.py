@@ -104,10 +104,11 @@ class CompressionProblem:
         width = headers[self.on_disk[block].router_weight].shape[1]
         n_weights = sum(map(math.prod, shapes.values()))
         for option in self.menu:
-            n_bytes = option.expert_bytes(shapes, self.dtype, width, self.group_size)
-            bits = option.bits * n_weights if option.kind == "bits" else 8 * n_bytes
             if self.settings.loader == "llama.cpp":
                 n_bytes = option.gguf_bytes(shapes, self.dtype)
+            else:
+                n_bytes = option.expert_bytes(shapes, self.dtype, width, self.group_size)
+            bits = option.bits * n_weights if option.kind == "bits" else 8 * n_bytes
             found.append((n_bytes, bits))
         return found
 

@@ -431,6 +431,10 @@ class CompressSettings(Settings):
                 f"--rest {self.rest} makes attention and embeddings smaller, which llama-quantize "
                 "does: add --for llama.cpp, or leave --rest out"
             )
+        if self.loader == "llama.cpp" and self.group_size != GROUP_SIZE:
+            raise SettingsError(
+                "the types of llama.cpp have blocks of their own: leave --group-size out"
+            )
         if self.by == "pmq" and self.grain_taken == "layer":
             raise SettingsError(
                 "--by pmq chooses among the experts of each layer: take --grain expert and --for "

@@ -131,9 +131,9 @@ def sweep_table(sweep: CompressionSweep, margin: float = MARGIN) -> Table:
     for cell in sweep.cells:
         row: list[Cell] = [edits.unit(cell.size, "B"), edits.unit(cell.bytes, "B"), cell.bits]
         rows.append(row + _scored(cell, margin))
-    own = "perplexity::.3f; Δ loss::+.4f; 95 %; KL::.4f; same top token::.1%"
+    own = "perplexity::.3f; Δ loss::+.4f; 95 % | KL::.4f; same top token::.1%"
     if not is_text:
-        own = f"accuracy::.2%; {edits.CHANGE}; verdict; log p right::.4f; median |Δ log p|::.4f"
+        own = f"accuracy::.2%; {edits.CHANGE}; verdict | log p right::.4f; median |Δ log p|::.4f"
     quiz = asked.scored.quiz
     note = f"{sweep.n_questions:,} {quiz.split} questions of {quiz.id} at {quiz.shots} shots."
     if asked.text is not None:
