@@ -3,9 +3,10 @@
     OMP_WAIT_POLICY=PASSIVE GOMP_SPINCOUNT=1000 python -m benchmarks.compression --place DIR
 
 All of it through the command line: `profile` on val, `sweep` for the cuts, then `compress --sweep`
-with the sizes of the cuts' files: one option an expert or a layer, PMQ's score, and the controls
-(the same options shuffled, one option for all); a cut to 75 and to 50 % of the experts is also
-compressed to the same sizes. Errors are measured once and reused (`--from`). Models:
+with the sizes of the cuts' files: one option an expert or a layer, layers weighed by answers, PMQ's
+score, and the controls (the same options shuffled, one option for all). A cut to 75 and to 50 % of
+the experts is also compressed to the same sizes. Errors are measured once and reused (`--from`).
+Models:
 
 bundled: as it is.
 outliers: the bundled one with outliers in half of its experts: some columns of down are 32 times as
@@ -191,6 +192,8 @@ def curves(bench: Bench, name: str, *, is_brief: bool) -> tuple[Row, dict[str, l
         )
     else:
         found |= bench.menu(profile, WIDTHS, sizes, "")
+        weighed = ("--options", WIDTHS, "--weigh", "answers")
+        found["weighed by answers"] = bench.compressed(profile, "weighed", sizes, *weighed)
     for fraction in () if is_brief else (0.75, 0.5):
         cut = bench.place / f"{name}-{fraction}"
         if not cut.exists():
