@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import against_vllm, gpu_full_size, placement
+from benchmarks import against_vllm, compression, gpu_full_size, placement
 from benchmarks.common import timed
 from benchmarks.work import Shape, count
 
@@ -95,3 +95,21 @@ def test_the_program_of_exflow_has_the_optimum_of_place_where_loads_are_not_boun
     assert device_LE is not None
     same_EF = device_LE[0][:, None] == device_LE[1]
     assert (counts[0] * same_EF).sum() / counts[0].sum() == pytest.approx(-found.fun)
+
+
+def test_planted_outliers_change_no_output() -> None:
+    rng = torch.Generator().manual_seed(0)
+    names = [f"m.experts.{e}.{part}_proj.weight" for e in range(4) for part in ("up", "down")]
+    before = {name: torch.randn(64, 64, generator=rng).bfloat16() for name in names}
+    after = compression.with_outliers(before, 0)
+    changed = [name for name in names if not torch.equal(before[name], after[name])]
+    assert len(changed) == 4, "both matrices of half of the experts"
+    for down in (name for name in names if "down" in name):
+        up = down.replace("down", "up")
+        inner_64 = torch.randn(64, generator=rng).double()  # what the gate lets through
+        outputs = [
+            own[down].double() @ (inner_64 * (own[up].double() @ inner_64))
+            for own in (before, after)
+        ]
+        assert torch.allclose(*outputs, rtol=1e-12)
+    assert max(after[name].abs().max() for name in changed if "down" in name) > 32
