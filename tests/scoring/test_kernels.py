@@ -208,7 +208,7 @@ def test_the_last_block_is_called_in_the_rank_that_the_model_calls_it_in(
 ) -> None:
     module, answers_N, seen = ByToken(), torch.tensor([3, 7, 11]), []
     x, ids = torch.randn(*shape, 5), torch.arange(12).reshape(shape)
-    block = cast(MoeBlock, SimpleNamespace(module=module))
+    block = cast(MoeBlock, SimpleNamespace(module=module, residual=None))
 
     def told(rows_M: Tensor, is_read: bool) -> None:
         seen.append((rows_M.tolist(), is_read))
