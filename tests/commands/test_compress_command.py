@@ -188,7 +188,7 @@ def test_a_checkpoint_for_vllm_has_one_width_a_layer_and_a_recipe(
     assert {len(edit.options or {}) for edit in plan.blocks.values()} == {1}
     groups = config["quantization_config"]["config_groups"].values()
     assert {group["weights"]["num_bits"] for group in groups} == {4, 8}
-    assert "transformers alone cannot load it" in " ".join(printed.split())
+    assert "transformers alone does not load it or answers wrongly" in " ".join(printed.split())
     recipe = (tmp_path / "both" / "recipe.yaml").read_text()
     assert "GPTQModifier" in recipe and "num_bits: 8" in recipe
     expertcut("publish both me/both --dry-run")

@@ -99,8 +99,8 @@ def loads_sentence(
     if len(widths) == 1:
         return f"{text}, and in transformers with compressed-tensors"
     return (
-        f"{text}; transformers alone cannot load it, for its layers have {len(widths)} widths: "
-        "--for transformers writes one that it can"
+        f"{text}; transformers alone does not load it or answers wrongly, for its layers have "
+        f"{len(widths)} widths: --for transformers writes one that it can"
     )
 
 
