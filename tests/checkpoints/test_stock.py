@@ -218,6 +218,21 @@ def test_an_output_folder_in_use_is_refused_before_anything_runs(tmp_path: Path)
     assert [p.name for p in tmp_path.iterdir()] == ["taken"]
 
 
+def test_a_folder_that_another_run_fills_in_the_last_moment_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other_run(folder: Path) -> None:
+        if folder != tmp_path:  # after the last look at the name, before it is taken
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "theirs").touch()
+
+    monkeypatch.setattr("expertcut.checkpoints.output_dir.sync_folder", other_run)
+    with pytest.raises(OutputError, match="not empty"), atomic_dir(tmp_path / "out") as folder:
+        (folder / "ours").touch()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["theirs"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_an_empty_working_directory_is_free_and_a_full_one_is_spared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

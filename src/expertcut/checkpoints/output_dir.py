@@ -58,7 +58,7 @@ def atomic_dir(folder: Path, *, is_forced: bool = False) -> Iterator[Path]:
         share(temporary)
         if place.exists() and not is_forced:
             place.rmdir()  # fails where another run has taken the name since it was looked at
-        _replace(place, temporary)
+        _replace(place, temporary, is_forced=is_forced)
     except OSError as error:
         raise failed(error, folder, temporary) from None
     except OutputError as error:  # by the name that the user gave
@@ -102,11 +102,11 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _replace(place: Path, temporary: Path) -> None:
+def _replace(place: Path, temporary: Path, *, is_forced: bool) -> None:
     sync_folder(temporary)
     old = temporary.with_suffix(_OLD)
     try:
-        if place.exists():
+        if is_forced and place.exists():  # else what another run has just put there would go
             place.rename(old)
         temporary.rename(place)
     finally:  # Ctrl-C too may come between the two
