@@ -159,6 +159,27 @@ class ModelSettings(Settings):
         return LoadOptions(self.dtype, self.device, self.trust_remote_code, *place)
 
 
+class LayerwiseSettings(ModelSettings):
+    """Whether a model runs layer by layer."""
+
+    layerwise: bool = model_option(
+        False, "Run layer by layer: read each weight once, hold two layers in memory."
+    )
+    hidden_states: Folder | None = model_option(
+        None,
+        "Folder for outputs of layers, from which --layerwise resumes too.  [default: in memory]",
+    )
+
+    def load_as(self) -> "LoadOptions":
+        """The options of the loader."""
+        if self.hidden_states is not None and not self.layerwise:
+            raise SettingsError("--hidden-states is for --layerwise: add that")
+        if self.layerwise and self.device_map is not None:
+            raise SettingsError("--layerwise and --device-map are two ways: give one of them")
+        folder = None if self.hidden_states is None else Path(self.hidden_states)
+        return replace(super().load_as(), layerwise=self.layerwise, hidden_states=folder)
+
+
 class BatchSettings(ModelSettings):
     """How a model is run on batches of questions."""
 

@@ -33,7 +33,9 @@ task_option = partial(option, panel="Tasks", is_recorded="set")
 generation_option = partial(option, panel="Generation", is_recorded="set")
 
 
-class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
+class EvalSettings(
+    commands.JudgedSettings, commands.LayerwiseSettings, TextSettings, SplitSettings
+):
     """Compare checkpoints on the same questions or texts."""
 
     examples: ClassVar = (
@@ -146,6 +148,10 @@ class EvalSettings(commands.JudgedSettings, TextSettings, SplitSettings):
         if self.generate is None and for_prompts:
             flag = flag_of(type(self), min(for_prompts))
             raise SettingsError(f"{flag} is for --generate: name a file of prompts")
+        if self.layerwise and (self.tasks or self.generate):
+            raise SettingsError(
+                "--layerwise is for --quiz and --text: run --tasks and --generate without it"
+            )
         self._check_servers()
         if self.lm_eval_json is not None and not self.asks_quiz:
             raise SettingsError("--lm-eval-json is for a quiz: name one with --quiz")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
 
 
-class ProfileSettings(TextSettings, SplitSettings):
+class ProfileSettings(commands.LayerwiseSettings, TextSettings, SplitSettings):
     """Measure what experts do in a quiz or in texts."""
 
     examples: ClassVar = (
@@ -84,6 +84,8 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     from expertcut.reporting.edit_tables import accuracy_text
     from expertcut.reporting.profile_tables import cut_text
 
+    if settings.layerwise and settings.perturb:
+        raise SettingsError("--perturb asks a model again, and --layerwise runs it once: give one")
     load_as, options = settings.measuring(ui)
     source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
     measurement = measure.measure(source, quiz, settings.limit, load_as, options)

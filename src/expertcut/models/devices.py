@@ -81,13 +81,14 @@ def _limits(text: str) -> dict[int | str, str | int]:
 
 
 def runs_on(module: nn.Module) -> torch.device:
-    """The device that a module runs on, also if its weights are offloaded."""
+    """The device that a module runs on, also if its weights are offloaded (layerwise: the CPU)."""
     device = next(module.parameters()).device
     if device.type != "meta":
         return device
     hook: Any = getattr(module, "_hf_hook", None)
     hooks = getattr(hook, "hooks", (hook,))
-    return torch.device(next(h.execution_device for h in hooks if hasattr(h, "execution_device")))
+    devices = (h.execution_device for h in hooks if hasattr(h, "execution_device"))
+    return torch.device(next(devices, "cpu"))
 
 
 def free_bytes(device: torch.device) -> int:

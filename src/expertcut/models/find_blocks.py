@@ -5,7 +5,7 @@ pass, independent of module names. Where norms or projections follow the experts
 to the stream, the layer is run with and without Σ w·f.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from expertcut.errors import ContractError
+from expertcut.models.devices import runs_on
 from expertcut.models.gate_laws import check_blocks, explain_gate, first, verifying
 from expertcut.models.hooks import (
     Routing,
@@ -197,14 +198,37 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
                 f"{block.name}: router gave logits and choices of widths {shapes}, "
                 f"must be {(block.n_experts, block.n_places)}"
             )
-        probed = explain_gate(block, routing, model_type)
-        output_factor, residual = probes[block.layer].connections()
-        probed = replace(probed, output_factor=output_factor, residual=residual)
-        if residual is not None and block.is_layer:
-            is_norm = residual.norm is not block.router
-            probed = replace(probed, norm=residual.norm if is_norm else nn.Identity())
-        found.append(probed)
+        found.append(_probed(block, routing, probes[block.layer], model_type))
     return tuple(found)
+
+
+def _probed(block: MoeBlock, routing: Routing, probe: Probe, model_type: str) -> MoeBlock:
+    probed = explain_gate(block, routing, model_type)
+    output_factor, residual = probe.connections()
+    probed = replace(probed, output_factor=output_factor, residual=residual)
+    if residual is not None and block.is_layer:
+        is_norm = residual.norm is not block.router
+        probed = replace(probed, norm=residual.norm if is_norm else nn.Identity())
+    return probed
+
+
+def probe_ids(model: Any) -> Tensor:
+    """The tokens (1, T) that blocks are probed on."""
+    ids_T = torch.arange(16, device=runs_on(model.get_input_embeddings()))
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return ids_T[None] % vocabulary
+
+
+def probe_again(model: Any, block: MoeBlock, run: Callable[[], Any]) -> MoeBlock:
+    """A block probed again, on other weights than before; `run` runs its decoder layer once."""
+    unprobed, model_type = _block(block.name, block.module, block.layer), model.config.model_type
+    probe, seen = Probe(_decoder_layer(model, block), unprobed), list[tuple[MoeBlock, Routing]]()
+    with (
+        registered(probe.hooks()),
+        verifying([unprobed], str(model_type), lambda *found: seen.append(found)),
+    ):
+        run()
+    return _probed(*seen[0], probe, str(model_type))
 
 
 def _decoder_layer(model: nn.Module, block: MoeBlock) -> nn.Module:

@@ -23,8 +23,9 @@ from expertcut.models import checkpoint_dir, modeling_packed, safetensors_index,
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.expert_routing import ROUTING_KEY
-from expertcut.models.find_blocks import find_blocks, routers
+from expertcut.models.find_blocks import find_blocks, probe_ids, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
+from expertcut.models.layerwise import LayerWeights, opened
 from expertcut.models.modeling_packed import PACKING_KEY, Packing
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.safetensors_index import INDEX_FILE, SINGLE_FILE, Stored, StoredTensor
@@ -230,6 +231,7 @@ class LoadOptions:
     `dtype` `stored` is that of the checkpoint, `auto` is float32 on a CPU and `stored` elsewhere.
     `device` `auto` is CUDA if available. `device_map` `auto` spreads the model over all devices and
     the CPU within `max_memory` (`0=20GiB,cpu=60GiB`); the rest goes to the folder `offload`.
+    `layerwise` loads the decoder layers one by one, and keeps their outputs in `hidden_states`.
     """
 
     dtype: str = "auto"
@@ -238,16 +240,24 @@ class LoadOptions:
     device_map: Literal["auto"] | None = None
     max_memory: str | None = None
     offload: Path | None = None
+    layerwise: bool = False
+    hidden_states: Path | None = None
 
 
 @dataclass(frozen=True)
 class MoeModel:
-    """A loaded model with its tokenizer, MoE blocks and source."""
+    """A loaded model with its tokenizer, MoE blocks and source.
+
+    With `layers` its decoder layers are loaded one by one, and `hidden_states` is where their
+    outputs are kept (None: in memory).
+    """
 
     source: Source
     model: Any
     tokenizer: Any
     blocks: tuple[MoeBlock, ...]
+    layers: LayerWeights | None = None
+    hidden_states: Path | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -281,24 +291,13 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-    # The config was tested without weights before, so an error here may be in any file.
-    with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
-        model, info = _class_of(config).from_pretrained(
-            source.path,
-            config=config,
-            trust_remote_code=is_trusted,
-            local_files_only=True,
-            dtype=_dtype(options.dtype, device),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # refused below, by name
-            output_loading_info=True,
-            # Without it, transformers would run custom_generate/generate.py.
-            generation_config=GenerationConfig(),
-            **spreading,
-        )
-    validate.check_complete(source.path, info, is_trusted=is_trusted)
-    validate.check_finite(source.path, model, source.weight_files)
-    model = (model if spreading else model.to(device)).eval().requires_grad_(False)
+    layers = None
+    if options.layerwise:
+        layers = _open_layers(source, options, config, device, is_trusted=is_trusted)
+        model = layers.model.eval().requires_grad_(False)
+    else:
+        model = _load_all(source, options, config, is_trusted=is_trusted, spreading=spreading)
+        model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     if model.config._attn_implementation not in ("sdpa", "eager"):  # the engine knows their masks
         try:
             model.set_attn_implementation("sdpa")
@@ -314,7 +313,48 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             if tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
     validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
-    return MoeModel(source, model, tokenizer, _blocks(source, model))
+    blocks = _blocks(source, model)
+    return MoeModel(source, model, tokenizer, blocks, layers, options.hidden_states)
+
+
+def _load_all(
+    source: Source, options: LoadOptions, config: Any, *, is_trusted: bool, spreading: Any
+) -> Any:
+    """The model with all of its weights."""
+    # The config was tested without weights before, so an error here may be in any file.
+    with validate.translate_errors("AutoModelForCausalLM", source.path), _loading(source):
+        model, info = _class_of(config).from_pretrained(
+            source.path,
+            config=config,
+            trust_remote_code=is_trusted,
+            local_files_only=True,
+            dtype=_dtype(options.dtype, find_device(options.device)),
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
+            # Without it, transformers would run custom_generate/generate.py.
+            generation_config=GenerationConfig(),
+            **spreading,
+        )
+    validate.check_complete(source.path, info, is_trusted=is_trusted)
+    validate.check_finite(source.path, model, source.weight_files)
+    return model
+
+
+def _open_layers(
+    source: Source, options: LoadOptions, config: Any, device: torch.device, *, is_trusted: bool
+) -> LayerWeights:
+    """The model without its decoder layers, which `--layerwise` loads one by one."""
+    source.refuse_packed("run with --layerwise")
+    if device.type != "cpu":
+        raise SettingsError(
+            f"--layerwise runs on the CPU, not on {device}: give --device cpu, or --device-map auto"
+        )
+    if options.trust_remote_code and "auto_map" in read_config(source.path):
+        raise SettingsError(f"--layerwise runs no code of {source.id}: leave one of them out")
+    with validate.translate_errors("AutoModelForCausalLM", source.path):
+        auto, dtype = _class_of(config), _dtype(options.dtype, device)
+        return opened(source, config, auto, is_trusted=is_trusted, dtype=dtype)
 
 
 def load_config(source: Source, options: LoadOptions) -> Any:
@@ -390,10 +430,9 @@ def _class_of(config: Any) -> Any:
 
 
 def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
-    device, file = runs_on(model.get_input_embeddings()), source.path / "config.json"
-    probe_1T = torch.arange(16, device=device)[None] % model.config.get_text_config().vocab_size
+    file = source.path / "config.json"
     try:
-        return find_blocks(model, probe_1T)
+        return find_blocks(model, probe_ids(model))
     except ContractError as error:
         raise ContractError(f"{file}: {error}") from None
     except (RuntimeError, ValueError, IndexError) as error:

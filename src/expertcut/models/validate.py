@@ -324,7 +324,7 @@ def check_finite(folder: Path, model: Any, files: list[Path]) -> None:
     """Checks that no weight is NaN or infinite, as stored or in the loaded dtype."""
     tensors = model.state_dict()
     is_offloaded = any(tensor.device.type == "meta" for tensor in tensors.values())
-    bad = next((name for name, tensor in tensors.items() if not _is_finite(tensor)), None)
+    bad = next((name for name, tensor in tensors.items() if not is_finite(tensor)), None)
     if bad is None and not is_offloaded:
         return
     for file in files:
@@ -340,7 +340,7 @@ def check_values(file: Path) -> None:
     """Checks that no weight in a file is NaN or infinite."""
     with safe_open(file, framework="pt") as weights:
         for name in weights.keys():  # noqa: SIM118
-            if not _is_finite(tensor := weights.get_tensor(name)):
+            if not is_finite(tensor := weights.get_tensor(name)):
                 n_bad = int((~tensor.isfinite()).sum())
                 raise ModelError(
                     f"{file} holds NaN or infinity, {n_bad} of the {tensor.numel()} values of "
@@ -348,7 +348,8 @@ def check_values(file: Path) -> None:
                 )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite; true of the meta device."""
     checked = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if tensor.dtype not in checked or tensor.device.type == "meta" or not tensor.numel():
         return True

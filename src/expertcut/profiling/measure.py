@@ -27,8 +27,10 @@ from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
 from expertcut.profiling.storage import CUT, Arrays
+from expertcut.profiling.text_recorder import ROUTES
 from expertcut.profiling.workers import Progress, SharedFolder, Tally, Work, chunks_of_work, n_chars
 from expertcut.scoring.engine import CHECKED_QUESTIONS, Engine
+from expertcut.scoring.layer_major import PROBE, HiddenStates, run_layers
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
 from expertcut.scoring.rerouting import ExpertCounts
@@ -54,6 +56,7 @@ class ChunkedRun:
     """A model and what it reads, in chunks of a profile's folder; `run` measures missing ones."""
 
     moe: MoeModel
+    engine: Engine
     info: schema.MeasuredInfo
     waits: bool
 
@@ -68,16 +71,40 @@ class ChunkedRun:
         longest_first = sorted(work, key=lambda name: -work[name].cost)
         with SharedFolder(folder, self.info).opened() as shared:
             tally.was_there = {name for name in work if shared.is_done(name)}
+            if self.moe.layers is not None:
+                with shared.taking(longest_first) as mine:
+                    yield from self._run_layers(shared, tally, mine, on_pass)
             for name, is_to_measure in shared.deal(longest_first, is_waiting=self.waits):
-                if is_to_measure:
-                    arrays, n_tokens = self.measure(work[name], on_pass)
+                if name in tally.done:
+                    continue
+                if not is_to_measure:
+                    yield tally.note_done(name)
+                elif self.moe.layers is not None:  # another process gave it up
+                    yield from self._run_layers(shared, tally, [name], on_pass)
+                else:
+                    arrays, tally.tokens_by_mine[name] = self.measure(work[name], on_pass)
                     shared.write(name, arrays)
                     trim()  # else a long run keeps more and more
-                    tally.tokens_by_mine[name] = n_tokens
-                else:
-                    yield tally.note_done(name)
             if len(tally.done) == len(work):
                 shared.finish(time.monotonic() - tally.started, tally.mine, tally.others)
+
+    def _run_layers(
+        self, shared: SharedFolder, tally: Tally, names: Sequence[str], on_pass: OnPass
+    ) -> Iterator[Progress]:
+        """Measures chunks layer by layer."""
+        tokens: dict[str, int] = {}
+
+        def measure(name: str) -> Arrays:
+            self.moe = self.engine.moe  # its blocks were probed again
+            arrays, tokens[name] = self.measure(tally.work[name], on_pass)
+            return arrays
+
+        folder = self.moe.hidden_states and self.moe.hidden_states / self.info.short_hash
+        of = {**shared.hashes, PROBE: self.info.short_hash}
+        for name, arrays in run_layers(self.engine, names, measure, HiddenStates(folder, of)):
+            shared.write(name, {k: a for k, a in arrays.items() if not k.startswith(ROUTES)})
+            tally.tokens_by_mine[name] = tokens[name]
+            yield tally.note_done(name)
 
     def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """The arrays of a chunk, and the number of tokens that were run."""

@@ -118,6 +118,7 @@ class TextMeasurement(ChunkedRun):
         chooses = [not row.document.is_held_out for row in own]
         has_loss = self.info.text.has_loss
         recorder = TextRecorder(self.moe.blocks, rows, chooses, stats, has_loss=has_loss)
+        recorder.layerwise = self.engine.layer
         counter = PassCounter(work.subject, on_pass, recorder)
         observer = PassObserver(counter.begin, counter.undo)
         with recorder.listening(), torch.inference_mode():

@@ -16,11 +16,13 @@ from expertcut.profiling.schema import Stats
 from expertcut.profiling.storage import Arrays
 from expertcut.scoring.next_tokens import NextTokens
 from expertcut.scoring.packing import EncodedRows, Pass
+from expertcut.scoring.passes import Layer
 
 # Over all tokens, and over those of documents that are not held out; `TokenSums` numbers the parts.
 PARTS = {"": 1, "calibration_": 2}
 # Over the tokens routed to an expert whose next token is scored; `right` are those predicted.
 NEXT = ("predicted", "right", "loss", "alpha", "alpha_right")
+ROUTES = "routes_"  # names of what --layerwise keeps of a chunk until its losses are there
 ALPHA = "probability"  # Σα over all tokens, routed to the expert or not
 
 
@@ -49,6 +51,9 @@ class TextRecorder:
         self.moments = torch.zeros(2, len(blocks), 2 + n_places, **kwargs)
         self.by_row = torch.zeros(3, len(rows), dtype=torch.float64)  # scored, loss, right
         self.chooses_N = torch.tensor(chooses, dtype=torch.bool)
+        self.layerwise: Layer | None = None  # then of all passes: experts and α of those chosen
+        self.routes: dict[str, list[Tensor]] = {}
+        self.n_tokens = 0  # of the passes so far
 
     def listening(self) -> AbstractContextManager[None]:
         """Hooks routers and experts."""
@@ -67,6 +72,8 @@ class TextRecorder:
         self.tokens.mark(chooses_T)
         # Of each layer's tokens: experts and α of those chosen, until the losses are there.
         self.chosen: dict[int, tuple[Tensor, Tensor]] = {}
+        if self.layerwise is not None and self.layerwise.is_last:
+            self.chosen = self._routes_before(self.layerwise, len(step.question_T))
         self.before = [tensor.clone() for tensor in self._added()]
 
     def undo(self, _step: Pass) -> None:
@@ -87,6 +94,9 @@ class TextRecorder:
             1, place_TK
         )
         self.chosen[layer] = place_TK, alpha_TK
+        if self.layerwise is not None and self.has_loss:
+            for name, kept in (("experts", place_TK.to(torch.int16)), ("alpha", alpha_TK)):
+                self.routes.setdefault(f"{ROUTES}{name}_{layer}", []).append(kept)
         self.tokens.route(routing, self.valid_T)
         own = slice(block.n_experts)
         for part, counts_T in self._parts():
@@ -99,6 +109,18 @@ class TextRecorder:
         n_own = values_TX.shape[1]
         self.moments[0, layer, :n_own] += values_TX.sum(dim=0)
         self.moments[1, layer, :n_own] += (values_TX**2).sum(dim=0)
+
+    def _routes_before(self, layer: Layer, n_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Of each earlier layer's tokens of the pass, which is the next: experts and α."""
+        at = slice(self.n_tokens, self.n_tokens + n_tokens)
+        self.n_tokens = at.stop
+        found = {}
+        for block in self.blocks:
+            names = [f"{ROUTES}{name}_{block.layer}" for name in ("experts", "alpha")]
+            if names[0] in layer.before:
+                experts_TK, alpha_TK = (torch.from_numpy(layer.before[name][at]) for name in names)
+                found[block.layer] = experts_TK.long(), alpha_TK
+        return found
 
     def _parts(self) -> list[tuple[int, Tensor]]:
         chooses_T = self.tokens.in_calibration_T
@@ -151,6 +173,7 @@ class TextRecorder:
                 kept[f"{prefix}{name}_LE"] = sum_LE
             kept[f"{prefix}{ALPHA}_LE"] = self.alpha_sums[part]
             kept[f"{prefix}largest_LE"] = self.tokens.largest[part]
+        kept |= {name: torch.cat(passes) for name, passes in self.routes.items()}
         return {name: tensor.cpu().numpy() for name, tensor in kept.items()}
 
 

@@ -154,6 +154,19 @@ class SharedFolder:
             else:
                 return
 
+    @contextmanager
+    def taking(self, names: Iterable[str]) -> Iterator[list[str]]:
+        """The chunks that are neither finished nor measured by others, claimed in the context."""
+        left = [name for name in names if not self.is_done(name)]
+        mine = [name for name in left if self.claims.take(name)]
+        try:
+            if mine:
+                (self.path / RUN_FILE).unlink(missing_ok=True)
+            yield mine
+        finally:
+            for name in mine:
+                self.claims.release(name)
+
     def write(self, name: str, arrays: Arrays) -> None:
         """Writes a chunk of this process and reads it back."""
         path = self.path / "chunks" / name

@@ -39,7 +39,7 @@ from expertcut.models.validate import check_ids
 from expertcut.scoring import attention, passes
 from expertcut.scoring.contrast import Contrast, contrasted
 from expertcut.scoring.packing import Encoded, EncodedRows, Pass, encode, encode_rows
-from expertcut.scoring.passes import OnPass, PassObserver, Run, ScoringMode, ignore
+from expertcut.scoring.passes import Layer, OnPass, PassObserver, Run, ScoringMode, ignore
 from expertcut.scoring.projection import Projection
 
 logger = logging.getLogger(__name__)
@@ -119,6 +119,7 @@ class Engine:
         self.attention: passes.Attention = "split" if is_split else "masked"
         self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
         self.contrast: Contrast | None = None
+        self.layer: Layer | None = None  # that runs alone, with --layerwise
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
         """Tokenizes questions of one subject; truncates too long prompts or refuses them."""
@@ -236,6 +237,8 @@ class Engine:
         self, encoded: Encoded, mode: ScoringMode, watch: PassObserver, *, may_trim: bool
     ) -> Run:
         last_layer = self.last_layer if may_trim and mode != "single" else None
+        if self.layer is not None:  # its inputs are stored by pass
+            watch = replace(watch, undo=ignore)
         return Run(self.moe, encoded, watch, mode, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()
@@ -267,6 +270,8 @@ class Engine:
         contrast = self.contrast
         weak_NV = None if contrast is None else contrast.weak_logprobs(run)
         for done, logits_NV in run.passes():
+            if self.ends_early:
+                continue
             at_N = torch.tensor(done.questions, device=logits_NV.device)
             logprob_NV = logits_NV.float().log_softmax(dim=-1)
             if contrast is not None and weak_NV is not None:
@@ -276,12 +281,19 @@ class Engine:
             logprob_NC[at_N.to(logprob_NC.device)] = found_NC.to(logprob_NC.device)
             self._report(done)
         is_bad_N = ((choice_NC >= 0) & ~logprob_NC.isfinite()).any(dim=1)
-        if bool(is_bad_N.any()):
+        if bool(is_bad_N.any()) and not self.ends_early:
             raise self.not_finite(encoded, int(is_bad_N.int().argmax()), run.watch.begin)
         return logprob_NC.cpu()
 
+    @property
+    def ends_early(self) -> bool:
+        """Whether passes end before the last layer, so what they give is not the model's."""
+        return self.layer is not None and not self.layer.is_last
+
     def not_finite(self, encoded: Encoded, bad: int, begin: OnPass) -> ModelError:
         """Runs one prompt again and names the first module with a non-finite output."""
+        if self.layer is not None:  # the layers before are gone
+            return _not_finite(self.moe, encoded.names[bad], [self.layer.bad or "the last layer"])
         alone = self._run(encoded.part([bad]), "single", PassObserver(begin=begin), may_trim=False)
         with _watching(self.moe) as seen:
             list(alone.passes())
@@ -298,7 +310,9 @@ class Engine:
         """Each pass over the rows, and its last hidden states (T, H) as `projection` needs them."""
         self._check_ids(rows.prompts)
         run = self._run(rows, mode or self.mode(rows), watch, may_trim=False)
-        yield from replace(run, projection=self.projection).passes()
+        for step in replace(run, projection=self.projection).passes():
+            if not self.ends_early:
+                yield step
 
 
 def ask(engine: Engine, quiz: CalibrationSet, on_pass: OnPass = ignore) -> Tensor:

@@ -2,7 +2,7 @@
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from expertcut.scoring import packing
 from expertcut.scoring.attention import Prefix, Split, attending, groups
 from expertcut.scoring.packing import Encoded, Pass, cut_packs, packed_pass, padded_pass
 from expertcut.scoring.projection import Projection
+from expertcut.stats import Array
 
 ScoringMode = Literal["packed", "padded", "single"]
 OnRows = Callable[[Tensor, bool], None]
@@ -259,6 +260,16 @@ class Run:
             return mask
         lowest = torch.finfo(self.moe.dtype).min
         return torch.zeros_like(mask, dtype=self.moe.dtype).masked_fill_(~mask, lowest)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The decoder layer that runs, and the arrays of the chunk from the layers before."""
+
+    number: int
+    is_last: bool
+    before: Mapping[str, Array]
+    bad: str = ""  # the first of them with a non-finite output
 
 
 class Decoders:
