@@ -25,8 +25,11 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from expertcut.cli import main, progress
+from expertcut.data import Selection, load_quiz
 from expertcut.models.load import LoadOptions, MoeModel, find_source, load
 from expertcut.models.validate import auto_class
+from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting import plots
 from tests.support.families import COMMON, EIGHT, LATENT, MORE, SHARED_EXPERT, SMALL
 
@@ -256,6 +259,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             made[key] = make_checkpoint(root / f"{family}-{len(made)}", family, **changes)  # type: ignore[arg-type]
         return made[key]
+
+    return find
+
+
+def profiled(model: Path, quiz_folder: Path, folder: Path, shots: int = 1) -> Profile:
+    """The profile of a model on the split `val`, measured into `folder`."""
+    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=shots))
+    list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(folder))
+    return load_profile(folder)
+
+
+@pytest.fixture(scope="session")
+def profile_of(
+    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Profile]:
+    """`profile_of("olmoe", seed=1, ...)`: that checkpoint, `profiled` once a session, to read."""
+    made: dict[Path, Path] = {}
+
+    def find(family: str, **changes: object) -> Profile:
+        model = checkpoint(family, **changes)
+        if model not in made:
+            folder = tmp_path_factory.mktemp("profiles") / model.name
+            made[model] = profiled(model, quiz_folder, folder).path
+        return load_profile(made[model])
 
     return find
 

@@ -26,30 +26,13 @@ from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import encode
 from expertcut.stats import BitExactCheck
-from tests.conftest import FAMILIES, open_model
-from tests.support.exact_models import declared, make_base
+from tests.conftest import open_model
+from tests.support.exact_models import declared
 
 Checkpoints = Callable[..., Path]
 Profiles = Callable[..., Profile]
 EXACT = CutSettings(layout="exact")
 AS_IS = BuildOptions(LoadOptions())
-
-
-@pytest.fixture
-def profile_of(checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path) -> Profiles:
-    def measure(family: str, **changes: object) -> Profile:
-        is_common = family in FAMILIES
-        path = (
-            checkpoint(family, **changes)
-            if is_common
-            else make_base(tmp_path / "m", family, **changes)
-        )
-        moe = open_model(path)
-        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-        list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "profile"))
-        return load_profile(tmp_path / "profile")
-
-    return measure
 
 
 @pytest.fixture

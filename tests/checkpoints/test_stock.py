@@ -21,27 +21,13 @@ from expertcut.edits.router_edits import reweight_draft, tilts
 from expertcut.edits.selection import choose
 from expertcut.errors import OutputError, PlanError, ProfileError
 from expertcut.models.load import LoadOptions
-from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.router_bias import Tilts, tilted
-from tests.conftest import DENSE_FIRST, FAMILIES, open_model
+from tests.conftest import DENSE_FIRST, FAMILIES, open_model, profiled
 
 Checkpoints = Callable[..., Path]
 AS_IS = BuildOptions(LoadOptions())
-
-
-@pytest.fixture
-def profile_of(
-    checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
-) -> Callable[..., Profile]:
-    def measure(family: str, **changes: object) -> Profile:
-        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-        moe = open_model(checkpoint(family, **changes))
-        list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "profile"))
-        return load_profile(tmp_path / "profile")
-
-    return measure
 
 
 def logprobs(path: Path, quiz_folder: Path, bias: dict[int, torch.Tensor]) -> torch.Tensor:
@@ -250,12 +236,10 @@ def test_a_model_that_changed_since_it_was_profiled_is_refused(
 ) -> None:
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("olmoe"), folder)
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
+    profile = profiled(folder, quiz_folder, tmp_path / "p")
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    profile = load_profile(tmp_path / "p")
     pruning = choose(profile, CutSettings(keep=5))
     with pytest.raises(ProfileError, match="another model"):
         build(profile, pruning.draft, tmp_path / "out", AS_IS)
@@ -270,9 +254,7 @@ def test_half_precision_weights_stay_as_they_are_stored(
     model.save_pretrained(folder)
     for file in checkpoint("olmoe").glob("tokenizer*"):
         shutil.copy(file, folder)
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(open_model(folder), quiz, None, MeasureOptions()).run(tmp_path / "p"))
-    profile = load_profile(tmp_path / "p")
+    profile = profiled(folder, quiz_folder, tmp_path / "p")
     assert profile.info.settings.dtype == "float32"
     pruning = choose(profile, CutSettings(keep=5))
     build(profile, pruning.draft, tmp_path / "out", AS_IS)

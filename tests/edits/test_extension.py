@@ -15,7 +15,6 @@ from expertcut.checkpoints import export as exporting
 from expertcut.checkpoints.build import BuildOptions, build
 from expertcut.checkpoints.edit import Edit, LayoutWriter, Simulation, TensorChanges
 from expertcut.checkpoints.export import edits_of
-from expertcut.data import Selection, load_quiz
 from expertcut.edits import criteria
 from expertcut.edits.criteria import CRITERIA, criterion, criterion_name
 from expertcut.edits.edit_settings import CutSettings
@@ -27,8 +26,8 @@ from expertcut.evaluation.search_results import load_sweep
 from expertcut.hub.provenance import origin
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.statistics import LayerStatistics
+from expertcut.profiling.storage import Profile
 from tests.conftest import Commands
-from tests.profiling.test_profile import profiled
 from tests.support.pages import text_of
 
 
@@ -145,14 +144,12 @@ RUNS: list[str] = []
 @pytest.mark.parametrize("layout", ["stock", "exact"])
 def test_an_edit_of_one_class_is_built_checked_and_reported(
     monkeypatch: pytest.MonkeyPatch,
-    checkpoint: Callable[..., Path],
-    quiz_folder: Path,
+    profile_of: Callable[..., Profile],
     tmp_path: Path,
     layout: Layout,
 ):
     monkeypatch.setattr(exporting, "EDITS", [*exporting.EDITS, MarkEdit])
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    profile = profiled(checkpoint("olmoe"), quiz, tmp_path / "p")
+    profile = profile_of("olmoe")
     cut = choose(profile, CutSettings(keep=5, layout=layout)).draft
     RUNS.clear()
     for plan, is_marked in ((replace(cut, action=f"{cut.action} --mark"), True), (cut, False)):

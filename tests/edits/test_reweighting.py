@@ -23,13 +23,12 @@ from expertcut.errors import ContractError, PlanError, SettingsError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import LoadOptions, MoeModel
-from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.storage import Profile
 from expertcut.reporting.edit_tables import tilt_sentences
 from expertcut.reporting.views import find_shown
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
-from tests.conftest import STORAGE_FORMS, open_model
+from tests.conftest import STORAGE_FORMS, open_model, profiled
 from tests.scoring.test_tilting import by_hand
 from tests.support.exact_models import EXACT_FAMILIES
 
@@ -41,20 +40,7 @@ LAST = "model.layers.1.mlp"
 
 @pytest.fixture
 def measure(quiz_folder: Path, tmp_path: Path) -> Callable[[Path], Profile]:
-    def run(path: Path) -> Profile:
-        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-        folder = tmp_path / f"profile-of-{path.name}"
-        list(Measurement(open_model(path), quiz, None, MeasureOptions()).run(folder))
-        return load_profile(folder)
-
-    return run
-
-
-@pytest.fixture
-def profile_of(
-    checkpoint: Callable[..., Path], measure: Callable[[Path], Profile]
-) -> Callable[..., Profile]:
-    return lambda family, **changes: measure(checkpoint(family, **changes))
+    return lambda path: profiled(path, quiz_folder, tmp_path / f"profile-of-{path.name}")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from expertcut.edits.edit_settings import CutSettings
 from expertcut.edits.selection import choose, removed_traffic
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.storage import load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.packing import encode
 from tests.conftest import open_model
 
@@ -53,12 +53,9 @@ def test_mass_and_questions_are_those_of_the_prompts_run_alone(
 
 
 def test_a_cut_that_the_answers_use_counts_their_questions(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
+    profile_of: Callable[..., Profile],
 ) -> None:
-    moe = open_model(checkpoint("olmoe"))
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(moe, quiz, None, MeasureOptions()).run(tmp_path / "p"))
-    profile = load_profile(tmp_path / "p")
+    profile = profile_of("olmoe")
     edits = choose(profile, CutSettings(keep=2)).draft.edits
     for layer, found in enumerate(removed_traffic(profile, edits)):
         keep = set(edits[found.block].keep)

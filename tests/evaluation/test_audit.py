@@ -42,23 +42,15 @@ from expertcut.reporting.eval_tables import audit_sentences
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.passes import OnPass, ignore
 from expertcut.scoring.router_bias import Tilts, tilted
-from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, write_quiz
+from tests.conftest import LETTERS, Commands, make_checkpoint, open_model, profiled, write_quiz
 
 BY = ("activations", "random")
 EXACT: dict[str, Any] = {"layout": "exact"}
 
 
-def profiled(model: Path, quiz_folder: Path, folder: Path) -> Profile:
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(folder))
-    return load_profile(folder)
-
-
 @pytest.fixture(scope="module")
-def profile(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Profile:
-    return profiled(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("audit") / "olmoe")
+def profile(profile_of: Callable[..., Profile]) -> Profile:
+    return profile_of("olmoe")
 
 
 def options(sample: int = 16, by: tuple[str, ...] = BY, **more: Any) -> AuditSettings:
@@ -124,11 +116,11 @@ def test_the_harm_is_that_of_a_written_checkpoint(profile: Profile, tmp_path: Pa
 
 @pytest.mark.parametrize("layout", ["stock", "exact"])
 def test_an_expert_that_no_token_chose_is_harmless_to_the_last_bit(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path, layout: str
+    profile_of: Callable[..., Profile], tmp_path: Path, layout: str
 ) -> None:
     # Where the gate renormalises, an expert that is not chosen takes no part in anything.
     family = "olmoe" if layout == "exact" else "qwen3_moe"
-    profile = profiled(checkpoint(family, num_experts=48), quiz_folder, tmp_path / "p")
+    profile = profile_of(family, num_experts=48)
     auditing, found = audited(profile, tmp_path / "audit", options(sample=24, layout=layout))
     used: set[tuple[int, int]] = set()
 

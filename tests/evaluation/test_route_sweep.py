@@ -20,7 +20,7 @@ from expertcut.models.hooks import Routing
 from expertcut.models.load import LoadOptions
 from expertcut.models.modeling_routed import RULE_FUNCTIONS, Options
 from expertcut.models.routing_rule import RoutingRule
-from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.page_sections import search_sections
 from expertcut.reporting.route_tables import sweep_csv
@@ -31,14 +31,8 @@ from tests.conftest import open_model
 
 
 @pytest.fixture(scope="module")
-def profile(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Profile:
-    folder = tmp_path_factory.mktemp("route") / "olmoe-val"
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    measurement = Measurement(open_model(checkpoint("olmoe")), quiz, None, MeasureOptions())
-    list(measurement.run(folder))
-    return load_profile(folder)
+def profile(profile_of: Callable[..., Profile]) -> Profile:
+    return profile_of("olmoe")
 
 
 @pytest.fixture(scope="module")

@@ -27,24 +27,16 @@ from expertcut.evaluation.route_tuning import (
 )
 from expertcut.models.load import LoadOptions
 from expertcut.models.routing_rule import RoutingRule
-from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.measure import MeasureOptions
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.rerouting import Rerouting
-from tests.conftest import open_model
-
-
-def profiled(model: Path, quiz_folder: Path, folder: Path) -> Profile:
-    quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-    list(Measurement(open_model(model), quiz, None, MeasureOptions()).run(folder))
-    return load_profile(folder)
+from tests.conftest import profiled
 
 
 @pytest.fixture(scope="module")
-def profile(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Profile:
-    return profiled(checkpoint("olmoe"), quiz_folder, tmp_path_factory.mktemp("tuning") / "val")
+def profile(profile_of: Callable[..., Profile]) -> Profile:
+    return profile_of("olmoe")
 
 
 @pytest.fixture

@@ -41,27 +41,6 @@ FORMS = [
 
 
 @pytest.fixture(scope="module")
-def profile_of(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Profile]:
-    made: dict[str, Profile] = {}
-
-    def measure(family: str) -> Profile:
-        if family not in made:
-            folder = tmp_path_factory.mktemp("sweep") / f"{family}-val"
-            quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=1))
-            list(
-                Measurement(open_model(checkpoint(family)), quiz, None, MeasureOptions()).run(
-                    folder
-                )
-            )
-            made[family] = load_profile(folder)
-        return made[family]
-
-    return measure
-
-
-@pytest.fixture(scope="module")
 def asked(quiz_folder: Path) -> Quiz:
     return load_quiz(Selection(str(quiz_folder), shots=1, limit=3))
 
