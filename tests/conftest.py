@@ -1,10 +1,14 @@
 """Shared fixtures: no network, tiny models whose experts matter, a quiz, the real data if there."""
 
+import io
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import redirect_stdout, suppress
+from functools import cache
 from pathlib import Path
+from unittest.mock import patch
 
 # Before any import of a Hugging Face library: these are read at import.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -152,6 +156,7 @@ def pytest_configure() -> None:
     transformers_logging.disable_progress_bar()
     torch.set_num_threads(1)
     collect_env.get_pretty_env_info = lambda: "a machine"  # lm_eval asks ten programs, each time
+    os.fsync = lambda _file: None  # some 15 ms each, and no test pulls the plug
     progress.FIRST_LINE_S = 60.0  # stderr of a refusal is one line, however busy the machine
     build = typer.main.get_command
     built: dict[object, object] = {}
@@ -168,6 +173,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in UNTRACED:
             item.add_marker(pytest.mark.no_cover)
+
+
+def slow_but(quick: Iterable[str], names: Iterable[str]) -> list[Any]:
+    """Cases of a test that stay in the default suite, and all others, opted into by `-m slow`."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -308,6 +318,20 @@ def expertcut(
         return printed.out if status == 0 else printed.err
 
     return run
+
+
+@cache
+def help_of(*command: str) -> str:
+    """What `--help` prints, in this process: to start one takes a hundred times as long."""
+    printed = io.StringIO()
+    with (
+        patch.dict(os.environ, COLUMNS="80"),
+        patch.object(sys, "argv", ["expertcut", *command, "--help"]),
+        redirect_stdout(printed),
+        suppress(SystemExit),
+    ):
+        main()
+    return printed.getvalue()
 
 
 @pytest.fixture(params=FAMILIES)

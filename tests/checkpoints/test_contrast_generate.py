@@ -20,7 +20,7 @@ from expertcut.models.load import MoeModel
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.scoring.contrast import contrasted
 from expertcut.scoring.rerouting import Rerouting, rerouted
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import FAMILIES, open_model, slow_but
 from tests.support.exact_models import logprobs
 from tests.support.routed_models import load_plainly, make_routed, routed_plan
 
@@ -75,7 +75,11 @@ def by_definition(moe: MoeModel, prompt: str, routing: Rerouting) -> list[int]:
     return ids_T[n_before:].tolist()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Selection biases, sliding windows, and caches of recurrent layers.
+QUICK = ("olmoe", "deepseek_v3", "gpt_oss", "lfm2_moe", "qwen3_next")
+
+
+@pytest.mark.parametrize("family", slow_but(QUICK, FAMILIES))
 def test_the_weak_run_of_every_family_is_that_of_the_rule(
     checkpoint: Checkpoints, family: str
 ) -> None:
@@ -98,8 +102,7 @@ def test_the_weak_run_of_every_family_is_that_of_the_rule(
     assert torch.equal(logprobs(moe.model), before)
 
 
-# Selection biases, sliding windows, and caches of recurrent layers.
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss", "lfm2_moe", "qwen3_next"])
+@pytest.mark.parametrize("family", QUICK)
 def test_greedy_words_are_those_of_two_whole_runs_alone_and_in_a_padded_batch(
     checkpoint: Checkpoints, family: str, tmp_path: Path
 ) -> None:

@@ -27,12 +27,12 @@ from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.hub.provenance import verified
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, find_source
-from expertcut.profiling.measure import Measurement, MeasureOptions
+from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.schema import BlockInfo
-from expertcut.profiling.storage import NEAR_TIE, Profile, load_profile
+from expertcut.profiling.storage import NEAR_TIE, Profile
 from expertcut.profiling.trace import Trace, load_trace
 from expertcut.profiling.trace_recorder import QuizTracing, TextTracing, TraceOptions
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import FAMILIES, STORAGE_FORMS, open_model, profiled, slow_but
 from tests.support.exact_models import declared
 
 Profiles = Callable[..., Profile]
@@ -42,19 +42,8 @@ BACKWARD = [list(range(7, -1, -1))] * 2
 
 
 @pytest.fixture
-def profile_of(
-    checkpoint: Callable[..., Path], quiz_folder: Path, tmp_path: Path
-) -> Callable[..., Profile]:
-    """The profile of a family's tiny model, or of a folder."""
-
-    def measure(model: str | Path, **changes: object) -> Profile:
-        path = model if isinstance(model, Path) else checkpoint(model, **changes)
-        quiz = load_quiz(Selection(str(quiz_folder), split="val", shots=0))
-        folder = tmp_path / f"profile-{path.name}"
-        list(Measurement(open_model(path), quiz, None, MeasureOptions()).run(folder))
-        return load_profile(folder)
-
-    return measure
+def measured(quiz_folder: Path) -> Callable[[Path], Profile]:
+    return lambda folder: profiled(folder, quiz_folder, folder.with_name(f"profile-{folder.name}"))
 
 
 def shuffled(blocks: Sequence[BlockInfo], seed: int = 0) -> list[list[int]]:
@@ -82,9 +71,13 @@ def assert_same_answers(built: Built) -> None:
         assert row["moved"] < 5 and row["largest_gap"] < NEAR_TIE
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "deepseek_v4"])
+# Each form of storage, groups, recurrent layers, and layers whose experts a table chooses.
+QUICK = (*STORAGE_FORMS, "deepseek_v3", "jamba", "deepseek_v4")
+
+
+@pytest.mark.parametrize("family", slow_but(QUICK, [*FAMILIES, "deepseek_v4"]))
 def test_experts_in_another_order_answer_as_before_and_go_back_to_every_byte(
-    profile_of: Profiles, tmp_path: Path, family: str
+    profile_of: Profiles, measured: Callable[[Path], Profile], tmp_path: Path, family: str
 ) -> None:
     profile = profile_of(family)
     source, blocks = Path(profile.info.model.id), profile.info.model.blocks
@@ -100,7 +93,7 @@ def test_experts_in_another_order_answer_as_before_and_go_back_to_every_byte(
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert read_config(source) == read_config(tmp_path / "out")
     as_they_were = [sorted(order) for order in orders]
-    permute_checkpoint(profile_of(tmp_path / "out"), as_they_were, tmp_path / "back", UNSCORED)
+    permute_checkpoint(measured(tmp_path / "out"), as_they_were, tmp_path / "back", UNSCORED)
     back = load_file(tmp_path / "back" / "model.safetensors")
     assert before.keys() == back.keys()
     assert all(torch.equal(before[name], back[name]) for name in before)
@@ -108,13 +101,13 @@ def test_experts_in_another_order_answer_as_before_and_go_back_to_every_byte(
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss"])
 def test_back_in_their_order_every_byte_is_as_if_nothing_had_been_done(
-    profile_of: Profiles, tmp_path: Path, family: str
+    profile_of: Profiles, measured: Callable[[Path], Profile], tmp_path: Path, family: str
 ) -> None:
     profile = profile_of(family)
     orders = shuffled(profile.info.model.blocks)
     as_they_are = [sorted(order) for order in orders]
     permute_checkpoint(profile, orders, tmp_path / "out", UNSCORED)
-    moved = profile_of(tmp_path / "out")
+    moved = measured(tmp_path / "out")
     back = permute_checkpoint(moved, as_they_are, tmp_path / "back", UNSCORED)
     assert all(edit.order is None for edit in back.plan.blocks.values())
     assert "another order" in " ".join(described(back))
@@ -124,7 +117,7 @@ def test_back_in_their_order_every_byte_is_as_if_nothing_had_been_done(
         (tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "back", "same")
     )
     assert moved_bytes != back_bytes == same_bytes
-    again = profile_of(tmp_path / "back")
+    again = measured(tmp_path / "back")
     assert expert_ids(again).rows == {}
 
 
@@ -138,12 +131,12 @@ def down(folder: Path, layer: int) -> torch.Tensor:
 
 
 def test_later_edits_of_it_call_experts_by_their_first_ids(
-    profile_of: Profiles, tmp_path: Path
+    profile_of: Profiles, measured: Callable[[Path], Profile], tmp_path: Path
 ) -> None:
     profile = profile_of("olmoe")
     source, orders = Path(profile.info.model.id), shuffled(profile.info.model.blocks)
     permute_checkpoint(profile, orders, tmp_path / "moved", UNSCORED)
-    moved = profile_of(tmp_path / "moved")
+    moved = measured(tmp_path / "moved")
     assert [*expert_ids(moved).rows.values()] == [tuple(order) for order in orders]
     assert find_row(moved, 1, orders[1][3]) == 3
     with pytest.raises(PlanError, match="it has experts 0 to 7"):
@@ -172,7 +165,7 @@ def test_later_edits_of_it_call_experts_by_their_first_ids(
         assert torch.equal(
             down(tmp_path / "cut", layer), down(source, layer)[list(edit.order or edit.keep)]
         )
-    again = profile_of(tmp_path / "cut")
+    again = measured(tmp_path / "cut")
     assert expert_ids(again).rows == {n: e.order for n, e in built.plan.blocks.items()}
     assert verified(tmp_path / "cut").plan == load_plan(tmp_path / "cut")
     assert expert_pieces(find_source(str(tmp_path / "cut"))) <= expert_pieces(
@@ -190,13 +183,13 @@ def test_plans_without_another_order_stay_as_they_were(
 
 
 def test_an_exact_cut_is_put_in_another_order_with_its_constants(
-    profile_of: Profiles, tmp_path: Path, modules_cache: None
+    profile_of: Profiles, measured: Callable[[Path], Profile], tmp_path: Path, modules_cache: None
 ) -> None:
     profile = profile_of("olmoe")
     cut = choose(profile, CutSettings(keep=5, layout="exact"))
     built = build(profile, cut.draft, tmp_path / "cut", UNSCORED)
     trusted = BuildOptions(LoadOptions(trust_remote_code=True))
-    moved = permute_checkpoint(profile_of(tmp_path / "cut"), BACKWARD, tmp_path / "out", trusted)
+    moved = permute_checkpoint(measured(tmp_path / "cut"), BACKWARD, tmp_path / "out", trusted)
     assert_same_answers(moved)
     for name, edit in load_plan(tmp_path / "out").blocks.items():
         assert edit.keep == built.plan.blocks[name].keep
@@ -207,7 +200,7 @@ def test_an_exact_cut_is_put_in_another_order_with_its_constants(
         for name, edit in built.plan.blocks.items()
     }
     assert verified(tmp_path / "out").plan.layout == "exact"
-    again = profile_of(tmp_path / "out")
+    again = measured(tmp_path / "out")
     assert (
         expert_ids(again).kept(*first_block(again)) == built.plan.blocks[first_block(again)[0]].keep
     )
@@ -218,7 +211,9 @@ def first_block(profile: Profile) -> tuple[str, tuple[int, ...]]:
     return block.name, tuple(range(block.experts))
 
 
-def test_what_no_device_could_hold_is_refused(profile_of: Profiles, tmp_path: Path) -> None:
+def test_what_no_device_could_hold_is_refused(
+    profile_of: Profiles, measured: Callable[[Path], Profile], tmp_path: Path
+) -> None:
     grouped = profile_of("deepseek_v3")
     with pytest.raises(PlanError, match=r"2 groups of 4 experts.*whole groups"):
         permute_checkpoint(grouped, [[0, 4, 1, 5, 2, 6, 3, 7]] * 2, tmp_path / "out", UNSCORED)
@@ -228,12 +223,12 @@ def test_what_no_device_could_hold_is_refused(profile_of: Profiles, tmp_path: Pa
             permute_checkpoint(profile, [wrong] * 2, tmp_path / "out", UNSCORED)
     with pytest.raises(PlanError, match="1 layers does not fit 2 MoE layers"):
         permute_checkpoint(profile, BACKWARD[:1], tmp_path / "out", UNSCORED)
-    uneven = choose(profile, CutSettings(keep=5, layout="exact", budget="global"))
+    uneven = choose(profile, CutSettings(keep=4, layout="exact", budget="global", by="reap"))
     counts = {len(edit.keep) for edit in uneven.draft.edits.values()}
     assert len(counts) == 2
     build(profile, uneven.draft, tmp_path / "uneven", UNSCORED)
     with pytest.raises(ContractError, match="no device would hold equally many"):
-        permute_checkpoint(profile_of(tmp_path / "uneven"), BACKWARD, tmp_path / "out", UNSCORED)
+        permute_checkpoint(measured(tmp_path / "uneven"), BACKWARD, tmp_path / "out", UNSCORED)
     assert not (tmp_path / "out").exists()
 
 

@@ -20,7 +20,7 @@ from expertcut.models.load import ROUTED_FILE, LoadOptions, find_source, load, m
 from expertcut.models.routing_rule import RULE_KINDS as KINDS
 from expertcut.models.routing_rule import RoutingRule
 from expertcut.scoring.rerouting import rerouted
-from tests.conftest import FAMILIES, open_model
+from tests.conftest import FAMILIES, STORAGE_FORMS, open_model, slow_but
 from tests.support.exact_models import TOKENS, logprobs
 from tests.support.routed_models import load_plainly, make_routed, routed_plan
 
@@ -30,7 +30,11 @@ KEYS = ("architectures", "model_type", "auto_map", "expert_routing")
 pytestmark = pytest.mark.usefixtures("modules_cache")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Each form of storage, groups, selection biases in routers and given to them, recurrent layers.
+QUICK = (*STORAGE_FORMS, "deepseek_v3", "minimax_m2", "lfm2_moe", "jamba")
+
+
+@pytest.mark.parametrize("family", slow_but(QUICK, FAMILIES))
 def test_every_family_answers_as_the_rule_at_run_time(
     checkpoint: Checkpoints, family: str, tmp_path: Path
 ) -> None:

@@ -24,7 +24,7 @@ from expertcut.models.load import LoadOptions
 from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.router_bias import Tilts, tilted
-from tests.conftest import DENSE_FIRST, FAMILIES, open_model, profiled
+from tests.conftest import DENSE_FIRST, FAMILIES, STORAGE_FORMS, open_model, profiled, slow_but
 
 Checkpoints = Callable[..., Path]
 AS_IS = BuildOptions(LoadOptions())
@@ -51,14 +51,15 @@ def assert_cut_equals_mask(profile: Profile, folder: Path, within: float = 1e-5)
     assert bool(rescaling_at_answers(profile, pruning.draft.edits)) == is_folding
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# All families: `test_matrix`, by plain transformers.
+@pytest.mark.parametrize("family", slow_but((*STORAGE_FORMS, "deepseek_v3", "jamba"), FAMILIES))
 def test_a_stock_cut_without_a_fold_equals_the_mask(
     profile_of: Callable[..., Profile], tmp_path: Path, family: str
 ) -> None:
     assert_cut_equals_mask(profile_of(family), tmp_path / "out")
 
 
-@pytest.mark.parametrize("family", DENSE_FIRST)
+@pytest.mark.parametrize("family", slow_but(("qwen2_moe", "jamba"), DENSE_FIRST))
 def test_a_cut_leaves_a_dense_first_layer_alone(
     profile_of: Callable[..., Profile], tmp_path: Path, family: str
 ) -> None:

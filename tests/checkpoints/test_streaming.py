@@ -107,10 +107,16 @@ def assert_same(found: Tensors, wanted: Tensors) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-# All at once in every family, one by one in each form in which experts are stored.
+# All at once in every family, one by one with and without fused experts.
 @pytest.mark.parametrize(
     ("family", "kind"),
-    [(f, k) for f in FAMILIES for k in EDITS if k == ALL_AT_ONCE or f in STORAGE_FORMS],
+    [(f, ALL_AT_ONCE) for f in FAMILIES]
+    + [
+        pytest.param(f, k, marks=pytest.mark.slow if f not in ("olmoe", "gpt_oss") else ())
+        for f in STORAGE_FORMS
+        for k in EDITS
+        if k != ALL_AT_ONCE
+    ],
 )
 def test_a_streamed_stock_export_equals_the_one_through_the_model_bit_by_bit(
     stored_as: Callable[..., Path], tmp_path: Path, family: str, kind: str

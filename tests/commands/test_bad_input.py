@@ -501,7 +501,11 @@ def missing_tensor(model: Path, folder: Path) -> list[str]:
     ("make", "words"),
     [
         (damaged_parquet, "no such quiz: quiz cannot be read: Parquet magic bytes not found"),
-        (missing_tensor, f"torn/model.safetensors lacks 1 of the model's weights, first {Q_PROJ}"),
+        pytest.param(
+            missing_tensor,
+            f"torn/model.safetensors lacks 1 of the model's weights, first {Q_PROJ}",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_no_other_library_adds_its_own_lines(

@@ -332,7 +332,10 @@ def test_a_folder_of_that_name_is_mmlu_without_any_hub(
     ("arguments", "words"),
     [
         (["no/where"], "no such model: no/where is not a folder here: "),
-        (["{model}", "--quiz", "no/where"], "no such quiz: no/where cannot be read: "),
+        pytest.param(
+            *(["{model}", "--quiz", "no/where"], "no such quiz: no/where cannot be read: "),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_the_hub_does_not_have_is_refused_in_one_line(

@@ -21,7 +21,7 @@ from expertcut.edits.plan import ExpertIds, load_plan
 from expertcut.errors import OutputError
 from expertcut.profiling.expert_load import use_counts
 from expertcut.profiling.trace import load_trace
-from tests.conftest import Commands
+from tests.conftest import Commands, slow_but
 
 Checkpoint = Callable[..., Path]
 
@@ -106,7 +106,9 @@ def test_redundant_experts_fill_the_devices_and_even_the_loads(
     assert max(found.solver.largest_load) < 1.2
 
 
-@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "glm4_moe"])
+@pytest.mark.parametrize(
+    "family", slow_but(("olmoe", "glm4_moe"), ["olmoe", "gpt_oss", "glm4_moe"])
+)
 def test_the_checkpoint_in_the_order_of_the_placement_chooses_as_before(
     checkpoint: Checkpoint, quiz_folder: Path, tmp_path: Path, expertcut: Commands, family: str
 ) -> None:

@@ -1,9 +1,6 @@
 """One declaration of each option: the command line, recipes and Python are built from it."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,7 @@ from expertcut.errors import SettingsError
 from expertcut.recipes.recipe_schema import read_recipe
 from expertcut.recipes.stages import stages_of
 from expertcut.settings import IN_RECIPE, Settings, option, option_details
-from tests.conftest import WORDS, Commands
+from tests.conftest import WORDS, Commands, help_of
 
 OWN = {name: settings for _, name, settings, _ in COMMANDS}
 NEEDED = {
@@ -46,16 +43,6 @@ def parsed(name: str, settings: type[Settings], *words: str) -> Settings:
     app.command("another")(lambda: None)
     app([name, *words], standalone_mode=False)
     return found[0]
-
-
-def help_of(name: str) -> str:
-    return subprocess.run(
-        [sys.executable, "-m", "expertcut", name, "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "COLUMNS": "80"},
-    ).stdout
 
 
 class Polished(PruneSettings):

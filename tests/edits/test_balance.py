@@ -22,7 +22,7 @@ from expertcut.errors import ProfileError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.trace import Sequence, load_trace
-from tests.conftest import Commands, open_model
+from tests.conftest import Commands, open_model, slow_but
 
 E, K, T = 8, 2, 60
 Array = np.ndarray[Any, Any]
@@ -160,7 +160,12 @@ def loads(trace: Path) -> list[float]:
     ]
 
 
-@pytest.mark.parametrize("family", ["deepseek_v3", "minimax_m2", "lfm2_moe", "ernie4_5_moe"])
+@pytest.mark.parametrize(
+    "family",
+    slow_but(
+        ("deepseek_v3", "lfm2_moe"), ["deepseek_v3", "minimax_m2", "lfm2_moe", "ernie4_5_moe"]
+    ),
+)
 def test_a_family_with_a_selection_bias_gets_it_there_and_keeps_its_weights(
     expertcut: Commands,
     traced: Callable[..., Path],

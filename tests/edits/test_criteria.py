@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ FACTORS = {"granitemoe": (1.0, 0.5), "minimax_m3_vl_text": (2.0, 2.0)}
 
 @pytest.fixture(scope="module")
 def quiz(tmp_path_factory: pytest.TempPathFactory) -> Quiz:
-    folder = write_quiz(tmp_path_factory.mktemp("few"), {"dev": SHOTS, "test": 3, "val": 4}, seed=3)
+    folder = write_quiz(tmp_path_factory.mktemp("few"), {"dev": SHOTS, "test": 2, "val": 4}, seed=3)
     return load_quiz(Selection(str(folder), shots=SHOTS, subjects=("green_birds", "old_clocks")))
 
 
@@ -177,14 +178,27 @@ def weighted_accuracy(seen: Seen, block: MoeBlock) -> Array:
     return np.where(alpha == 0, -np.inf, right / np.where(alpha == 0, 1, alpha))
 
 
+@pytest.fixture(scope="module")
+def observed(
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Profile, MoeModel, list[Seen]]]:
+    """A family's profile, its model, and each block's tokens one by one, made once."""
+
+    @cache
+    def observe(family: str) -> tuple[Profile, MoeModel, list[Seen]]:
+        path = checkpoint(family, **BRUTE.get(family, {}))
+        moe = open_model(path)
+        profile = profiled(path, quiz, tmp_path_factory.mktemp("observed") / "p")
+        return profile, moe, one_by_one(moe, quiz)
+
+    return observe
+
+
 @pytest.mark.parametrize("family", BRUTE)
 def test_every_criterion_agrees_with_brute_force_one_token_at_a_time(
-    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
+    observed: Callable[[str], tuple[Profile, MoeModel, list[Seen]]], family: str
 ):
-    path = checkpoint(family, **BRUTE[family])
-    profile = profiled(path, quiz, tmp_path / "p")
-    moe = open_model(path)
-    blocks = one_by_one(moe, quiz)
+    profile, moe, blocks = observed(family)
     for block, seen in zip(moe.blocks, blocks, strict=True):
         wanted = expected(seen, block.n_experts, FACTORS.get(family, (1.0, 1.0)))
         wanted["weighted_accuracy", "answer"] = weighted_accuracy(seen, block)
@@ -225,16 +239,12 @@ def reap_of_llm_compressor(seen: Seen, n_experts: int) -> Array:
     ("family", "is_renormalised"), [("olmoe", False), ("qwen3_moe", True), ("deepseek_v3", None)]
 )
 def test_reap_and_output_norm_are_the_published_ones(
-    checkpoint: Checkpoints,
-    quiz: Quiz,
-    tmp_path: Path,
+    observed: Callable[[str], tuple[Profile, MoeModel, list[Seen]]],
     family: str,
     is_renormalised: bool | None,
 ):
-    path = checkpoint(family)
-    profile = profiled(path, quiz, tmp_path / "p")
-    moe = open_model(path)
-    for block, seen in zip(moe.blocks, one_by_one(moe, quiz), strict=True):
+    profile, moe, blocks = observed(family)
+    for block, seen in zip(moe.blocks, blocks, strict=True):
         n_experts = block.n_experts
         found_E = scores(profile, "reap", "all")[block.layer]
         np.testing.assert_allclose(found_E, reap_of_llm_compressor(seen, n_experts), rtol=2e-5)

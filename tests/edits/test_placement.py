@@ -62,7 +62,7 @@ def splits(load_E: Array, cap: float) -> list[Array]:
     return found
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_two_layers_of_six_experts_on_two_devices_are_placed_as_by_brute_force(seed: int) -> None:
     counts, loads = drawn(seed, (6, 6))
     own = caps(loads, 2, 1.1)
@@ -87,7 +87,7 @@ def test_devices_hold_equally_many_within_the_cap_and_no_peer_is_better(
 ) -> None:
     counts, loads = drawn(3, experts, steep=0.6)
     own, near_DD = caps(loads, devices, cap), Devices(devices, nodes).near_DD
-    found = place(counts, loads, Devices(devices, nodes), own, starts=5)
+    found = place(counts, loads, Devices(devices, nodes), own, starts=3)
     total = sum(count_EF.sum() for count_EF in counts)
     for load_E, copies_ED, most in zip(loads, found.copies, own, strict=True):
         assert (copies_ED.sum(axis=1) == 1).all()
@@ -98,7 +98,7 @@ def test_devices_hold_equally_many_within_the_cap_and_no_peer_is_better(
     for name, layers in peers(loads, devices, ones(loads)).items():
         assert found.objective >= stay(counts, layers, near_DD) / total, name
     assert found.objective <= found.bound <= 1
-    again = place(counts, loads, Devices(devices, nodes), own, starts=5)
+    again = place(counts, loads, Devices(devices, nodes), own, starts=3)
     assert all((a == b).all() for a, b in zip(found.copies, again.copies, strict=True))
 
 
@@ -182,7 +182,7 @@ def test_copies_are_served_equally_often_and_the_bound_holds_for_them() -> None:
     assert bound(counts, Devices(4), replicas) >= stay(counts, drawn_ED, np.eye(4))
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_the_smallest_load_is_never_above_that_of_eplb(seed: int) -> None:
     rng = np.random.default_rng(seed)
     for n, devices in ((32, 4), (64, 8), (48, 16)):

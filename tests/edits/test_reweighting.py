@@ -28,7 +28,7 @@ from expertcut.reporting.edit_tables import tilt_sentences
 from expertcut.reporting.views import find_shown
 from expertcut.scoring.engine import Engine, ask
 from expertcut.scoring.packing import Pass
-from tests.conftest import STORAGE_FORMS, open_model, profiled
+from tests.conftest import STORAGE_FORMS, open_model, profiled, slow_but
 from tests.scoring.test_tilting import by_hand
 from tests.support.exact_models import EXACT_FAMILIES
 
@@ -94,8 +94,8 @@ def carried(profile: Profile, built: Built, held_out: Quiz, draft: EditPlan) -> 
     return apart(found, base), apart(found, wanted)
 
 
-# In one family of each form of storage; test_streaming.py scales weights in all of them.
-@pytest.mark.parametrize("family", STORAGE_FORMS)
+# With and without fused experts; test_streaming.py scales weights in all families.
+@pytest.mark.parametrize("family", slow_but(("olmoe", "gpt_oss"), STORAGE_FORMS))
 def test_factors_in_layout_stock_are_those_at_run_time(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path, family: str
 ) -> None:
@@ -109,7 +109,7 @@ def test_factors_in_layout_stock_are_those_at_run_time(
     assert from_plan < 4e-6  # two units in the last place of a log p, which is float32
 
 
-@pytest.mark.parametrize("family", EXACT_FAMILIES)
+@pytest.mark.parametrize("family", slow_but(("olmoe", "qwen2_moe"), EXACT_FAMILIES))
 def test_factors_in_layout_exact_are_those_at_run_time(
     profile_of: Profiles, held_out: Quiz, tmp_path: Path, family: str
 ) -> None:

@@ -17,7 +17,7 @@ from expertcut.healing.adapters import adapted, deltas, write_adapter, write_mer
 from expertcut.healing.heal_settings import HealSettings, Target
 from expertcut.models.load import MoeModel
 from expertcut.models.safetensors_index import read_headers
-from tests.conftest import FAMILIES, make_checkpoint, open_model
+from tests.conftest import FAMILIES, STORAGE_FORMS, make_checkpoint, open_model, slow_but
 
 Checkpoints = Callable[..., Path]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -40,7 +40,10 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Each form of storage, latent attention, recurrent layers, and a shared expert.
+@pytest.mark.parametrize(
+    "family", slow_but((*STORAGE_FORMS, "deepseek_v3", "jamba", "qwen2_moe"), FAMILIES)
+)
 def test_the_written_checkpoint_is_the_model_with_its_adapters(
     checkpoint: Checkpoints, tmp_path: Path, family: str
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from expertcut.profiling.storage import load_profile
+from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import Commands, open_model
 
 Checkpoints = Callable[..., Path]
@@ -17,16 +17,14 @@ HASHED = 0
 
 
 @pytest.fixture
-def profiled(expertcut: Commands, checkpoint: Checkpoints, quiz_folder: Path) -> str:
-    model = checkpoint("deepseek_v4")
-    expertcut(f"profile {model} --quiz {quiz_folder} --split val --shots 0 --out p")
-    return "p"
+def profiled(profile_of: Callable[..., Profile]) -> Path:
+    return profile_of("deepseek_v4").path
 
 
 def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
-    expertcut: Commands, checkpoint: Checkpoints, profiled: str, tmp_path: Path
+    expertcut: Commands, checkpoint: Checkpoints, profiled: Path, tmp_path: Path
 ) -> None:
-    profile = load_profile(tmp_path / profiled)
+    profile = load_profile(profiled)
     blocks = profile.info.model.blocks
     assert [block.scoring for block in blocks] == ["sqrtsoftplus"] * 3
     assert [block.is_hashed for block in blocks] == [True, False, False]
@@ -41,9 +39,11 @@ def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
     ]
     from expertcut.data import Selection, load_quiz, prompt
 
-    quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=0))
+    quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
     question = next(iter(quiz))
-    ids = torch.tensor([moe.tokenizer(prompt(question, ()))["input_ids"]])
+    ids = torch.tensor(
+        [moe.tokenizer(prompt(question, quiz.shots_by_subject[question.subject]))["input_ids"]]
+    )
     with torch.inference_mode():
         plain(input_ids=ids, use_cache=False)
     for handle in handles:
@@ -58,9 +58,7 @@ def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
         )
     shown = " ".join(expertcut(f"show {profiled} --tables").split())
     assert "Hash-routed: layers 0 choose their experts by a table of token ids" in shown
-    assert '"selection":"table"' in (tmp_path / profiled / "profile.json").read_text().replace(
-        " ", ""
-    )
+    assert '"selection":"table"' in (profiled / "profile.json").read_text().replace(" ", "")
 
 
 @pytest.mark.parametrize(
@@ -74,7 +72,7 @@ def test_its_alpha_is_its_own_score_and_its_tables_layer_is_told(
     ],
 )
 def test_what_would_cut_or_boost_there_is_refused_in_one_line(
-    expertcut: Commands, profiled: str, tmp_path: Path, command: str
+    expertcut: Commands, profiled: Path, tmp_path: Path, command: str
 ) -> None:
     said = expertcut(f"{command} --profile {profiled}", status=2)
     assert said.count("\n") == 1 and "layers.0" in said and "table of token ids" in said
@@ -82,7 +80,7 @@ def test_what_would_cut_or_boost_there_is_refused_in_one_line(
 
 
 def test_an_audit_removes_experts_of_the_other_layers_alone(
-    expertcut: Commands, profiled: str, tmp_path: Path
+    expertcut: Commands, profiled: Path, tmp_path: Path
 ) -> None:
     said = expertcut(f"audit --profile {profiled} --sample 4 --questions 6 --by reap --out a")
     assert said

@@ -13,7 +13,15 @@ from expertcut.profiling.findings import profile_json
 from expertcut.profiling.measure import Measurement, MeasureOptions, measure
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.profiling.workers import Progress
-from tests.conftest import DENSE_FIRST, FAMILIES, LETTERS, SUBJECTS, open_model, write_quiz
+from tests.conftest import (
+    DENSE_FIRST,
+    FAMILIES,
+    LETTERS,
+    SUBJECTS,
+    open_model,
+    slow_but,
+    write_quiz,
+)
 from tests.support.hand_made import SUMS
 
 Checkpoints = Callable[..., Path]
@@ -92,7 +100,12 @@ def small_quiz(tmp_path_factory: pytest.TempPathFactory) -> Quiz:
     return load_quiz(Selection(str(folder), shots=SHOTS))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Storage with and without biases, packed and padded ways, groups and a sigmoid, recurrent layers.
+# All families: `test_matrix`.
+QUICK = ("olmoe", "gpt_oss", "mixtral", "deepseek_v3", "jamba")
+
+
+@pytest.mark.parametrize("family", slow_but(QUICK, FAMILIES))
 def test_every_quantity_agrees_with_brute_force(
     checkpoint: Checkpoints, small_quiz: Quiz, tmp_path: Path, family: str
 ) -> None:

@@ -25,7 +25,7 @@ from expertcut.profiling.measure import MeasureOptions
 from expertcut.profiling.measure_text import TextMeasurement
 from expertcut.profiling.statistics import text_layer_json
 from expertcut.profiling.storage import TextPart, TextProfile, load_profile
-from tests.conftest import FAMILIES, WORDS, open_model
+from tests.conftest import FAMILIES, WORDS, open_model, slow_but
 from tests.support.processes import DEATHS, chunk_bytes, ended, is_whole, start
 
 Checkpoints = Callable[..., Path]
@@ -259,7 +259,7 @@ def assert_sums(profile: TextProfile, sums: Sums) -> None:
 
 
 # A plain one, fused with biases, with a factor of the block's output, which norms it, with latent
-# attention and a sigmoid, with recurrent layers. All families: `test_profile`, on a quiz.
+# attention and a sigmoid, with recurrent layers. All families: `test_matrix`, on a quiz.
 FEW = ("olmoe", "gpt_oss", *RESIDUAL_FACTORS, NORMED, "deepseek_v3", "qwen3_next")
 MODELS = {
     **{family: (family, {}) for family in FAMILIES},
@@ -274,13 +274,7 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name in {*FAMILIES} - {*FEW} else [])
-        for name in MODELS
-    ],
-)
+@pytest.mark.parametrize("name", slow_but((*FEW, "padded", "single"), MODELS))
 def test_every_sum_of_both_parts_agrees_with_brute_force(
     checkpoint: Checkpoints, tmp_path: Path, name: str
 ) -> None:

@@ -23,7 +23,7 @@ from expertcut.profiling.trace_recorder import QuizTracing, TextTracing, TraceOp
 from expertcut.scoring import engine as engines
 from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import Run
-from tests.conftest import Commands, open_model
+from tests.conftest import FAMILIES, Commands, open_model, slow_but
 from tests.profiling.test_text_profile import texts, written
 from tests.support.processes import PROCESSES, Task, chunk_bytes, ended, logged, long_quiz, start
 from tests.support.routed_models import make_routed, routed_plan
@@ -32,6 +32,9 @@ Checkpoints = Callable[..., Path]
 Array = np.ndarray[Any, Any]
 HOW = MeasureOptions(batch_tokens=300)
 LENGTH = 24
+
+
+QUICK = ("olmoe", "deepseek_v3", "jamba")  # packed, in groups, padded
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +107,18 @@ def test_a_trace_holds_every_token_of_every_prompt_with_its_experts_weights_and_
             np.testing.assert_allclose(sequence.logits_TLE[:, layer], logits, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("family", slow_but(QUICK, FAMILIES))
 def test_the_chunks_of_a_trace_sum_to_the_tokens_of_a_profile(
-    tiny_moe: MoeModel, quiz: Quiz, tmp_path: Path
+    checkpoint: Checkpoints, quiz: Quiz, tmp_path: Path, family: str
 ) -> None:
-    list(Measurement(tiny_moe, quiz, 4, HOW).run(tmp_path / "p"))
+    moe = open_model(checkpoint(family))
+    list(Measurement(moe, quiz, 4, HOW).run(tmp_path / "p"))
     tokens_LE = load_profile(tmp_path / "p").token_sum("tokens")
     assert tokens_LE is not None and tokens_LE.sum() > 1000
-    assert (counted(traced(tiny_moe, quiz, tmp_path / "t")) == tokens_LE).all()
+    assert (counted(traced(moe, quiz, tmp_path / "t")) == tokens_LE).all()
 
 
-@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "jamba"])
+@pytest.mark.parametrize("family", QUICK)
 def test_a_trace_of_texts_sums_to_their_profile(
     family: str, checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

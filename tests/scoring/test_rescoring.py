@@ -22,7 +22,7 @@ from tests.conftest import open_model
 
 @pytest.fixture
 def quiz(quiz_folder: Path) -> Quiz:
-    return load_quiz(Selection(str(quiz_folder), split="val", shots=1))
+    return load_quiz(Selection(str(quiz_folder), split="val", shots=1, limit=3))
 
 
 def whole_run(moe: MoeModel, quiz: Quiz, shifts: tuple[RouterEdit, ...], at: ApplyAt) -> np.ndarray:

@@ -10,7 +10,7 @@ from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, moved_by, observe_routers
 from expertcut.models.load import LoadOptions, find_source, load
 from expertcut.scoring.router_bias import Tilts, tilted
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, slow_but
 from tests.support.families import MORE
 
 Checkpoints = Callable[..., Path]
@@ -20,12 +20,7 @@ TOKENS = torch.arange(2, 42)[None]
 QUICK = ("mixtral", "hunyuan_v1_moe", "gemma4_text", "afmoe", "minimax_m2", "deepseek_v3")
 
 
-def families() -> list[object]:
-    names = {**FAMILIES, **MORE}
-    return [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in names]
-
-
-@pytest.mark.parametrize("family", families())
+@pytest.mark.parametrize("family", slow_but(QUICK, {**FAMILIES, **MORE}))
 @pytest.mark.parametrize("place", ["float32", "bfloat16", "offloaded"])
 def test_masks_and_biases_are_seen_to_act(
     checkpoint: Checkpoints, tmp_path: Path, family: str, place: str
