@@ -13,8 +13,8 @@ from expertcut.evaluation.generation import WrittenOutput, WrittenPrompt
 from expertcut.evaluation.results import Results
 from expertcut.files import read_file
 from expertcut.reporting.eval_tables import model_names
-from expertcut.reporting.page_sections import Folded, Pair, Part, Section, key_of
-from expertcut.reporting.views import Run
+from expertcut.reporting.page_sections import Folded, Pair, Part, Section, one_each
+from expertcut.reporting.views import NamedDocument, Run
 
 _EXAMPLES = 6  # of a comparison
 _BEFORE, _AFTER, _PROMPT = 200, 600, 400  # characters that are shown
@@ -22,19 +22,15 @@ _BEFORE, _AFTER, _PROMPT = 200, 600, 400  # characters that are shown
 
 def generation_sections(run: Run) -> list[Section]:
     """One for each evaluation with outputs: a few pairs of each comparison."""
-    sections: list[Section] = []
-    for document in run.results:
-        if document.content.generation is None or not document.content.comparisons:
-            continue
-        key = key_of(f"outputs-{document.name}", [section.key for section in sections])
-        parts = _pair_parts(document.content, document.file)
-        sections.append(Section(key, f"Outputs: {document.name}", parts))
+    written = [f for f in run.results if f.content.generation and f.content.comparisons]
+    sections = one_each("Outputs", written, "outputs-", _pair_parts)
     return [replace(s, title="Outputs") for s in sections] if len(sections) == 1 else sections
 
 
-def _pair_parts(results: Results, file: Path) -> list[Part]:
+def _pair_parts(document: NamedDocument[Results], _key: str) -> list[Part]:
+    results = document.content
     assert results.generation is not None
-    outputs, names = file.with_name(results.generation.outputs), model_names(results)
+    outputs, names = document.file.with_name(results.generation.outputs), model_names(results)
     try:
         written = load_written(outputs, names)
     except OutputError as error:

@@ -15,19 +15,17 @@ from expertcut import __version__
 from expertcut.errors import OutputError
 from expertcut.files import without_secrets, write_atomically
 from expertcut.reporting import page_sections
-from expertcut.reporting.dispatch_page import dispatch_sections
 from expertcut.reporting.expert_maps import expert_sections
 from expertcut.reporting.generation_page import generation_sections
 from expertcut.reporting.page_sections import Explorer, Section, figures_of
-from expertcut.reporting.place_page import placement_sections
 from expertcut.reporting.plots import colour_stops, draw
 from expertcut.reporting.tables import as_csv, printable
-from expertcut.reporting.trace_page import trace_sections
+from expertcut.reporting.trace_page import placement_sections, trace_sections
 from expertcut.reporting.views import Run, gather
 
 SECTIONS = (
     page_sections.outcome_sections,
-    dispatch_sections,
+    page_sections.dispatch_sections,
     generation_sections,
     page_sections.change_sections,
     page_sections.search_sections,

@@ -14,6 +14,7 @@ from expertcut.checkpoints import export
 from expertcut.edits.plan import PlanFile, Point, base_folder
 from expertcut.edits.selection import RemovedTraffic, removed_traffic
 from expertcut.edits.splits import read_scored_split
+from expertcut.evaluation.dispatch_results import DispatchResult
 from expertcut.evaluation.results import QuizModelResult, QuizResults, Results
 from expertcut.evaluation.search_results import Audit, Sweep, SweepCell, SweptModel
 from expertcut.profiling.findings import Findings
@@ -21,6 +22,7 @@ from expertcut.profiling.schema import AnyProfileInfo, QuizInfo, TextInfo
 from expertcut.profiling.trace import RoutesTraceInfo
 from expertcut.reporting import (
     compress_tables,
+    dispatch_tables,
     edit_tables,
     eval_tables,
     text_search_tables,
@@ -239,12 +241,13 @@ def accuracies(name: str, scored: Sequence[QuizModelResult | SweepCell | Point |
     return series_of(name, [None if each is None else each.accuracy for each in scored], ends)
 
 
-def _sections(
+def one_each(
     title: str,
     documents: Iterable[NamedDocument[T]],
     prefix: str,
     parts: Callable[[NamedDocument[T], str], list[Part]],
 ) -> list[Section]:
+    """One for each document, under a key of its own."""
     sections: list[Section] = []
     for document in documents:
         key = key_of(f"{prefix}{document.name}", [section.key for section in sections])
@@ -256,8 +259,8 @@ def change_sections(run: Run) -> list[Section]:
     """One for each plan, and for each proof without one; first of all what went with cuts."""
     planned = {plan.file.parent for plan in run.plans}
     alone = [proof for proof in run.proofs if proof.file.parent not in planned]
-    plans = _sections("What was changed", run.plans, "plan-", partial(_plan_parts, run))
-    return plans + _sections("Proof", alone, "proof-", lambda proof, _: _proof_parts(proof.content))
+    plans = one_each("What was changed", run.plans, "plan-", partial(_plan_parts, run))
+    return plans + one_each("Proof", alone, "proof-", lambda proof, _: _proof_parts(proof.content))
 
 
 def _proof_parts(proof: views.Proof) -> list[Part]:
@@ -325,8 +328,18 @@ def _curve(tuning: Sequence[Point], key: str) -> Curves:
 
 def outcome_sections(run: Run) -> list[Section]:
     """One for each evaluation."""
-    sections = _sections("Results", run.results, "", lambda f, key: _results_parts(f.content, key))
+    sections = one_each("Results", run.results, "", lambda f, key: _results_parts(f.content, key))
     return [replace(s, title="Results") for s in sections] if len(sections) == 1 else sections
+
+
+def dispatch_sections(run: Run) -> list[Section]:
+    """One for each dispatch: what choosing gains, and which model answers what."""
+
+    def parts(document: NamedDocument[DispatchResult], _key: str) -> list[Part]:
+        facts = dispatch_tables.dispatch_facts(document.content)
+        return [*(text for _, text in facts), *dispatch_tables.dispatch_tables(document.content)]
+
+    return one_each("Dispatch", run.dispatches, "dispatch-", parts)
 
 
 def _change(base: QuizModelResult, model: QuizModelResult, subject: str) -> float | None:
@@ -411,14 +424,14 @@ def subjects_table(results: QuizResults) -> Table:
 
 def search_sections(run: Run) -> list[Section]:
     """One for each sweep, of cuts or of routing rules, and each oracle and audit."""
-    sweeps = _sections("Sweep", run.sweeps, "sweep-", lambda f, key: _sweep(f.content, key))
+    sweeps = one_each("Sweep", run.sweeps, "sweep-", lambda f, key: _sweep(f.content, key))
     sweeps += _figures(
         "Routing rules", run.routes, "route-", routing.sweep_table, routing.sweep_facts
     )
     sweeps += _figures("Oracle", run.oracles, "oracle-", routing.oracle_table, routing.oracle_facts)
     sizes = (compress_tables.sweep_table, compress_tables.sweep_facts)
     sweeps += _figures("Sizes", run.sizes, "sizes-", *sizes)
-    return sweeps + _sections("Audit", run.audits, "audit-", lambda f, key: _audit(f.content, key))
+    return sweeps + one_each("Audit", run.audits, "audit-", lambda f, key: _audit(f.content, key))
 
 
 def _figures(
@@ -429,19 +442,15 @@ def _figures(
         table, facts = table_of(document.content), facts_of(document.content)
         return [Summary(table.narrow(unless=False)), Facts(facts), Folded("All figures", [table])]
 
-    return _sections(title, documents, prefix, parts)
+    return one_each(title, documents, prefix, parts)
 
 
 def _sweep(sweep: Sweep, key: str) -> list[Part]:
     table, sentences = eval_tables.sweep_table(sweep), eval_tables.sweep_sentences(sweep)
     parts: list[Part] = [Summary(table.narrow(unless=False)), *sentences]
     parts.append(Folded("All figures of the sweep", [table]))
-    if not sweep.cells:
-        return parts
-    return [
-        *parts,
-        text_search_tables.sweep_curves(sweep, key) if sweep.of_texts else _curves(sweep, key),
-    ]
+    curves = text_search_tables.sweep_curves if sweep.of_texts else _curves
+    return [*parts, curves(sweep, key)] if sweep.cells else parts
 
 
 def _curves(sweep: Sweep, key: str) -> Curves:

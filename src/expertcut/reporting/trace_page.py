@@ -1,28 +1,48 @@
-"""The page's section of a trace: how local routing is, and which expert follows which."""
+"""The page's sections of traces, placements and cache plans: where routing goes."""
 
 import math
 
 import numpy as np
 
+from expertcut.edits.cache_plan import CacheFile
+from expertcut.edits.placement_results import PlacementFile
+from expertcut.profiling.trace import Trace
 from expertcut.profiling.trace_findings import TraceFindings
 from expertcut.reporting import trace_tables as tables
-from expertcut.reporting.page_sections import Facts, Folded, Part, Section, key_of
+from expertcut.reporting.page_sections import Facts, Folded, Part, Section, one_each
+from expertcut.reporting.place_tables import (
+    cache_facts,
+    cache_table,
+    placement_facts,
+    placement_table,
+)
 from expertcut.reporting.plots import Curves, Heat, Series, series_of, span
 from expertcut.reporting.tables import Column
-from expertcut.reporting.views import Run
+from expertcut.reporting.views import NamedDocument, Run
 
 
 def trace_sections(run: Run) -> list[Section]:
-    """One for each trace."""
-    sections: list[Section] = []
-    for document in run.traces:
-        key = key_of(f"trace-{document.name}", [section.key for section in sections])
-        parts = _parts(TraceFindings(document.content), key)
-        sections.append(Section(key, f"Trace: {document.name}", parts))
-    return sections
+    """One for each trace: how local routing is, and which expert follows which."""
+    return one_each("Trace", run.traces, "trace-", _parts)
 
 
-def _parts(findings: TraceFindings, key: str) -> list[Part]:
+def placement_sections(run: Run) -> list[Section]:
+    """One for each placement, beside its peers, and one for each cache plan."""
+
+    def placement(document: NamedDocument[PlacementFile], _key: str) -> list[Part]:
+        return [Facts(placement_facts(document.content)), placement_table(document.content)]
+
+    def cache(document: NamedDocument[CacheFile], _key: str) -> list[Part]:
+        return [Facts(cache_facts(document.content)), cache_table(document.content)]
+
+    return [
+        *one_each("Placement", run.placements, "placement-", placement),
+        *one_each("Cache", run.caches, "cache-", cache),
+    ]
+
+
+def _parts(document: NamedDocument[Trace], key: str) -> list[Part]:
+    findings = TraceFindings(document.content)
     segments, *others = tables.finding_tables(findings)
     parts: list[Part] = [Facts(tables.trace_facts(findings.trace))]
     parts += tables.finding_sentences(findings)
