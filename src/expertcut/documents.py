@@ -12,7 +12,16 @@ from expertcut.files import parse_json, read_file, write_atomically
 # Left out of JSON if None: hashes and bytes stay those of older versions.
 _OMITTED = {"truncate", "cut", "selection", "chosen_by", "healed_from", "chance", "sequential"}
 _OMITTED |= {"text", "tasks", "generation", "text_tokens", "blend", "judged"}  # of later versions
-_OMITTED |= {"places", "routing", "beta", "shared", "compression", "balance"}
+_OMITTED |= {
+    "places",
+    "routing",
+    "beta",
+    "shared",
+    "compression",
+    "balance",
+    "contract",
+    "declared",
+}
 
 
 def _no_bool(value: object) -> object:

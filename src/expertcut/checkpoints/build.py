@@ -102,7 +102,8 @@ def build(
             (folds,) = (edit.folds for edit in fitted if isinstance(edit, PruneEdit))
             file = adapter.write(temporary, file, folds)
         if before is not None:
-            engine = engine_as_profiled(profile, Source(str(folder), temporary), load_as)
+            written = Source(str(folder), temporary, contract=source.contract)
+            engine = engine_as_profiled(profile, written, load_as)
             figures = {"rows" if is_merging else "fits": tuple(map(asdict, qualities))}
             proof = _judge(engine, questions.held_out, plan, before)
             proof = proof.model_copy(update=figures)
@@ -169,7 +170,8 @@ def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
 def found_source(profile: Profile) -> Source:
     """The checkpoint that was profiled, changed or not."""
     recorded, folder = profile.info.model, model_folder(profile)
-    return find_source(recorded.id if folder is None else str(folder), recorded.revision)
+    place = recorded.id if folder is None else str(folder)
+    return find_source(place, recorded.revision, recorded.read_contract())
 
 
 def profiled_source(profile: Profile) -> Source:

@@ -69,6 +69,10 @@ def size_with(moe: MoeModel, experts_by_layer: Sequence[float]) -> Size:
 def _of_experts(block: MoeBlock) -> tuple[int, int, int]:
     """Experts of a block that are no constants, parameters of each, and of all constants."""
     experts = dict(block.experts.named_parameters())
+    if block.declared is not None:  # calls of one module share its experts
+        n_calls = block.declared.source.calls
+        per_expert = sum(p.numel() for p in experts.values()) // (block.n_experts * n_calls)
+        return block.n_experts - (n_calls - 1) * block.top_k, per_expert, 0
     constants = experts.pop("approx_value", None)
     n_kept = len(next(iter(experts.values())))
     per_expert = sum(p.numel() for p in experts.values()) // n_kept

@@ -34,7 +34,11 @@ generation_option = partial(option, panel="Generation", is_recorded="set")
 
 
 class EvalSettings(
-    commands.JudgedSettings, commands.LayerwiseSettings, TextSettings, SplitSettings
+    commands.ContractSettings,
+    commands.JudgedSettings,
+    commands.LayerwiseSettings,
+    TextSettings,
+    SplitSettings,
 ):
     """Compare checkpoints on the same questions or texts."""
 
@@ -225,7 +229,8 @@ def _models(settings: EvalSettings) -> list["Model"]:
     here = [] if settings.samples else names
     if is_served and not settings.asks_quiz and not settings.generate:
         here = [name for name in names if Path(name).is_dir()]
-    found = dict(zip(here, find_models(here, settings.revision), strict=True))
+    sources = find_models(here, settings.revision, settings.read_contract())
+    found = dict(zip(here, sources, strict=True))
     return [(name, found.get(name)) for name in names]
 
 

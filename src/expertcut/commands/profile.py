@@ -8,6 +8,7 @@ from expertcut import commands
 from expertcut.commands import (
     SILENT,
     UI,
+    ContractSettings,
     SplitSettings,
     TextSettings,
     model_option,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
 
 
-class ProfileSettings(commands.LayerwiseSettings, TextSettings, SplitSettings):
+class ProfileSettings(ContractSettings, commands.LayerwiseSettings, TextSettings, SplitSettings):
     """Measure what experts do in a quiz or in texts."""
 
     examples: ClassVar = (
@@ -87,7 +88,9 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     if settings.layerwise and settings.perturb:
         raise SettingsError("--perturb asks a model again, and --layerwise runs it once: give one")
     load_as, options = settings.measuring(ui)
-    source, quiz = find_source(settings.model, settings.revision), settings.load_quiz()
+    contract = settings.read_contract()
+    source = find_source(settings.model, settings.revision, contract)
+    quiz = settings.load_quiz()
     measurement = measure.measure(source, quiz, settings.limit, load_as, options)
     if "bf16" in settings.perturb and measurement.info.settings.dtype == "bfloat16":
         raise SettingsError(
@@ -126,7 +129,7 @@ def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
     load_as, options = settings.measuring(ui)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    moe = load(find_source(settings.model, settings.revision), load_as)
+    moe = load(find_source(settings.model, settings.revision, settings.read_contract()), load_as)
     corpus = settings.load_corpus(moe.tokenizer)
     measurement = TextMeasurement(moe, corpus, options, has_loss=settings.loss)
     folder: Path = settings.out or default_folder(measurement.info, moe.source)

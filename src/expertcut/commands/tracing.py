@@ -8,6 +8,7 @@ from expertcut.commands import (
     AMOUNT,
     SILENT,
     UI,
+    ContractSettings,
     SplitSettings,
     TextsSettings,
     model_option,
@@ -31,7 +32,7 @@ MAX_LOGIT_TOKENS = 1 << 16
 trace_option = partial(option, panel="Trace", is_recorded="set")
 
 
-class TraceSettings(TextsSettings, SplitSettings):
+class TraceSettings(ContractSettings, TextsSettings, SplitSettings):
     """Record the experts of every token of a quiz or of texts."""
 
     examples: ClassVar = (
@@ -140,16 +141,14 @@ def _tracing(settings: TraceSettings, ui: UI) -> "QuizTracing | TextTracing | Ro
     from expertcut.profiling.given_routes import RoutesTracing, read_routes
     from expertcut.profiling.trace_recorder import QuizTracing, TextTracing
 
+    which = settings.model, settings.revision, settings.read_contract()
     if settings.routes is not None:
-        routes, source = (
-            read_routes(settings.routes),
-            find_source(settings.model, settings.revision),
-        )
+        routes, source = read_routes(settings.routes), find_source(*which)
         return RoutesTracing(load(source, settings.load_as()), routes, waits=ui.is_first)
     load_as, options = settings.measuring(ui)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    source = find_source(settings.model, settings.revision)
+    source = find_source(*which)
     if settings.text:
         moe = load(source, load_as)
         return TextTracing(moe, settings.load_corpus(moe.tokenizer), options, settings.kept)

@@ -322,7 +322,8 @@ def profiled_corpus(profile: Profile) -> Corpus:
     from expertcut.models.load import find_source, load_tokenizer  # torch
 
     text, recorded, folder = profile.info.text, profile.info.model, plans.model_folder(profile)
-    source = find_source(recorded.id if folder is None else str(folder), recorded.revision)
+    place = recorded.id if folder is None else str(folder)
+    source = find_source(place, recorded.revision, recorded.read_contract())
     sources = text.sources.values()
     selection = TextSelection(
         specs=tuple(f"{source.spec}={source.weight}" for source in sources),

@@ -14,6 +14,7 @@ from expertcut.evaluation import lm_eval_export as export
 from expertcut.evaluation import results as schema
 from expertcut.evaluation.results import Scored, Scoring, load_results
 from expertcut.files import write_atomically
+from expertcut.models.contract_check import Contract
 from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import measure
 from expertcut.profiling.schema import quiz_info
@@ -23,9 +24,11 @@ from expertcut.scoring.passes import OnPass, ignore
 from expertcut.stats import accuracy, compare, logprob_shift
 
 
-def find_models(paths: Sequence[str], revision: str | None = None) -> list[Source]:
+def find_models(
+    paths: Sequence[str], revision: str | None = None, contract: Contract | None = None
+) -> list[Source]:
     """All checkpoints, the first of a revision; a wrong name or plan is refused at once."""
-    sources = [find_source(path, None if i else revision) for i, path in enumerate(paths)]
+    sources = [find_source(path, None if i else revision, contract) for i, path in enumerate(paths)]
     for source in sources:
         _plan_and_hashes(source)
     return sources

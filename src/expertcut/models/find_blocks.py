@@ -40,9 +40,13 @@ class Probe:
     def hooks(self) -> Iterator[RemovableHandle]:
         """Hooks the modules of the layer, and of the block only itself and its experts."""
         inside = set(self.block.module.modules()) - {self.block.module, self.block.experts}
-        for module in self.decoder.modules():
+        for module in self._modules():
             if module not in inside:
                 yield module.register_forward_hook(self._record, with_kwargs=True)
+
+    def _modules(self) -> Iterator[nn.Module]:
+        """Those of the layer, and router and experts of a contract, which are none of its own."""
+        yield from dict.fromkeys((*self.decoder.modules(), self.block.router, self.block.experts))
 
     def _record(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.calls.append((module, args, kwargs, first(output)))
@@ -54,6 +58,8 @@ class Probe:
         last_calls = {module: call for module, *call in self.calls}
         args, kwargs, block_output = last_calls.get(self.block.module, nothing)
         *_, layer_output = last_calls.get(self.decoder, nothing)
+        if self.block.module not in last_calls:  # one of several calls of a contract
+            return None, None
         # The laws of the block are checked with other sums in later calls.
         sums = (output for module, *_, output in self.calls if module is self.block.experts)
         if not isinstance(expert_sum := next(sums, None), Tensor):
@@ -127,7 +133,7 @@ class Probe:
             replaced_forward(experts, changed),
             registered(
                 module.register_forward_hook(record, with_kwargs=True)
-                for module in self.decoder.modules()
+                for module in self._modules()
                 if module not in deep
             ),
         ):
@@ -172,10 +178,17 @@ def _factor(x: Tensor, own: Any, result: Any, n_digits: int | None = None) -> fl
     return round(factor, n_digits or usual) if is_plain else None
 
 
-def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
-    """The MoE blocks in layer order, probed on the tokens; ContractError if one breaks the laws."""
+def find_blocks(
+    model: Any, input_ids_1T: Tensor, declared: tuple[MoeBlock, ...] = ()
+) -> tuple[MoeBlock, ...]:
+    """The MoE blocks in layer order, probed on the tokens; ContractError if one breaks the laws.
+
+    Those that a contract `declared` are taken as they are, and others are not looked for.
+    """
     model_type = str(getattr(model.config, "model_type", "?"))
-    unprobed = tuple(_block(name, module, i) for i, (name, module) in enumerate(_candidates(model)))
+    unprobed = declared or tuple(
+        _block(name, module, i) for i, (name, module) in enumerate(_candidates(model))
+    )
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
     check_blocks(unprobed)
@@ -184,7 +197,12 @@ def find_blocks(model: Any, input_ids_1T: Tensor) -> tuple[MoeBlock, ...]:
     with (
         torch.inference_mode(),
         registered(handle for probe in probes.values() for handle in probe.hooks()),
-        verifying(unprobed, model_type, lambda b, routing: seen.update({b.layer: (b, routing)})),
+        verifying(
+            unprobed,
+            model_type,
+            lambda b, routing: seen.update({b.layer: (b, routing)}),
+            is_one_pass=True,
+        ),
     ):
         model(input_ids=input_ids_1T, use_cache=False)
     found = []

@@ -7,24 +7,26 @@ With α the score of an expert (a function of the router's logits) and w its gat
     choice      the chosen are the top-k of α + selection bias within the allowed groups
     table       ... or those of a table of token ids (hash-routed blocks)
     repeatable  the same input is routed in the same way twice
-    once        router and experts run exactly once in a block's forward
+    once        a block runs once in a pass, and its router and experts once in a block's forward
     sum         the block's output is affine in Σ w·f_e, the sum of its experts' own outputs
     storage     no two blocks own the same expert weights
     arrays      all blocks route each token to the same number of experts
 
-The first three are tested on real tokens and on synthetic logits put into the router: real logits
-are often so peaked that several rules give the same weights. A block that breaks a law is refused.
+Blocks of a contract may break the first two, which are then not claimed of them, and the last; two
+that share experts must be calls of one module. The first three are tested on real tokens and on
+synthetic logits put into the router: real logits are often so peaked that several rules give the
+same weights. A block that breaks a law is refused.
 `EXCEPTIONS` lists families that break one and are supported, with what is not claimed of them.
 """
 
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from itertools import count, product
-from typing import Any, Literal
+from itertools import product
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,8 @@ def _explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBloc
     ops = hooks.logits_ops(block.router, block.call)
     op = next((op for op in ops if _acts(block, op, is_table)), None)
     routings = [routing, *_synthetic_routings(block, op)]
+    if block.declared is not None:
+        return _explain_declared(replace(block, logits_op=op), routings)
     scoring, weights, scaled = _find_weights(block, routings, model_type)
     block = replace(block, scoring=scoring, weights=weights, scaled=scaled, logits_op=op)
     is_cut_softmax = scoring == "softmax" and weights is not None and not weights.is_renormalised
@@ -92,6 +96,23 @@ def _explain_gate(block: MoeBlock, routing: Routing, model_type: str) -> MoeBloc
     selection = "table" if is_table else _find_choice(block, routings, ways)
     is_linear = _is_linear(block, routing)
     return replace(block, inflates=is_cut_softmax, selection=selection, is_linear=is_linear)
+
+
+def _explain_declared(block: MoeBlock, seen: Sequence[Routing]) -> MoeBlock:
+    """The block of a contract with those laws of gates that it follows; others are not claimed."""
+    is_varied = any(bool((r.experts_TK >= block.n_experts).any()) for r in seen)
+    block = replace(block, is_linear=_is_linear(block, seen[0]), is_ranked=False)
+    with suppress(ContractError):
+        if not is_varied:
+            scoring, weights, scaled = _find_weights(block, seen, "")
+            is_cut = scoring == "softmax" and weights is not None and not weights.is_renormalised
+            block = replace(block, scoring=scoring, weights=weights, scaled=scaled, inflates=is_cut)
+    with suppress(ContractError):
+        if not is_varied:
+            has_bias = block.selection_bias() is not None
+            ways: Sequence[Selection] = ("score", "logits") if has_bias else ("score",)
+            block = replace(block, selection=_find_choice(block, seen, ways), is_ranked=True)
+    return block
 
 
 def check_gate(block: MoeBlock, routing: Routing) -> None:
@@ -108,11 +129,19 @@ def _check_gate(block: MoeBlock, routing: Routing) -> None:
     off = 0.0 if rule is None else _misfit(block.scoring, rule, seen)
     if off > _tolerance(routing):
         raise _broken_weights(block, block.scoring, off)
-    if not block.is_hashed:
+    if not block.is_hashed and block.is_ranked:
         _find_choice(block, [routing], [block.selection])
 
 
-def broken(block: MoeBlock, law: Law, fault: str) -> ContractError:
+class Named(Protocol):
+    """A block, or what a contract declares as one."""
+
+    @property
+    def name(self) -> str:
+        """The name in the model."""
+
+
+def broken(block: Named, law: Law, fault: str) -> ContractError:
     """The error for a block that breaks a law."""
     return ContractError(f"{block.name} breaks the law of {law} (docs/families.md): {fault}")
 
@@ -142,7 +171,7 @@ def _is_table(block: MoeBlock, routing: Routing) -> bool:
 def _acts(block: MoeBlock, op: moe_block.LogitsOp, is_table: bool) -> bool:
     """Whether changing the result of the operation changes the router's logits."""
     before_TE, _, experts_TK = route(block.router, block.call)
-    expert = int(experts_TK.flatten().mode().values)
+    expert = int(experts_TK[experts_TK < block.n_experts].mode().values)
     bias_E = torch.zeros(block.n_experts)
     bias_E[(expert + 1) % block.n_experts] = 1.0
     if block.top_k < block.n_experts and not is_table:
@@ -192,8 +221,9 @@ def _find_weights(
 ) -> tuple[Scoring, WeightRule | None, tuple[str, WeightRule] | None]:
     if _is_exempt("weights", model_type):
         return "softmax", None, None
-    names = [n for n, t in block.router_tensors() if t.shape == (block.n_experts,)]
-    for name in (n for n in names if n != "bias" and n not in SELECTION_BIAS):
+    n = block.n_experts
+    names = [name for name, t in block.router_tensors() if t.numel() == t.shape[-1:].numel() == n]
+    for name in (own for own in names if own not in ("bias", *SELECTION_BIAS)):
         try:
             scoring, rule = _plain_weights(block, [_unscaled(block, name, r) for r in seen])
             return scoring, None, (name, rule)
@@ -207,7 +237,7 @@ def _unscaled(block: MoeBlock, name: str | None, routing: Routing) -> Routing:
     if name is None:
         return routing
     scale_E = next(t for n, t in block.router_tensors() if n == name).to(routing.weights_TK)
-    return replace(routing, weights_TK=routing.weights_TK / scale_E[routing.experts_TK])
+    return replace(routing, weights_TK=routing.weights_TK / scale_E.flatten()[routing.experts_TK])
 
 
 def _plain_weights(block: MoeBlock, seen: Sequence[Routing]) -> tuple[Scoring, WeightRule]:
@@ -281,11 +311,17 @@ def _follows(block: MoeBlock, routing: Routing, selection: Selection) -> bool:
     block = replace(block, selection=selection)
     score_TE = block.selection_scores(routing.logits_TE)
     near = (2e-6, 1e-2)[_tolerance(routing) > 1e-3] * max(1.0, float(score_TE.abs().max()))
+    n_best = block.top_k // block.n_groups if block.is_even else block.top_k
     chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, routing.experts_TK, True)
     for allowed_TE in _allowed(block, score_TE):
         for outside in (-torch.inf, 0.0):  # the score of experts in other groups
-            best_TK = score_TE.where(allowed_TE, outside).topk(block.top_k, dim=-1).indices
-            best_TE = torch.zeros_like(chosen_TE).scatter(1, best_TK, True)
+            offered = score_TE.where(allowed_TE, outside)
+            if block.is_even:
+                offered = offered.unflatten(1, (block.n_groups, -1))
+            best = offered.topk(n_best, dim=-1).indices
+            best_TE = torch.zeros_like(offered, dtype=torch.bool).scatter(-1, best, True)
+            best_TE = best_TE.view_as(chosen_TE)
+            best_TK = best_TE.nonzero()[:, 1].view(len(best_TE), -1)
             is_tie_T = block.selection_gap(score_TE, best_TK) <= near
             if not bool(((best_TE != chosen_TE).any(dim=1) & ~is_tie_T).any()):
                 return True
@@ -311,9 +347,11 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
         held = [t for t in tensors if t.device.type != "meta" and t.numel()]
         places = [(t.device, t.data_ptr()) for t in held]
         for key in (id(block.experts), *map(id, tensors), *places):
-            if (first := owner.setdefault(key, block)) is not block:
+            first = owner.setdefault(key, block)
+            is_call = block.declared is not None and block.declared.source is first.declared.source
+            if first is not block and not is_call:
                 raise broken(block, "storage", f"it owns the same experts as {first.name}")
-    counts = Counter(block.top_k for block in blocks)
+    counts = Counter(block.top_k for block in blocks if block.declared is None)
     if len(counts) > 1:
         usual = counts.most_common(1)[0][0]
         other = next(block for block in blocks if block.top_k != usual)
@@ -321,21 +359,38 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
         raise broken(other, "arrays", fault)
 
 
-def verifying(blocks: Sequence[MoeBlock], model_type: str, see: See) -> hooks.Scope:
+def check_calls(block: Named, n_calls: int, n_wanted: int = 1) -> None:
+    """Checks how often a block ran in one pass of the model."""
+    if n_calls != n_wanted:
+        fault = f"it ran {n_calls} times in one pass, must be {n_wanted}"
+        raise broken(block, "once", fault)
+
+
+@contextmanager
+def verifying(
+    blocks: Sequence[MoeBlock], model_type: str, see: See, *, is_one_pass: bool = False
+) -> Iterator[None]:
     """Checks the laws of once and sum in each block's first forward, and passes its routing on."""
-    is_summed = not _is_exempt("sum", model_type)
-    return hooks.registered(
+    is_summed, n_calls = not _is_exempt("sum", model_type), Counter[int]()
+    with hooks.registered(
         # A whole layer may do more with the sum.
-        replaced_forward(block.module, _verified(block, is_summed and not block.is_layer, see))
+        replaced_forward(
+            block.module, _verified(block, is_summed and not block.is_layer, see, n_calls)
+        )
         for block in blocks
-    )
+    ):
+        yield
+    for block in blocks if is_one_pass else ():
+        if n_calls[block.layer]:  # else another error says so
+            check_calls(block, n_calls[block.layer])
 
 
-def _verified(block: MoeBlock, is_summed: bool, see: See) -> hooks.Forward:
-    forward, n_calls = own_forward(block.module), count()
+def _verified(block: MoeBlock, is_summed: bool, see: See, n_calls: Counter[int]) -> hooks.Forward:
+    forward = own_forward(block.module)
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if next(n_calls) > 0:
+        n_calls[block.layer] += 1
+        if n_calls[block.layer] > 1:
             return forward(*args, **kwargs)
         with (
             _watching(block.router) as routed,
@@ -347,6 +402,8 @@ def _verified(block: MoeBlock, is_summed: bool, see: See) -> hooks.Forward:
             if len(calls) != 1:
                 fault = f"its {part} ran {len(calls)} times in one forward pass, must be once"
                 raise broken(block, "once", fault)
+        if block.declared is not None:
+            block.declared.check(args, kwargs, output)
         called, routing = _routing(block, *routed[0])
         inputs, named_inputs, output_TD = summed[0]
         _, experts_TK, weights_TK, *_ = (*inputs, *named_inputs.values())
@@ -365,6 +422,20 @@ def _verified(block: MoeBlock, is_summed: bool, see: See) -> hooks.Forward:
         return output
 
     return run
+
+
+def routing_faults(routed: hooks.Routed, n_experts: int) -> Iterator[str]:
+    """What no router may give: the id E is nobody."""
+    _, weights_TK, experts_TK = routed
+    is_nobody_TK = experts_TK == n_experts
+    if bool(((experts_TK < 0) | (experts_TK > n_experts)).any()):
+        yield f"its router chooses experts outside 0 to {n_experts - 1}"
+    if bool((weights_TK[is_nobody_TK] != 0).any()) or not bool(weights_TK.isfinite().all()):
+        yield "its router gives a weight to nobody, or one that is not finite"
+    sorted_TK = experts_TK.sort(dim=1).values
+    is_twice_TK = sorted_TK[:, 1:] == sorted_TK[:, :-1]
+    if bool((is_twice_TK & (sorted_TK[:, 1:] < n_experts)).any()):
+        yield "its router chooses an expert twice"
 
 
 @contextmanager

@@ -141,6 +141,9 @@ def given_outputs(block: MoeBlock, outputs: Iterable[Known]) -> Scope:
 
 def own_expert(block: MoeBlock) -> Own:
     """A function of one expert: its tokens (M, D) → its outputs before the gate weight."""
+    if block.declared is not None:
+        own: Own = block.experts.own_expert  # type: ignore[assignment]
+        return own
     config = getattr(block.experts, "config", None)
     is_constant_too = hasattr(block.experts, "places")  # layout exact
     if getattr(config, "_experts_implementation", None) == BY_EXPERT and not is_constant_too:
@@ -279,6 +282,19 @@ def tape_of(router: nn.Module, call: RouterCall) -> tuple[list[tuple[str, Any]],
 
     with replaced_forward(router, taped):
         return results, route(router, call)
+
+
+def tensors_read(call: Callable[[], Any]) -> tuple[set[int], Any]:
+    """The ids of the tensors that the operations of a call read, and its result."""
+    read: set[int] = set()
+
+    def note(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            read.add(id(value))
+        return value
+
+    with _Operations(lambda _index, _name, result: result, note):
+        return read, call()
 
 
 def logits_ops(router: nn.Module, call: RouterCall) -> Iterator[LogitsOp]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
@@ -21,6 +22,7 @@ from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.files import advance, hub_reason
 from expertcut.models import checkpoint_dir, modeling_packed, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
+from expertcut.models.contract_check import Contract, declare
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.find_blocks import find_blocks, probe_ids, routers
@@ -98,6 +100,7 @@ class Source:
     id: str
     path: Path
     revision: str | None = None
+    contract: Contract | None = None  # what declares its blocks; None if they are found
 
     @property
     def name(self) -> str:
@@ -172,21 +175,24 @@ class Source:
         return known[key]
 
 
-def find_source(model: str, revision: str | None = None) -> Source:
+def find_source(
+    model: str, revision: str | None = None, contract: Contract | None = None
+) -> Source:
     """Finds and checks a checkpoint; a hub id is downloaded or read from the cache."""
     path = Path(model)
     if path.is_dir():
-        source = Source(model, path)
+        source = Source(model, path, contract=contract)
     elif path.is_file() and path.suffix in (".csv", ".jsonl"):
         raise ModelError(f"{model} is a file of questions, no model: give it as --quiz {model}")
     elif path.exists() or model.count("/") != 1 or model.startswith((".", "/")):
         raise ModelError(f"no such model: {model} is neither a folder nor a hub id (owner/name)")
     else:
         folder = _download(model, revision)
-        source = Source(model, folder, folder.name)
+        source = Source(model, folder, folder.name, contract)
     checkpoint_dir.check_folder(source.path)
     config = read_config(source.path)
-    validate.check_moe(model, source.path, config)
+    if contract is None:  # which finds experts that config.json does not count
+        validate.check_moe(model, source.path, config)
     if not source.weight_files:
         checkpoint_dir.refuse_pickles(source.path)
         raise ModelError(f"{model} holds no *.safetensors weights: other formats are not read")
@@ -287,6 +293,11 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
 
 def load(source: Source, options: LoadOptions) -> MoeModel:
     """Loads a model in eval mode, without gradients, with reproducible kernels."""
+    if source.contract is not None and not options.trust_remote_code:
+        raise SettingsError(
+            f"{source.contract.path} is code that declares the blocks of {source.id}: read it, "
+            "then --trust-remote-code"
+        )
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
     config, is_trusted = _checked_config(source, options)
@@ -303,17 +314,18 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             model.set_attn_implementation("sdpa")
         except ValueError:
             model.set_attn_implementation("eager")
+    declared = () if source.contract is None else _declared(source.contract, model)
     if runs_on(model.get_input_embeddings()).type == "cpu":
         # The loop that statistics observe too, so they change no bit.
         model.set_experts_implementation(BY_EXPERT)
-        use_faster_products(model, routers(model))
+        use_faster_products(model, (b.router for b in declared) if declared else routers(model))
         for tensor in (*model.parameters(), *model.buffers()):
             # Products sum in another order at unaligned addresses of a mapped file, so the last
             # bits would depend on the layout of the files; new tensors of torch are aligned.
             if tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
     validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
-    blocks = _blocks(source, model)
+    blocks = _blocks(source, model, declared)
     return MoeModel(source, model, tokenizer, blocks, layers, options.hidden_states)
 
 
@@ -346,6 +358,8 @@ def _open_layers(
 ) -> LayerWeights:
     """The model without its decoder layers, which `--layerwise` loads one by one."""
     source.refuse_packed("run with --layerwise")
+    if source.contract is not None:
+        raise SettingsError("--layerwise runs no contract: leave one of them out")
     if device.type != "cpu":
         raise SettingsError(
             f"--layerwise runs on the CPU, not on {device}: give --device cpu, or --device-map auto"
@@ -429,10 +443,18 @@ def _class_of(config: Any) -> Any:
     return getattr(modeling_packed, f"Packed{family.__name__}")
 
 
-def _blocks(source: Source, model: Any) -> tuple[MoeBlock, ...]:
-    file = source.path / "config.json"
+def _declared(contract: Contract, model: Any) -> tuple[MoeBlock, ...]:
     try:
-        return find_blocks(model, probe_ids(model))
+        return declare(model, contract, probe_ids(model))
+    except (RuntimeError, ValueError, IndexError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the model of {contract.path} does not run: {reason}") from error
+
+
+def _blocks(source: Source, model: Any, declared: tuple[MoeBlock, ...]) -> tuple[MoeBlock, ...]:
+    file = source.path / "config.json" if source.contract is None else source.contract.path
+    try:
+        return find_blocks(model, probe_ids(model), declared)
     except ContractError as error:
         raise ContractError(f"{file}: {error}") from None
     except (RuntimeError, ValueError, IndexError) as error:

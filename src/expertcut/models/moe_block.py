@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from expertcut.errors import ContractError
 from expertcut.models.modeling_routed import SCORES, Scoring
 
 Selection = Literal["score", "logits", "table"]
@@ -86,9 +87,18 @@ class MoeBlock:
     is_linear: bool = True  # logits are gate matrix times input plus bias
     norm: nn.Module | None = None  # of a whole layer: gives the experts' input from the router's
     most: int | None = None  # places per token that a routing rule gives; None is `top_k`
+    declared: Any = field(default=None, compare=False, repr=False)  # `DeclaredBlock` of a contract
+    is_ranked: bool = True  # the law of choice holds; else only a contract knows how it chooses
 
     def run(self, x_BTD: Tensor) -> Any:
         """The output for inputs of its router; Σ experts alone in a layer that holds more."""
+        if state := self.call.args[1:] if self.declared is not None else ():
+            if self.has_state:
+                raise ContractError(
+                    f"{self.name} is routed by what an earlier block hands on, so it cannot run on "
+                    "stored inputs: this criterion or edit is not available"
+                )
+            return self.module(x_BTD, *state)
         if self.norm is None:
             return self.module(x_BTD)
         x_TD = x_BTD.flatten(0, -2)
@@ -98,7 +108,12 @@ class MoeBlock:
     @property
     def is_layer(self) -> bool:
         """Whether `module` is a decoder layer, which holds router and experts beside others."""
-        return self.name.rpartition(".")[2].isdecimal()
+        return self.declared is None and self.name.rpartition(".")[2].isdecimal()
+
+    @property
+    def has_state(self) -> bool:
+        """Whether its router takes tensors beside the tokens, as a contract may have it."""
+        return self.declared is not None and any(isinstance(v, Tensor) for v in self.call.args[1:])
 
     @property
     def is_hashed(self) -> bool:
@@ -152,6 +167,8 @@ class MoeBlock:
             return score_TE.new_full((len(score_TE),), torch.inf)
         score_TX = F.pad(score_TE, (0, 1), value=torch.inf)
         last_T1 = score_TX.gather(1, experts_TK).min(dim=-1, keepdim=True).values
+        if self.is_even:
+            return self._gap_in_groups(score_TE, experts_TK)
         gap_TE = (score_TX - last_T1).abs().scatter(1, experts_TK, torch.inf)[:, : self.n_experts]
         gap_T = gap_TE.min(dim=-1).values
         if self.top_groups == self.n_groups:
@@ -159,6 +176,19 @@ class MoeBlock:
         for group_score_TG in self.group_scores(score_TE):
             ranked_TG = group_score_TG.sort(dim=-1, descending=True).values
             gap_T = gap_T.minimum(ranked_TG[:, self.top_groups - 1] - ranked_TG[:, self.top_groups])
+        return gap_T
+
+    @property
+    def is_even(self) -> bool:
+        """Whether each group gives equally many of a token's experts, as a contract says."""
+        return self.declared is not None and self.n_groups > 1
+
+    def _gap_in_groups(self, score_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        is_chosen_TE = torch.zeros_like(score_TE, dtype=torch.bool).scatter(1, experts_TK, True)
+        last_TE = score_TE.where(is_chosen_TE, torch.inf)
+        best_TE = score_TE.masked_fill(is_chosen_TE, -torch.inf)
+        last_TG, best_TG = (t.unflatten(1, (self.n_groups, -1)) for t in (last_TE, best_TE))
+        gap_T: Tensor = (last_TG.amin(dim=-1) - best_TG.amax(dim=-1)).abs().amin(dim=-1)
         return gap_T
 
     def expert_weights(self) -> Iterator[Tensor]:

@@ -23,6 +23,7 @@ from expertcut.models import hooks
 from expertcut.models.checkpoint_dir import absolute_id, read_config
 from expertcut.models.devices import trim
 from expertcut.models.load import LoadOptions, MoeModel, Source, load
+from expertcut.models.moe_block import MoeBlock
 from expertcut.profiling import schema
 from expertcut.profiling.findings import PERTURBED, Kind
 from expertcut.profiling.recorder import Recorder, check_finite
@@ -208,7 +209,8 @@ class Measurement(ChunkedRun):
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
         key = ("checked", moe.source.fingerprint, settings, versions, few)
         # The fingerprint does not cover code that comes with a checkpoint.
-        if "auto_map" not in read_config(moe.source.path) and recall(key):
+        is_ours = moe.source.contract is None and "auto_map" not in read_config(moe.source.path)
+        if is_ours and recall(key):
             return
         for encoded in few:
             self.engine.check(encoded)
@@ -324,13 +326,34 @@ def model_info(moe: MoeModel) -> schema.ModelInfo:
             selection_bias=b.selection_bias() is not None,
             selection=None if b.selection == "score" else b.selection,
             places=b.most,
+            declared=_declared_info(b),
         )
         for b in moe.blocks
     )
     source = moe.source
+    contract = None
+    if (own := source.contract) is not None:
+        contract = schema.ContractInfo(path=str(own.path), sha256=own.sha256)
     model_id = absolute_id(source.id, source.revision)
     return schema.ModelInfo(
-        id=model_id, revision=source.revision, fingerprint=source.fingerprint, blocks=blocks
+        id=model_id,
+        revision=source.revision,
+        fingerprint=source.fingerprint,
+        blocks=blocks,
+        contract=contract,
+    )
+
+
+def _declared_info(block: MoeBlock) -> schema.DeclaredInfo | None:
+    if block.declared is None:
+        return None
+    own = block.declared.source
+    return schema.DeclaredInfo(
+        calls=own.calls,
+        has_state=block.has_state,
+        is_ranked=block.is_ranked,
+        constants=dict(own.constants),
+        names=own.names,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from urllib.parse import quote
 
 import numpy as np
@@ -19,9 +19,46 @@ from expertcut.errors import ProfileError
 from expertcut.files import parse_json, read_file
 from expertcut.stats import Array
 
+if TYPE_CHECKING:
+    from expertcut.models.contract_check import Contract
+
 Stats = Literal["none", "answer", "all"]
 NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256
+
+
+class DeclaredInfo(Record):
+    """What a contract says of a block; see `models.declared.Declared`."""
+
+    calls: int = Field(ge=1)  # blocks of the same experts, one for each
+    has_state: bool  # its router reads what an earlier block hands on
+    is_ranked: bool  # the experts with the largest α are chosen
+    constants: dict[int, Literal["zero", "copy", "constant"]]
+    names: str | None
+
+    @property
+    def why_not_cut(self) -> str | None:
+        """Why no checkpoint with fewer of its experts can be written; None if one can be."""
+        if self.calls > 1:
+            return "one expert serves several calls of its block"
+        if self.has_state:
+            return "its routers hand a state on, which is as wide as they are"
+        if self.constants:
+            return "it has zero-computation experts, which own no tensors"
+        return None if self.names else "its contract does not give `names` of experts in the files"
+
+
+class ContractInfo(Record):
+    """The contract file that declared the blocks of a model."""
+
+    path: str
+    sha256: str
+
+    def read(self) -> "Contract":
+        """Runs the file; ContractError if it is gone or another."""
+        from expertcut.models.contract_check import read_contract  # torch
+
+        return read_contract(Path(self.path), self.sha256)
 
 
 class BlockInfo(Record):
@@ -38,6 +75,7 @@ class BlockInfo(Record):
     # What chooses experts: None for α, or the logits, each plus that bias; or a table of token ids.
     selection: Literal["logits", "table"] | None = None
     places: int | None = Field(None, ge=1)  # per token, if a routing rule may leave some empty
+    declared: DeclaredInfo | None = None  # of a contract
 
     @property
     def n_places(self) -> int:
@@ -72,6 +110,16 @@ class ModelInfo(Identified):
 
     fingerprint: str
     blocks: tuple[BlockInfo, ...] = Field(min_length=1)
+    contract: ContractInfo | None = None
+
+    @property
+    def identity(self) -> str:
+        """What the bytes of a chunk depend on: the fingerprint, and a contract."""
+        return self.fingerprint + (f" {self.contract.sha256}" if self.contract else "")
+
+    def read_contract(self) -> "Contract | None":
+        """The contract that declares the blocks; None without one."""
+        return None if self.contract is None else self.contract.read()
 
     @model_validator(mode="after")
     def _blocks_have_names(self) -> Self:
@@ -271,7 +319,7 @@ class ProfileInfo(MeasuredInfo):
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other subject and no path."""
         quiz_hash, settings = self.quiz.subjects[subject].content_hash, self.settings
-        lines = (chunk, quiz_hash, self.model.fingerprint, settings.model_dump_json())
+        lines = (chunk, quiz_hash, self.model.identity, settings.model_dump_json())
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     @property
@@ -309,7 +357,7 @@ class TextProfileInfo(MeasuredInfo):
     def chunk_hash(self, chunk: str, source: str) -> str:
         """The hash in a chunk: all that its bytes depend on, no other source and no path."""
         content, settings = self.text.sources[source].content_hash, self.settings
-        lines: tuple[str, ...] = (chunk, content, self.model.fingerprint)
+        lines: tuple[str, ...] = (chunk, content, self.model.identity)
         lines += (settings.model_dump_json(),)
         judged = self.text.judged
         lines += (str(self.text.has_loss), *([judged.model_dump_json()] if judged else []))
@@ -420,6 +468,7 @@ def _wrong_answers(arrays: Mapping[str, Array], n: int) -> Iterator[str]:
 def _wrong_routing(arrays: Mapping[str, Array], blocks: Sequence[BlockInfo]) -> Iterator[str]:
     chosen_NLK, limit_L1 = arrays["chosen_NLK"], np.array([[b.experts] for b in blocks])
     is_ruled = any(block.places is not None for block in blocks)  # which leaves places empty
+    is_ruled |= len({block.n_places for block in blocks}) > 1
     is_whole = np.issubdtype(chosen_NLK.dtype, np.integer)
     if not is_whole or (chosen_NLK < -int(is_ruled)).any() or (chosen_NLK >= limit_L1).any():
         yield "chosen_NLK names experts that are not there"

@@ -129,7 +129,7 @@ class RoutesTraceInfo(TraceInfos):
 
     def chunk_hash(self, chunk: str, subject: str) -> str:
         """The hash in a chunk: all that its bytes depend on, and no path."""
-        lines = (chunk, self.routes.content_hash, self.model.fingerprint, str(self.routes.chunks))
+        lines = (chunk, self.routes.content_hash, self.model.identity, str(self.routes.chunks))
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
     def chunks(self) -> Iterator[tuple[str, str, int]]:

@@ -241,6 +241,14 @@ class SharedFolder:
                 f"{self.path} is a {noun} of another model: {theirs.model.id} with weights "
                 f"{their_hash}, not {our_hash}: name another --out"
             )
+        if theirs.model.identity != ours.model.identity:
+            their_hash, our_hash = (
+                m.contract.sha256[:8] if m.contract else "none" for m in (theirs.model, ours.model)
+            )
+            raise ProfileError(
+                f"{self.path} is a {noun} with another contract: its SHA-256 began with "
+                f"{their_hash}, now it is {our_hash}: give that file, or name another --out"
+            )
         if theirs.quiz != ours.quiz:
             what = "text" if "text" in (theirs.reads, ours.reads) else ours.reads
             what = "file of routes" if what == "routes" else what

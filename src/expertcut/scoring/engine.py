@@ -113,11 +113,13 @@ class Engine:
         self.moe, self.batch_tokens = moe, batch_tokens
         self.context = context_length(moe.model.config, moe.tokenizer)
         self.grows = passes.grows_with_prompt(moe.model.config)
-        self.is_trusted = True
+        sources = [b.declared.source for b in moe.blocks if b.declared is not None]
+        self.is_trusted = not any(source.by_prompt for source in sources)
         self.n_scored = self.n_asked = 0  # of the quiz that `encode_all` gives out
         is_split = attention.is_available(moe.model, moe.device)
         self.attention: passes.Attention = "split" if is_split else "masked"
-        self.last_layer = passes.last_decoder_layer(moe.model, moe.blocks)
+        has_state = any(block.has_state for block in moe.blocks)  # of all tokens of a pass
+        self.last_layer = None if has_state else passes.last_decoder_layer(moe.model, moe.blocks)
         self.contrast: Contrast | None = None
         self.layer: Layer | None = None  # that runs alone, with --layerwise
 

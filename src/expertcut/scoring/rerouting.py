@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from expertcut.errors import ContractError
 from expertcut.models.devices import runs_on
+from expertcut.models.gate_laws import routing_faults
 from expertcut.models.hooks import (
     Forward,
     Routed,
@@ -271,15 +272,7 @@ def _faults(block: MoeBlock, before: Routed, after: Routed, most: int) -> Iterat
     is_wide = block.top_k <= experts_TM.shape[1] <= most
     if not is_wide or weights_TM.shape != experts_TM.shape or len(experts_TM) != len(before[2]):
         yield f"its router gives {tuple(experts_TM.shape)} choices, at most {most} a token wanted"
-    is_nobody_TM = experts_TM == block.n_experts
-    if bool(((experts_TM < 0) | (experts_TM > block.n_experts)).any()):
-        yield f"its router chooses experts outside 0 to {block.n_experts - 1}"
-    if bool((weights_TM[is_nobody_TM] != 0).any()) or not bool(weights_TM.isfinite().all()):
-        yield "its router gives a weight to nobody, or one that is not finite"
-    sorted_TM = experts_TM.sort(dim=1).values
-    is_twice_TM = sorted_TM[:, 1:] == sorted_TM[:, :-1]
-    if bool((is_twice_TM & (sorted_TM[:, 1:] < block.n_experts)).any()):
-        yield "its router chooses an expert twice"
+    yield from routing_faults(after, block.n_experts)
 
 
 @contextmanager
