@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from expertcut.models.declared import Declared
+from expertcut.models.kernels import own_output
 
 
 def blocks(model: Any) -> Iterator[Declared]:
@@ -28,6 +29,13 @@ def blocks(model: Any) -> Iterator[Declared]:
         inner = getattr(module, "moe", None)
         if isinstance(getattr(getattr(inner, "experts", None), "experts", None), nn.ModuleList):
             yield plus_plus(name, module, config)
+        if hasattr(getattr(module, "experts", None), "gate_up_proj"):  # as transformers 5 has them
+            fused, n = module.experts, len(module.experts.gate_up_proj)
+            own = [partial(own_output, fused, expert) for expert in range(n)]
+            is_renormalised = getattr(config, "norm_topk_prob", True)
+            yield Declared(
+                name, module, own, top_k, partial(best, k=top_k, is_renormalised=is_renormalised)
+            )
         if not isinstance(getattr(module, "experts", None), nn.ModuleList):
             continue
         experts, names = list(module.experts), f"{name}.experts.{{e}}"

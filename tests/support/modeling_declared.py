@@ -60,15 +60,6 @@ class Deepseek(Block):
         return y_TD.view_as(hidden_states) + self.shared_experts(hidden_states)
 
 
-class Olmoe(Block):
-    """OLMoE as its weights lie on disk, for those of the family itself."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        x_TD = hidden_states.flatten(0, -2)
-        weights_TK, experts_TK = self.gate(x_TD).softmax(-1).topk(self.top_k, dim=-1)
-        return chosen_sum(self, x_TD, weights_TK, experts_TK).view_as(hidden_states)
-
-
 class TopP(nn.Module):
     """Dynamic_MoE: as many experts as it takes to pass the share p of the probability."""
 
@@ -221,7 +212,6 @@ class PlusPlus(nn.Module):
 
 SHAPES = {
     "deepseek": Deepseek,
-    "olmoe": Olmoe,
     "top_p": TopP,
     "dropping": Dropping,
     "grouped": Grouped,

@@ -27,10 +27,11 @@ from expertcut.data.corpus import CalibrationSet, Corpus, as_quiz
 from expertcut.edits import splits
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
+from expertcut.edits.layouts import Layout
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
 from expertcut.edits.splits import Questions, ScoredSplit, scored_split
-from expertcut.errors import ProfileError
+from expertcut.errors import ContractError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
@@ -73,6 +74,7 @@ def build(
     edits: Sequence[Edit] | None = None,  # not fitted; where the plan does not say all of them
 ) -> Built:
     """Makes the checkpoint; the folder appears when all is written and checked, or not at all."""
+    check_declared(profile, plan.layout)
     source = profiled_source(profile)
     questions = splits.questions_for(profile, is_fitting=plan.asks_tuning, used=plan.used)
     calibration = Calibration(profile, questions, source)
@@ -164,6 +166,19 @@ def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
     """`checkpoints/<model>-<what>`, or the same under `plans/`."""
     name = Path(model).resolve().name if Path(model).is_dir() else model.split("/")[-1]
     return Path("plans" if is_plan else "checkpoints") / f"{name}-{slug}"
+
+
+def check_declared(profile: Profile, layout: Layout) -> None:
+    """Refuses checkpoints of blocks that a contract declares, unless they are cut as it names."""
+    for block in profile.info.model.blocks:
+        why = block.declared and block.declared.why_not_cut
+        if block.declared and layout != "stock":
+            why = f"layout {layout} is for the families of docs/families.md"
+        if why:
+            raise ContractError(
+                f"{block.name} cannot be written to a checkpoint: {why}: take --plan-only, or "
+                "judge cuts as masks with sweep and audit"
+            )
 
 
 @once_per_profile

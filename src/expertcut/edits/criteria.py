@@ -316,9 +316,9 @@ def scores(
     by_layer = []
     for block in engine.moe.blocks:
         if not (weights := list(block.expert_weights())):
-            raise SettingsError(
+            raise ProfileError(
                 f"{by}: {block.name} has experts without weights of their own, which a cut in "
-                "layout exact leaves: take another criterion"
+                "layout exact leaves, or of different shapes: take another criterion"
             )
         by_layer.append(chosen.function(weights))
     return by_layer

@@ -7,8 +7,9 @@ of both on 16 tokens, `gate_laws.verifying` again on the first real prompt.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -75,20 +76,26 @@ class _Router(nn.Module):
 
     def hold(self, read: set[int]) -> None:
         """Makes its own what holds these tensors, by their ids."""
-        parts = [
-            part for e in self.source.experts if isinstance(e, nn.Module) for part in e.modules()
-        ]
-        experts = set(map(id, parts))
+        experts = {id(part) for e in modules_of(self.source) for part in e.modules()}
         for module in self.source.module.modules():
             direct = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
             used = {name: tensor for name, tensor in direct if id(tensor) in read}
-            if used and not experts & set(map(id, module.modules())):
-                self.parts.append(module)
-            elif used:  # the block itself, whose experts must stay out
+            if used and experts & set(map(id, module.modules())):  # the block itself: without them
                 holder = nn.Module()
                 for name, tensor in used.items():
-                    holder.register_buffer(name, tensor, persistent=False)
+                    setattr(holder, name, tensor)
                 self.parts.append(holder)
+            elif used:
+                self.parts.append(module)
+
+
+def modules_of(source: Declared) -> list[nn.Module]:
+    """The modules among the experts, also those that a `partial` calls."""
+    found = []
+    for expert in source.experts:
+        given = expert.args if isinstance(expert, partial) else (expert,)
+        found += [value for value in given if isinstance(value, nn.Module)]
+    return found
 
 
 class _Experts(nn.Module):
@@ -97,7 +104,7 @@ class _Experts(nn.Module):
     def __init__(self, source: Declared) -> None:
         super().__init__()
         self.source = source
-        self.parts = nn.ModuleList(e for e in source.experts if isinstance(e, nn.Module))
+        self.parts = nn.ModuleList(modules_of(source))
 
     def own_expert(self, expert: int, x_MD: Tensor) -> Tensor:
         """The outputs of one expert on its tokens."""
@@ -148,6 +155,13 @@ class DeclaredBlock(nn.Module):
         if self.are_none is None:
             return y
         return (y, *(None if is_none else next(further, None) for is_none in self.are_none))
+
+    def expert_weights(self) -> Iterator[Tensor]:
+        """The matrices (E, ·, ·) of experts that are modules alike; none of others."""
+        parts = [dict(part.named_parameters()) for part in modules_of(self.source)]
+        shapes = [{n: t.shape for n, t in own.items() if t.ndim == 2} for own in parts]
+        if len(parts) == len(self.source.experts) and all(own == shapes[0] for own in shapes):
+            yield from (torch.stack([own[name] for own in parts]) for name in shapes[0])
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Compares an output with that of the module's own forward; ContractError if it drifts."""

@@ -193,6 +193,9 @@ class MoeBlock:
 
     def expert_weights(self) -> Iterator[Tensor]:
         """The matrices (E, ·, ·) of the experts, without biases."""
+        if self.declared is not None:
+            yield from self.declared.expert_weights()
+            return
         for owner, name, tensor in _owned(self.experts):
             if tensor.ndim == 3 and len(tensor) == self.n_experts:
                 yield _loaded(owner, name, tensor)
