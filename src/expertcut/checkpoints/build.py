@@ -27,7 +27,7 @@ from expertcut.data.corpus import CalibrationSet, Corpus, as_quiz
 from expertcut.edits import splits
 from expertcut.edits.calibrate import Fit
 from expertcut.edits.edit_settings import MergeSettings
-from expertcut.edits.layouts import Layout
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
 from expertcut.edits.splits import Questions, ScoredSplit, scored_split
@@ -172,7 +172,7 @@ def check_declared(profile: Profile, layout: Layout) -> None:
     """Refuses checkpoints of blocks that a contract declares, unless they are cut as it names."""
     for block in profile.info.model.blocks:
         why = block.declared and block.declared.why_not_cut
-        if block.declared and layout != "stock":
+        if block.declared and LAYOUTS[layout].keeps_rows:  # by classes of known families
             why = f"layout {layout} is for the families of docs/families.md"
         if why:
             raise ContractError(

@@ -76,6 +76,8 @@ def _why_undefined(block: BlockInfo) -> str:
     """Why α alone does not determine the chosen experts; empty if it may."""
     if block.is_hashed:
         return "a table of token ids chooses the experts"
+    if block.declared is not None and (block.groups > 1 or not block.declared.is_ranked):
+        return "the function of a contract chooses the experts"
     if block.places is not None:
         return "a routing rule chooses among the router's experts"
     if block.top_k == block.experts:

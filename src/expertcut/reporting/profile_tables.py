@@ -92,7 +92,8 @@ def next_commands(profile: Profile, by: Sequence[str]) -> list[str]:
     """What to do with a profile: to cut by it, if that can be, and to see its tables."""
     path = str(profile.path)
     prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
-    can_prune = not any(block.is_hashed for block in profile.info.model.blocks)
+    blocks = profile.info.model.blocks
+    can_prune = not any(b.is_hashed or (b.declared and b.declared.why_not_cut) for b in blocks)
     return next_lines(*((prune,) if can_prune else ()), ("show", path, "--tables"))
 
 
@@ -165,6 +166,40 @@ def _expert_table(layer: LayerStatistics) -> Table:
         "tokens::,d"
     )
     return Table(title, heads, rows, "Tokens count every prompt token, shots included.")
+
+
+def constants_tables(profile: Profile) -> list[Table]:
+    """How often zero-computation experts are chosen at answers, by layer and by subject."""
+    kinds_L = [
+        block.declared.constants if block.declared else {} for block in profile.info.model.blocks
+    ]
+    named = [
+        kind
+        for kind in ("zero", "copy", "constant")
+        if any(kind in own.values() for own in kinds_L)
+    ]
+    if not named:
+        return []
+    chosen_NLK, subjects = profile.array("chosen_NLK"), np.array(profile.subjects())
+    kind_NLK = np.full(chosen_NLK.shape, -1)
+    for layer, own in enumerate(kinds_L):
+        for expert, kind in own.items():
+            kind_NLK[:, layer][chosen_NLK[:, layer] == expert] = named.index(kind)
+
+    def row(name: Cell, part: Array, chosen: Array) -> list[Cell]:
+        return [name, *(float((part == i).sum() / (chosen >= 0).sum()) for i in range(len(named)))]
+
+    heads = "; ".join(f"{kind}::.1%" for kind in named)
+    layers = [row(i, kind_NLK[:, i], chosen_NLK[:, i]) for i in range(len(kinds_L))]
+    by_subject = [
+        row(name, kind_NLK[subjects == name], chosen_NLK[subjects == name])
+        for name in dict.fromkeys(subjects.tolist())
+    ]
+    title = "Choices of experts without computation, at answers"
+    return [
+        Table(title, columns(f"layer; {heads}"), layers, FROM_0),
+        Table(f"{title}, by subject", columns(f"subject; {heads}"), by_subject),
+    ]
 
 
 def suspects_table(findings: Findings) -> Table:

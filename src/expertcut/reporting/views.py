@@ -321,6 +321,7 @@ def _profile(findings: Findings, by_subject: bool) -> Shown:
     def tables() -> list[Table]:
         return [
             *profile_tables.profile_tables(findings.profile, findings.layers),
+            *profile_tables.constants_tables(findings.profile),
             profile_tables.suspects_table(findings),
             profile_tables.margins_table(findings),
             *profile_tables.perturbation_tables(findings),
