@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from expertcut.data.corpus import Corpus, TextSelection
     from expertcut.evaluation.results import Scoring
     from expertcut.evaluation.sweep_judges import TextScoring
-    from expertcut.models.contract_check import Contract
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
@@ -179,27 +178,6 @@ class LayerwiseSettings(ModelSettings):
             raise SettingsError("--layerwise and --device-map are two ways: give one of them")
         folder = None if self.hidden_states is None else Path(self.hidden_states)
         return replace(super().load_as(), layerwise=self.layerwise, hidden_states=folder)
-
-
-class ContractSettings(ModelSettings):
-    """The contract of a model whose blocks are in no shape that is known."""
-
-    contract: FilePath | None = option(
-        None, "Code that declares the MoE blocks, where none are found.",
-        panel=MODEL, in_recipe=False, metavar="FILE.py", is_recorded="set",
-    )  # fmt: skip
-
-    def read_contract(self) -> "Contract | None":
-        """The contract, if one is given; refused where code is not trusted."""
-        from expertcut.models.contract_check import read_contract
-
-        if self.contract is None:
-            return None
-        if not self.trust_remote_code:
-            raise SettingsError(
-                f"--contract {self.contract} is code that runs: read it, then --trust-remote-code"
-            )
-        return read_contract(self.contract)
 
 
 class BatchSettings(ModelSettings):

@@ -15,6 +15,7 @@ from expertcut.commands import (
     output_option,
     text_option,
 )
+from expertcut.commands.profile import ContractSettings
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, FilePath, ReadPath, Texts, flag_of, option
 
@@ -34,7 +35,7 @@ generation_option = partial(option, panel="Generation", is_recorded="set")
 
 
 class EvalSettings(
-    commands.ContractSettings,
+    ContractSettings,
     commands.JudgedSettings,
     commands.LayerwiseSettings,
     TextSettings,

@@ -8,7 +8,6 @@ from expertcut import commands
 from expertcut.commands import (
     SILENT,
     UI,
-    ContractSettings,
     SplitSettings,
     TextSettings,
     model_option,
@@ -19,9 +18,31 @@ from expertcut.errors import SettingsError
 from expertcut.settings import FilePath, option
 
 if TYPE_CHECKING:
+    from expertcut.models.contract_check import Contract
     from expertcut.models.load import LoadOptions
     from expertcut.profiling.measure import MeasureOptions
     from expertcut.profiling.storage import Profile
+
+
+class ContractSettings(commands.ModelSettings):
+    """The contract of a model whose blocks are in no shape that is known."""
+
+    contract: FilePath | None = model_option(
+        None, "Code that declares the MoE blocks, where none are found.",
+        metavar="FILE.py", is_recorded="set",
+    )  # fmt: skip
+
+    def read_contract(self) -> "Contract | None":
+        """The contract, if one is given; refused where code is not trusted."""
+        from expertcut.models.contract_check import read_contract
+
+        if self.contract is None:
+            return None
+        if not self.trust_remote_code:
+            raise SettingsError(
+                f"--contract {self.contract} is code that runs: read it, then --trust-remote-code"
+            )
+        return read_contract(self.contract)
 
 
 class ProfileSettings(ContractSettings, commands.LayerwiseSettings, TextSettings, SplitSettings):

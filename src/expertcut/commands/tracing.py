@@ -8,7 +8,6 @@ from expertcut.commands import (
     AMOUNT,
     SILENT,
     UI,
-    ContractSettings,
     SplitSettings,
     TextsSettings,
     model_option,
@@ -16,6 +15,7 @@ from expertcut.commands import (
     read_amount,
     text_option,
 )
+from expertcut.commands.profile import ContractSettings
 from expertcut.errors import SettingsError
 from expertcut.reporting.tables import labelled
 from expertcut.settings import FilePath, Text, flag_of, option

@@ -76,8 +76,11 @@ def declare(model: Any, contract: Contract, input_ids_1T: Tensor) -> tuple[MoeBl
             f"{contract.path} yields no block of this {family}: it is the contract of another "
             "model, or recognises blocks by other names"
         )
+    owner: dict[int, Declared] = {}
     for own in declared:
         _check_fields(model, contract, own)
+        if (first := owner.setdefault(id(own.module), own)) is not own:
+            raise broken(own, "storage", f"it owns the same experts as {first.name}")
     own_calls = _own_calls(model, declared, input_ids_1T)
     blocks: list[MoeBlock] = []
     for own, calls in zip(declared, own_calls, strict=True):
