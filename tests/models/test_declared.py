@@ -17,6 +17,7 @@ from expertcut.models.find_blocks import find_blocks
 from expertcut.models.load import MoeModel
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
+from expertcut.reporting.profile_tables import constants_tables
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import Commands, open_model, write_quiz
 from tests.support.declared_models import (
@@ -83,6 +84,12 @@ def test_a_profile_holds_what_the_models_own_code_does(
         assert (profile.array("chosen_NLK") == -1).any()
     assert block.declared.has_state == (shape in ("recurrent", "plus_plus"))
     assert bool(block.declared.constants) == (shape == "plus_plus")
+    tables = constants_tables(profile)
+    assert len(tables) == 2 * (shape == "plus_plus")
+    if tables:
+        zero_L = (profile.array("chosen_NLK") == 9).mean(axis=(0, 2))
+        assert zero_L.any()
+        np.testing.assert_allclose([float(str(row[1])) for row in tables[0].rows], zero_L)
 
 
 def test_olmoe_by_a_contract_gives_the_very_bytes_of_olmoe_by_itself(
@@ -213,6 +220,30 @@ def test_a_mask_equals_a_gate_that_gives_no_logit(folders: Folders, shape: str) 
     assert (wanted - before).abs().max() > 1e-2
     assert (masked - wanted).abs().max() < 1e-4
     assert torch.equal(moe.model(input_ids=ids).logits, before)
+
+
+@torch.inference_mode()
+def test_a_cut_on_disk_equals_the_mask(
+    expertcut: Commands, folders: Folders, quiz: Path, tmp_path: Path
+) -> None:
+    contract, model = contract_of("deepseek"), folders("deepseek")
+    trusted = "--trust-remote-code"
+    asked = f"{model} --quiz {quiz} --split val --shots 0"
+    expertcut(f"profile {asked} --contract {contract} {trusted} --out p")
+    expertcut(f"prune --profile p --keep 6 --rescale-gates off --out cut {trusted}")
+    plan = json.loads(Path("cut/plan.json").read_text())
+    moe, biases = open_declared(model, contract), {}
+    for block in moe.blocks:
+        bias_E = torch.full((8,), -torch.inf)
+        bias_E[plan["blocks"][block.name]["keep"]] = 0.0
+        biases[block.layer] = bias_E
+    before = moe.model(input_ids=TOKENS).logits
+    with tilted(moe.blocks, Tilts(biases)):
+        masked = moe.model(input_ids=TOKENS).logits
+    cut = open_declared(tmp_path / "cut", contract)
+    assert [block.n_experts for block in cut.blocks] == [6, 6]
+    assert (masked - before).abs().max() > 1e-2
+    assert (cut.model(input_ids=TOKENS).logits - masked).abs().max() < 1e-5
 
 
 def test_later_commands_take_the_contract_from_the_profile(
