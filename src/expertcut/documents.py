@@ -21,6 +21,7 @@ _OMITTED |= {
     "balance",
     "contract",
     "declared",
+    "parallel",
 }
 
 

@@ -22,6 +22,7 @@ from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward
 from expertcut.models.moe_block import MoeBlock
+from expertcut.models.parallel import local, put
 from expertcut.models.safetensors_index import DTYPES
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import Tilts, tilted
@@ -189,18 +190,22 @@ def _scaled_experts(
     last = [p for n, p in block.experts.named_parameters() if n.startswith("down_proj")]
     if not last:
         raise ContractError(f"{block.name}: its experts have no down_proj to scale")
-    before = [parameter.data for parameter in last]
+    share = getattr(block.experts, "share", None)
+    ids = range(block.n_experts) if share is None else share.ids
+    before = [p.data if share is None else local(p.data).clone() for p in last]
     expert = max(factors, key=lambda expert: abs(factors[expert] - 1))
     width = next(v.shape[-1] for v in block.call.args if isinstance(v, Tensor))
-    x_MD = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(last[0])
+    x_MD = torch.randn(4, width, generator=torch.Generator().manual_seed(0)).to(local(last[0]))
     with torch.inference_mode():
         plain_MD = own_expert(block)(expert, x_MD)
     try:
         for parameter in last:
-            scaled = parameter.data.clone()
+            scaled = local(parameter.data).clone()
             for e, factor in factors.items():
-                scaled[e] = (parameter.data[e].double() * factor).to(stored).to(scaled.dtype)
-            parameter.data = scaled
+                if e in ids:
+                    row = scaled[ids.index(e)].double() * factor
+                    scaled[ids.index(e)] = row.to(stored).to(scaled.dtype)
+            put(parameter, scaled)
         with torch.inference_mode():
             wanted_MD = (plain_MD * factors[expert]).float()
             off_MD = own_expert(block)(expert, x_MD).float() - wanted_MD
@@ -209,4 +214,4 @@ def _scaled_experts(
         yield
     finally:
         for parameter, data in zip(last, before, strict=True):
-            parameter.data = data
+            put(parameter, data)

@@ -17,7 +17,16 @@ from typer.exceptions import TyperException
 
 from expertcut import __version__, recipes
 from expertcut.cli.options import PanelGroup, add_command
-from expertcut.cli.progress import Stopped, TerminalUI, is_first, lasting_output, terminable
+from expertcut.cli.progress import (
+    ENDED,
+    Stopped,
+    TerminalUI,
+    is_first,
+    is_heard,
+    is_left_alone,
+    lasting_output,
+    terminable,
+)
 from expertcut.commands import (
     audit,
     compress,
@@ -113,21 +122,24 @@ def _errors_in_one_line() -> Iterator[None]:
     except ExpertcutError as error:
         text = " ".join(str(error).split())
         nearest = None if "did you mean" in text else _nearest_path(text)
-        _stop(f"{text.rstrip('.')}; did you mean {nearest}?" if nearest else text, 2)
+        text = f"{text.rstrip('.')}; did you mean {nearest}?" if nearest else text
+        _stop(text, 2, is_printed=is_heard())
     except TyperException as error:
         text = error.format_message().replace("Input should be", "must be")  # pydantic's
         if text.startswith("Missing argument"):
             text = f"{text.rstrip('.')}: {vars(error)['param'].help}"
-        _stop(" ".join(text.split()), 2)
+        _stop(" ".join(text.split()), 2, is_printed=is_heard())
     except Stopped as stopped:
-        _stop(*stopped.args, is_printed=is_first())
+        _stop(*stopped.args, is_printed=is_heard(otherwise=is_first()))
     except (typer.Abort, KeyboardInterrupt):
         text = "interrupted: run the same command again to go on"
-        _stop(text, _INTERRUPTED, is_printed=is_first())
+        _stop(text, _INTERRUPTED, is_printed=is_heard(otherwise=is_first()))
     except (OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, OSError) and error.errno in _MENDABLE:
             place = f"{error.filename}: " if error.filename else ""
             _stop(f"{place}{error.strerror}: mend that and run the same command again", 2)
+        if isinstance(error, RuntimeError) and is_left_alone(error):
+            _stop(f"{ENDED}: run the same command again", 2, is_printed=is_heard())
         is_memory_full = isinstance(error, MemoryError)
         if "torch" in sys.modules:
             from expertcut.models.devices import is_out_of_memory

@@ -123,6 +123,9 @@ def lasting_output() -> Iterator[LastingStream]:
             err.flush()
 
 
+ENDED = "another process of --parallel has ended"
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM during a resumable run: a message and the exit status."""
 
@@ -131,6 +134,32 @@ def is_first() -> bool:
     """Whether this is the only process, or the first of several, which prints for all."""
     rank = next((r for name in ("RANK", "SLURM_PROCID") if (r := os.environ.get(name))), "0")
     return rank == "0"
+
+
+def is_together() -> bool:
+    """Whether this process and others hold one model together."""
+    return any(argument.startswith("--parallel") for argument in sys.argv[1:])
+
+
+def is_heard(*, otherwise: bool = True) -> bool:
+    """Whether this process says how the run ended: one of those that hold one model together."""
+    if not is_together():
+        return otherwise
+    if (group := _group()) is not None:
+        return bool(group.is_heard())
+    # Before they have met, the first of each host: a fault may be that of one host.
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _group() -> Any:
+    module = sys.modules.get("expertcut.models.parallel")
+    return None if module is None else module.joined()
+
+
+def is_left_alone(error: RuntimeError) -> bool:
+    """Whether the error means that another process of the group has ended."""
+    module = sys.modules.get("expertcut.models.parallel")
+    return module is not None and bool(module.has_ended(error))
 
 
 @contextmanager
@@ -321,6 +350,8 @@ class TerminalUI(UI):
 
     def say(self, tables: Sequence[Table], sentences: Sequence[str]) -> None:
         """Prints tables, then sentences: within the width of a terminal, but for a word."""
+        if is_together() and not self.is_first:
+            return
         width = get_terminal_size().columns if sys.stdout.isatty() else None
 
         spell = partial(spelt, stream=sys.stdout)
@@ -336,6 +367,8 @@ class TerminalUI(UI):
 
     def text(self, text: str) -> None:
         """Prints the text."""
+        if is_together() and not self.is_first:
+            return
         with self.bars.hidden():
             print(text, end="")
 
@@ -363,6 +396,11 @@ class TerminalUI(UI):
             number = error.args[0] if error.args else signal.SIGINT
             text = f"interrupted: {result} kept in {where}: run the same command again to go on"
             raise Stopped(text, 128 + number) from None
+        except RuntimeError as error:
+            if not is_left_alone(error):
+                raise
+            text = f"{ENDED}: {result} kept in {where}: run the same command again to go on"
+            raise Stopped(text, 2) from None
         finally:
             self.bars.kept = None
             self.bars.close()

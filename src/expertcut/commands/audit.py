@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from expertcut.commands import SILENT, UI, ModelFirstSettings, output_option
-from expertcut.commands.profile import profiled_first
+from expertcut.commands.profile import ParallelSettings, profiled_first
 from expertcut.edits import edit_settings
 from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from expertcut.evaluation.search_results import Audit
 
 
-class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings):
+class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings, ParallelSettings):
     """Ablate single experts and compare the damage with criteria."""
 
     examples: ClassVar = (
@@ -30,6 +30,7 @@ class AuditSettings(ModelFirstSettings, edit_settings.AuditSettings):
 def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
     """Ablates the experts, and writes the audit, its table and its figure."""
     edit_settings.read_fractions(settings.fractions, "--fractions")  # refused before all imports
+    settings.check_one_group("audit")
     from expertcut.edits.criteria import read_criteria
 
     read_criteria(settings.by)  # refused before the profile is read
@@ -49,6 +50,8 @@ def run(settings: AuditSettings, ui: UI = SILENT) -> "Audit":
         auditing.unit,
     )
     audit = auditing.audit
+    if not ui.is_first:
+        return audit
     settings.say_profile(profile, ui)
     save_table(folder / "audit.csv", tables.audit_csv(audit), tables.audit_figure(audit))
     shown = tables.audit_tables(audit, settings.margin / 100)

@@ -15,7 +15,7 @@ from expertcut.commands import (
     output_option,
     text_option,
 )
-from expertcut.commands.profile import ContractSettings
+from expertcut.commands.profile import ContractSettings, ParallelSettings
 from expertcut.errors import SettingsError
 from expertcut.settings import Count, FilePath, ReadPath, Texts, flag_of, option
 
@@ -40,6 +40,7 @@ class EvalSettings(
     commands.LayerwiseSettings,
     TextSettings,
     SplitSettings,
+    ParallelSettings,
 ):
     """Compare checkpoints on the same questions or texts."""
 
@@ -140,6 +141,11 @@ class EvalSettings(
     def check(self) -> None:
         """Refuses options that do not go together."""
         self.check_text()
+        if self.parallel and (self.tasks or self.generate):
+            raise SettingsError(
+                f"--parallel {self.parallel} is for a quiz and for --text: --tasks and --generate "
+                "run each model in one process"
+            )
         if self.samples and (self.tasks or self.generate or self.text or self.asks_quiz):
             raise SettingsError(
                 "--samples judges files that are there: give no --text, --tasks, --generate or "

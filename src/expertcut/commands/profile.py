@@ -1,8 +1,9 @@
 """`expertcut profile`: run a quiz through a model and record its experts."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from expertcut import commands
 from expertcut.commands import (
@@ -15,7 +16,7 @@ from expertcut.commands import (
     text_option,
 )
 from expertcut.errors import SettingsError
-from expertcut.settings import FilePath, option
+from expertcut.settings import FilePath, like, option
 
 if TYPE_CHECKING:
     from expertcut.models.contract_check import Contract
@@ -45,7 +46,47 @@ class ContractSettings(commands.ModelSettings):
         return read_contract(self.contract)
 
 
-class ProfileSettings(ContractSettings, commands.LayerwiseSettings, TextSettings, SplitSettings):
+_PARALLEL = like(r"(tensor|expert)(:\d{1,4})?", "must be tensor or expert, or like tensor:4")
+
+
+class ParallelSettings(commands.ModelSettings):
+    """Whether the processes of torchrun hold one model together."""
+
+    parallel: Annotated[str, _PARALLEL] | None = model_option(
+        None,
+        "Spread one model over the processes of torchrun: tensor or expert; tensor:4 makes groups "
+        "of 4, which share the work.",
+    )
+
+    def load_as(self) -> "LoadOptions":
+        """The options of the loader."""
+        load_as = super().load_as()
+        if self.parallel is None:
+            return load_as
+        for name in ("device_map", "max_memory", "offload", "layerwise", "contract"):
+            if getattr(self, name, None):
+                raise SettingsError(
+                    f"--parallel {self.parallel} and --{name.replace('_', '-')} are two ways: give "
+                    "one of them"
+                )
+        return replace(load_as, parallel=self.parallel)
+
+    def check_one_group(self, what: str) -> None:
+        """Refuses groups where they cannot share the work."""
+        if self.parallel is not None and ":" in self.parallel:
+            raise SettingsError(
+                f"--parallel {self.parallel}: {what} is the work of one group: give --parallel "
+                f"{self.parallel.partition(':')[0]}, and start as many processes as hold the model"
+            )
+
+
+class ProfileSettings(
+    ContractSettings,
+    commands.LayerwiseSettings,
+    TextSettings,
+    SplitSettings,
+    ParallelSettings,
+):
     """Measure what experts do in a quiz or in texts."""
 
     examples: ClassVar = (

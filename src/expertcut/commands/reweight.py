@@ -5,8 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from expertcut.commands import SILENT, UI, CheckpointSettings, Files, output_option
-from expertcut.commands.profile import profiled_first
+from expertcut.commands import (
+    SILENT,
+    UI,
+    CheckpointSettings,
+    Files,
+    output_option,
+)
+from expertcut.commands.profile import ParallelSettings, profiled_first
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import LAYOUTS
 from expertcut.errors import SettingsError
@@ -22,7 +28,7 @@ if TYPE_CHECKING:
 _FEW = 6  # sentences on single experts
 
 
-class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
+class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings, ParallelSettings):
     """Bias the router toward or away from experts."""
 
     examples: ClassVar = (
@@ -37,6 +43,12 @@ class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings):
     def check(self) -> None:
         """Refuses options that do not go together, with a SettingsError."""
         super().check()
+        self.check_one_group("reweight")
+        if self.parallel and not (self.is_deciding and self.plan_only):
+            raise SettingsError(
+                f"--parallel {self.parallel} is for --tune and --cross-fit: add --plan-only, and "
+                "write the checkpoint in one process, by --boost and --suppress"
+            )
         if self.balance is not None and (self.profile or self.model):
             what = "--profile" if self.profile else "MODEL"
             raise SettingsError(
@@ -68,6 +80,8 @@ def run(
     settings.check()
     settings = settings.updated(**profiled_first(settings, ui))
     choice = choose(settings, ui)
+    if settings.parallel and not ui.is_first:
+        return None
     made = write(choice, settings, ui, extra_files)
     is_final = choice.reweighting.draft is None or is_shown(choice, settings)
     if settings.is_deciding and is_final:  # else --force-write starts from there

@@ -13,6 +13,7 @@ from expertcut.commands import (
     no_profile,
     output_option,
 )
+from expertcut.commands.profile import ParallelSettings
 from expertcut.edits import edit_settings
 from expertcut.reporting.tables import save_table
 from expertcut.settings import FilePath, flag_of, option
@@ -23,7 +24,11 @@ if TYPE_CHECKING:
 
 
 class SweepSettings(
-    BlendedSettings, ProfiledQuizSettings, ScoredTextSettings, edit_settings.RankSettings
+    BlendedSettings,
+    ProfiledQuizSettings,
+    ScoredTextSettings,
+    edit_settings.RankSettings,
+    ParallelSettings,
 ):
     """Score a grid of cuts by criterion and size, without checkpoints."""
 

@@ -4,7 +4,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ from expertcut.evaluation.cell_search import load_earlier
 from expertcut.evaluation.results import profile_hash
 from expertcut.models.load import LoadOptions
 from expertcut.profiling.locks import alone
-from expertcut.profiling.measure import engine_settings
+from expertcut.profiling.measure import decided, engine_settings, is_writer
 from expertcut.profiling.storage import Profile
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.packing import Pass
@@ -192,13 +193,14 @@ class AuditRun:
             fractions=self.fractions,
             **self.settings.model_dump(include={"positions", "layout", "sample", "seed"}),
         )
-        earlier = load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
+        moe = self.engine.moe
+        find = partial(load_earlier, folder / schema.AUDIT_FILE, schema.Audit, request)
+        earlier = decided(moe, find)
         if earlier is not None and earlier.verdicts:
             self.audit = earlier
             return
-        with alone(folder, "audit"):
-            # Another run may have ended since.
-            earlier = load_earlier(folder / schema.AUDIT_FILE, schema.Audit, request)
+        with alone(folder, "audit") if is_writer(moe) else nullcontext():
+            earlier = decided(moe, find)  # another run may have ended since
             if earlier is not None and earlier.is_complete:
                 self.audit = earlier  # only the verdicts are missing
             else:
@@ -214,7 +216,8 @@ class AuditRun:
 
     def _save(self, folder: Path, audit: schema.Audit) -> None:
         self.audit = audit
-        audit.save(folder / schema.AUDIT_FILE)
+        if is_writer(self.engine.moe):
+            audit.save(folder / schema.AUDIT_FILE)
 
     def _begin(self, request: schema.AuditRequest, ablations: Ablations) -> schema.Audit:
         numbers = expert_ids(self.profile)

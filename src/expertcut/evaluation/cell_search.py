@@ -11,6 +11,7 @@ from expertcut.evaluation.results import check_same, load_unfinished
 from expertcut.evaluation.route_results import RouteSweep
 from expertcut.evaluation.search_results import Audit, CompressionSweep, Sweep
 from expertcut.evaluation.sweep_judges import Judge
+from expertcut.profiling.measure import decided, is_writer
 from expertcut.profiling.workers import Progress
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.passes import OnPass
@@ -44,7 +45,8 @@ class CellSearch(Generic[Document]):
 
     def resume(self, folder: Path) -> bool:
         """Takes over the finished cells of an earlier run; whether there was one."""
-        earlier = load_earlier(folder / self.file_name, type(self.sweep), self.sweep.asked)
+        find = partial(load_earlier, folder / self.file_name, type(self.sweep), self.sweep.asked)
+        earlier = decided(self.engine.moe, find)
         self.sweep = earlier or self.sweep
         return earlier is not None
 
@@ -58,7 +60,8 @@ class CellSearch(Generic[Document]):
     def note(self, folder: Path, figures: dict[str, Any]) -> None:
         """Saves further fields of the document."""
         self.sweep = self.sweep.model_copy(update=figures)
-        self.sweep.save(folder / self.file_name)
+        if is_writer(self.engine.moe):
+            self.sweep.save(folder / self.file_name)
 
 
 def load_earlier(file: Path, kind: type[Search], request: Record) -> Search | None:

@@ -30,7 +30,7 @@ from expertcut.edits.splits import profiled_quiz, questions_for
 from expertcut.errors import ContractError, ProfileError
 from expertcut.evaluation.cross_fit import CrossFitResult, cross_fit, cross_fit_result, numbered
 from expertcut.models.load import LoadOptions, Source
-from expertcut.profiling.measure import engine_settings, model_info
+from expertcut.profiling.measure import decided, engine_settings, is_writer, model_info
 from expertcut.profiling.recorder import Recorder
 from expertcut.profiling.schema import ModelInfo
 from expertcut.profiling.storage import Arrays, Profile, chunk_or_fault, write_chunk
@@ -113,6 +113,9 @@ class CachedScorer:
         return self.folder / f"{digest}.safetensors"
 
     def _stored(self, name: tuple[object, ...]) -> Arrays | None:
+        return decided(self.engine.moe, partial(self._load, name))
+
+    def _load(self, name: tuple[object, ...]) -> Arrays | None:
         file = self._file(name)
         if file is None or not file.exists():
             return None
@@ -125,7 +128,7 @@ class CachedScorer:
 
     def _store(self, name: tuple[object, ...], arrays: Arrays) -> None:
         file = self._file(name)
-        if file is not None and not file.exists():
+        if file is not None and is_writer(self.engine.moe) and not file.exists():
             write_chunk(file, arrays, file.stem)
 
     def _n_tokens(self, chunk: Encoded) -> int:

@@ -187,7 +187,7 @@ def find_blocks(
     """
     model_type = str(getattr(model.config, "model_type", "?"))
     unprobed = declared or tuple(
-        _block(name, module, i) for i, (name, module) in enumerate(_candidates(model))
+        _block(name, module, i) for i, (name, module) in enumerate(candidates(model))
     )
     if not unprobed:
         raise ContractError(f"not a MoE model: no module of this {model_type} holds experts")
@@ -257,10 +257,11 @@ def _decoder_layer(model: nn.Module, block: MoeBlock) -> nn.Module:
 
 def routers(model: nn.Module) -> Iterator[nn.Module]:
     """The routers of all MoE blocks."""
-    return (router for _, module in _candidates(model) for router in _routers(module))
+    return (router for _, module in candidates(model) for router in _routers(module))
 
 
-def _candidates(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def candidates(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules that hold experts, by name."""
     return [
         (name, module)
         for name, module in model.named_modules()

@@ -44,6 +44,7 @@ from expertcut.models.moe_block import (
     Selection,
     WeightRule,
 )
+from expertcut.models.parallel import local
 
 _Call = tuple[tuple[Any, ...], dict[str, Any], Any]  # args, kwargs, output
 See = Callable[[MoeBlock, Routing], None]  # a block whose `call` is that of the routing
@@ -344,7 +345,7 @@ def check_blocks(blocks: Sequence[MoeBlock]) -> None:
     owner: dict[object, MoeBlock] = {}
     for block in blocks:
         tensors = list(block.experts.parameters())
-        held = [t for t in tensors if t.device.type != "meta" and t.numel()]
+        held = [local(t) for t in tensors if t.device.type != "meta" and t.numel()]
         places = [(t.device, t.data_ptr()) for t in held]
         for key in (id(block.experts), *map(id, tensors), *places):
             first = owner.setdefault(key, block)

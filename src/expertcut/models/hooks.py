@@ -105,12 +105,15 @@ def observe_experts(
     blocks: Sequence[MoeBlock],
     see: Callable[[ExpertCall], None],
     combined: Callable[[int, Tensor], None] | None = None,
+    *,
+    sees_own: bool = False,
 ) -> Scope:
     """Runs experts one by one, in id order, and calls `see` with each output.
 
     After a block's last expert, `combined` gets the layer and the weighted sum (T, D), on a CPU
     bit-equal to that of the unobserved model. One expert's output is `experts(x, e, 1)`: the code
-    of the model, so no family needs code here.
+    of the model, so no family needs code here. Of processes that hold one model together each sees
+    all outputs; with `sees_own` only those of the experts that it holds whole.
     """
 
     def run(
@@ -119,7 +122,15 @@ def observe_experts(
         def watch(*parts: Any) -> None:
             see(ExpertCall(block.layer, *parts))
 
-        y_TD = by_expert(x_TD, experts_TK, weights_TK, block.n_experts, own, watch)
+        routing = (x_TD, experts_TK, weights_TK, block.n_experts)
+        share = getattr(block.experts, "share", None)
+        if share is None:
+            y_TD = by_expert(*routing, own, watch)
+        elif sees_own and share.is_whole:
+            y_TD = by_expert(*routing, share.part, watch, only=share.ids)
+            share.group.total(y_TD)
+        else:  # the parts of all outputs are summed at once
+            y_TD = by_expert(*routing, share.part, watch, total=share.group.total)
         if combined is not None:
             combined(block.layer, y_TD)
         return y_TD
@@ -144,6 +155,9 @@ def own_expert(block: MoeBlock) -> Own:
     if block.declared is not None:
         own: Own = block.experts.own_expert  # type: ignore[assignment]
         return own
+    if (share := getattr(block.experts, "share", None)) is not None:
+        whole: Own = share.whole
+        return whole
     config = getattr(block.experts, "config", None)
     is_constant_too = hasattr(block.experts, "places")  # layout exact
     if getattr(config, "_experts_implementation", None) == BY_EXPERT and not is_constant_too:

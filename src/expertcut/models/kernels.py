@@ -67,22 +67,31 @@ def by_expert(
     own: Own,
     see: See | None = None,
     known: Known | None = None,
+    total: Callable[[Tensor], Tensor] | None = None,
+    only: range | None = None,
 ) -> Tensor:
     """Σ weight · output in the order of expert ids; `see` gets the outputs of each expert.
 
     Ids from `n_experts` on mean nobody: nothing runs for them. Outputs that are `known` are not
-    computed again.
+    computed again. Where `own` gives a process's part of an output, `total` sums all parts at once.
+    With `only`, no other experts run.
     """
     y_TD = torch.zeros_like(x_TD)
     # A: all T * K assignments, sorted once; a stable sort keeps each expert's tokens in order.
     expert_A, order_A = experts_TK.T.flatten().sort(stable=True)
     hit, counts = (found.tolist() for found in expert_A.unique_consecutive(return_counts=True))
     parts = ((order_A % len(x_TD)).split(counts), weights_TK.T.flatten()[order_A].split(counts))
-    for expert, tokens_M, weights_M in zip(hit, *parts, strict=True):
-        if expert >= n_experts:
-            break
+    ids = range(n_experts) if only is None else only
+    calls = [call for call in zip(hit, *parts, strict=True) if call[0] in ids]
+
+    def output_of(expert: int, tokens_M: Tensor) -> Tensor:
         run = partial(_on_tokens, partial(own, expert), x_TD)
-        output_MD = _with_known(run, tokens_M, known.get(expert)) if known else run(tokens_M)
+        return _with_known(run, tokens_M, known.get(expert)) if known else run(tokens_M)
+
+    outputs: Iterable[Tensor] = (output_of(*call[:2]) for call in calls)
+    if total is not None and calls:
+        outputs = total(torch.cat([*outputs])).split([len(call[1]) for call in calls])
+    for (expert, tokens_M, weights_M), output_MD in zip(calls, outputs, strict=True):
         if see is not None:
             see(expert, tokens_M, weights_M, output_MD)
         y_TD.index_add_(0, tokens_M, (output_MD * weights_M[:, None]).to(y_TD.dtype))

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,12 +20,12 @@ from transformers.utils import logging
 
 from expertcut.errors import ContractError, ModelError, SettingsError
 from expertcut.files import advance, hub_reason
-from expertcut.models import checkpoint_dir, modeling_packed, safetensors_index, validate
+from expertcut.models import checkpoint_dir, modeling_packed, parallel, safetensors_index, validate
 from expertcut.models.checkpoint_dir import fingerprint_of, read_config, read_object, stamp
 from expertcut.models.contract_check import Contract, declare
 from expertcut.models.devices import find_device, free_bytes, runs_on, spread
 from expertcut.models.expert_routing import ROUTING_KEY
-from expertcut.models.find_blocks import find_blocks, probe_ids, routers
+from expertcut.models.find_blocks import candidates, find_blocks, probe_ids, routers
 from expertcut.models.kernels import BY_EXPERT, use_faster_products
 from expertcut.models.layerwise import LayerWeights, opened
 from expertcut.models.modeling_packed import PACKING_KEY, Packing
@@ -237,6 +238,7 @@ class LoadOptions:
     `device` `auto` is CUDA if available. `device_map` `auto` spreads the model over all devices and
     the CPU within `max_memory` (`0=20GiB,cpu=60GiB`); the rest goes to the folder `offload`.
     `layerwise` loads the decoder layers one by one, and keeps their outputs in `hidden_states`.
+    `parallel` (`tensor`, `expert:4`) spreads it over processes of torchrun instead.
     """
 
     dtype: str = "auto"
@@ -247,6 +249,7 @@ class LoadOptions:
     offload: Path | None = None
     layerwise: bool = False
     hidden_states: Path | None = None
+    parallel: str | None = None
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ class MoeModel:
     """A loaded model with its tokenizer, MoE blocks and source.
 
     With `layers` its decoder layers are loaded one by one, and `hidden_states` is where their
-    outputs are kept (None: in memory).
+    outputs are kept (None: in memory). With a `group` several processes hold it together.
     """
 
     source: Source
@@ -263,6 +266,7 @@ class MoeModel:
     blocks: tuple[MoeBlock, ...]
     layers: LayerWeights | None = None
     hidden_states: Path | None = None
+    group: parallel.Group | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -297,8 +301,11 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
             f"{source.contract.path} is code that declares the blocks of {source.id}: read it, "
             "then --trust-remote-code"
         )
+    group = parallel.join(options.parallel, options.device) if options.parallel else None
     device = find_device(options.device)
     spreading = spread(options.device, options.device_map, options.max_memory, options.offload)
+    if group is not None:
+        spreading = group.sharding()
     config, is_trusted = _checked_config(source, options)
     tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
     layers = None
@@ -307,6 +314,8 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         model = layers.model.eval().requires_grad_(False)
     else:
         model = _load_all(source, options, config, is_trusted=is_trusted, spreading=spreading)
+        check_finite = partial(validate.check_finite, source.path, model, source.weight_files)
+        check_finite() if group is None else group.agree(check_finite)
         model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     if model.config._attn_implementation not in ("sdpa", "eager"):  # the engine knows their masks
         try:
@@ -321,11 +330,14 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         for tensor in (*model.parameters(), *model.buffers()):
             # Products sum in another order at unaligned addresses of a mapped file, so the last
             # bits would depend on the layout of the files; new tensors of torch are aligned.
-            if tensor.data_ptr() % 64:
+            if parallel.local(tensor) is tensor and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
     validate.check_vocabulary(source.path, tokenizer, len(model.get_input_embeddings().weight))
+    if group is not None:
+        for name, module in candidates(model):
+            parallel.attach(group, module.experts, name)
     blocks = _blocks(source, model, declared)
-    return MoeModel(source, model, tokenizer, blocks, layers, options.hidden_states)
+    return MoeModel(source, model, tokenizer, blocks, layers, options.hidden_states, group)
 
 
 def _load_all(
@@ -348,7 +360,6 @@ def _load_all(
             **spreading,
         )
     validate.check_complete(source.path, info, is_trusted=is_trusted)
-    validate.check_finite(source.path, model, source.weight_files)
     return model
 
 
@@ -407,6 +418,8 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
     may_run_code = options.trust_remote_code or runs_our_code_only(folder, raw)
     with validate.translate_errors("AutoConfig", folder / "config.json"):
         if options.trust_remote_code and "auto_map" in raw:
+            if options.parallel:
+                parallel.check_plan(folder / "config.json", raw, None, options.parallel)
             return AutoConfig.from_pretrained(folder, trust_remote_code=True), True
         validate.check_counts(folder, raw, source.dense)
         if source.packing is None:
@@ -422,6 +435,8 @@ def _checked_config(source: Source, options: LoadOptions) -> tuple[Any, bool]:
             else:
                 model = model_class._from_config(config)
         validate.check_total(folder, model, source.dense)
+        if options.parallel:
+            parallel.check_plan(folder / "config.json", raw, model, options.parallel)
     return config, may_run_code
 
 

@@ -209,7 +209,10 @@ class MoeBlock:
 
 
 def _loaded(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """The tensor, or a copy if accelerate offloads it."""
+    """The tensor, or a copy if accelerate offloads it or several processes hold it together."""
+    if hasattr(tensor, "full_tensor"):
+        whole: Tensor = tensor.full_tensor()
+        return whole
     if tensor.device.type != "meta":
         return tensor
     hook: Any = owner._hf_hook

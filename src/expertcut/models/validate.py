@@ -350,6 +350,7 @@ def check_values(file: Path) -> None:
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether no value is NaN or infinite; true of the meta device."""
+    tensor = getattr(tensor, "to_local", lambda: tensor)()  # of a sharded one this process's part
     checked = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     if tensor.dtype not in checked or tensor.device.type == "meta" or not tensor.numel():
         return True

@@ -3,11 +3,12 @@
 import logging
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ from expertcut.scoring.packing import Pass
 from expertcut.scoring.passes import OnPass, PassObserver, ignore
 from expertcut.scoring.rerouting import ExpertCounts
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 DEFAULT_BATCH_TOKENS = 2048
@@ -70,7 +72,7 @@ class ChunkedRun:
         work = self.work()
         tally = Tally(work)
         longest_first = sorted(work, key=lambda name: -work[name].cost)
-        with SharedFolder(folder, self.info).opened() as shared:
+        with SharedFolder(folder, self.info, self.moe.group).opened() as shared:
             tally.was_there = {name for name in work if shared.is_done(name)}
             if self.moe.layers is not None:
                 with shared.taking(longest_first) as mine:
@@ -210,7 +212,7 @@ class Measurement(ChunkedRun):
         key = ("checked", moe.source.fingerprint, settings, versions, few)
         # The fingerprint does not cover code that comes with a checkpoint.
         is_ours = moe.source.contract is None and "auto_map" not in read_config(moe.source.path)
-        if is_ours and recall(key):
+        if is_ours and decided(moe, partial(recall, key)):
             return
         for encoded in few:
             self.engine.check(encoded)
@@ -250,6 +252,16 @@ class Measurement(ChunkedRun):
             orders = [[*q.order, *[schema.NO_CHOICE] * (most - len(q.order))] for q in questions]
             arrays["order_NC"] = np.array(orders, dtype=np.uint8)
         return arrays, counter.n_tokens
+
+
+def decided(moe: MoeModel, work: Callable[[], T]) -> T:
+    """What the work gives; of processes that hold one model, in the leader."""
+    return work() if moe.group is None else moe.group.lead(work)
+
+
+def is_writer(moe: MoeModel) -> bool:
+    """Whether this process writes files; of processes that hold one model, the leader does."""
+    return moe.group is None or moe.group.is_leader
 
 
 def _checked(quiz: Quiz) -> Iterator[tuple[str, Sequence[Question]]]:
@@ -379,6 +391,7 @@ def engine_settings(
         cpu_capability=torch.backends.cpu.get_cpu_capability() if on_cpu else None,
         device_map="auto" if is_spread else None,
         truncate=truncate,
+        parallel=None if moe.group is None else moe.group.name,
     )
 
 

@@ -22,6 +22,7 @@ from expertcut.profiling.measure import (
     ChunkedRun,
     MeasureOptions,
     PassCounter,
+    decided,
     engine_settings,
     model_info,
 )
@@ -82,7 +83,7 @@ class TextMeasurement(ChunkedRun):
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
         key = ("checked text", moe.source.fingerprint, settings, versions, few.prompts)
         # The fingerprint does not cover code that comes with a checkpoint.
-        if "auto_map" not in read_config(moe.source.path) and recall(key):
+        if "auto_map" not in read_config(moe.source.path) and decided(moe, partial(recall, key)):
             return
         engine.check(few, partial(losses, engine))
         if settings == engine_settings(engine, "all", None):

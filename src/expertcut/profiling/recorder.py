@@ -240,7 +240,8 @@ class TokenSums:
             if watch is not None:
                 watch(call)
 
-        experts = hooks.observe_experts(blocks, see, self.combined)
+        self.sees_own = watch is None
+        experts = hooks.observe_experts(blocks, see, self.combined, sees_own=self.sees_own)
         residuals = hooks.observe_residuals(blocks, self.read)
         return hooks.registered([residuals, experts, hooks.observe_steps(blocks, self.step)])
 
@@ -302,29 +303,33 @@ class TokenSums:
         """Adds the outputs of a block's experts, after all have run."""
         seen, self.pending = self.pending, []
         routing, self.routing = self.routing, None
-        if not seen:
+        share = getattr(self.blocks[layer].experts, "share", None)
+        others = share.group if share is not None and share.is_whole and self.sees_own else None
+        if not seen and (others is None or routing is None):
             return
-        experts, tokens, weights, norms, largest = zip(*seen, strict=True)
+        assert routing is not None, "a block's router runs before its experts"
         device = self.sums.device
-        expert_H = torch.tensor(experts, device=device)
-        counts_H = torch.tensor([len(tokens_M) for tokens_M in tokens], device=device)
-        at_A = (torch.cat(tokens).to(device), expert_H.repeat_interleave(counts_H))
-        norm_TE = self.sums.new_zeros(len(output_TD), self.sums.shape[-1])
-        norm_TE[at_A] = torch.cat(norms).to(norm_TE)
-        weight_TE = torch.zeros_like(norm_TE)
-        weight_TE[at_A] = torch.cat(weights).to(weight_TE)
+        # weights, norms and largest sizes of each token's experts
+        seen_3TE = self.sums.new_zeros(3, len(output_TD), self.sums.shape[-1])
+        if seen:
+            experts, tokens, *values = zip(*seen, strict=True)
+            expert_H = torch.tensor(experts, device=device)
+            counts_H = torch.tensor([len(tokens_M) for tokens_M in tokens], device=device)
+            at_A = (torch.cat(tokens).to(device), expert_H.repeat_interleave(counts_H))
+            for own_TE, own in zip(seen_3TE, values, strict=True):
+                own_TE[at_A] = torch.cat(own).to(own_TE)
+        if others is not None:  # other processes saw the other experts
+            others.total(seen_3TE)
+        weight_TE, norm_TE, largest_TE = seen_3TE[0], seen_3TE[1], seen_3TE[2].to(self.largest)
         weighted_TE = norm_TE * weight_TE
         self._add("norm", layer, norm_TE)
         self._add("weighted_norm", layer, weighted_TE)
-        largest_TE = self.largest.new_zeros(norm_TE.shape)
-        largest_TE[at_A] = torch.cat(largest).to(largest_TE)
         self._raise_largest(self.part, layer, largest_TE)
         if self.in_calibration_T is not None:
             if not self.are_both_equal:
                 counts_T1 = self.in_calibration_T.to(device)[:, None]
                 largest_TE = largest_TE.where(counts_T1, 0.0)
             self._raise_largest(2, layer, largest_TE)
-        assert routing is not None, "a block's router runs before its experts"
         place_TK = self.places(layer, routing.experts_TK)
         self._add("votes", layer, borda_points(F.pad(weighted_TE, (0, 1)), place_TK)[:, :-1])
         block = self.blocks[layer]

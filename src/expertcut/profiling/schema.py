@@ -159,6 +159,7 @@ class Settings(Record):
     cpu_capability: str | None
     device_map: Literal["auto"] | None = None  # only on several devices
     truncate: Truncate | None = None
+    parallel: str | None = Field(None, pattern=r"^(tensor|expert):[0-9]{1,4}$")
 
 
 class TextSourceInfo(Record):

@@ -5,11 +5,12 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from expertcut import __version__
 from expertcut.data import Question, Quiz
@@ -30,6 +31,7 @@ from expertcut.profiling.storage import (
 )
 
 _SCAFFOLD, _HEADER = 30, 85  # characters around a question and of the header, approximately
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
@@ -113,12 +115,27 @@ class Tally:
         return sum(len(self.work[name].questions) for name in chunks)
 
 
-class SharedFolder:
-    """A profile or trace that this and other processes fill, each while it has it `opened`."""
+class Group(Protocol):
+    """Processes that measure the same chunks together: `models.parallel.Group`."""
 
-    def __init__(self, path: Path, info: MeasuredInfo) -> None:
+    @property
+    def is_leader(self) -> bool:
+        """Whether this process claims and writes for the others."""
+
+    def lead(self, work: Callable[[], T]) -> T:
+        """What the leader's work gives or raises, in every process."""
+
+
+class SharedFolder:
+    """A profile or trace that this and other processes fill, each while it has it `opened`.
+
+    Of a `group` the leader alone claims and writes.
+    """
+
+    def __init__(self, path: Path, info: MeasuredInfo, group: Group | None = None) -> None:
         self.path = path
         self.info = info
+        self.group = group
         self.claims = Claims(path / CLAIMS)
         self.hashes = {name: info.chunk_hash(name, subject) for name, subject, _ in info.chunks()}
         self._stats: dict[str, tuple[int, ...]] = {}  # of the files that were checked
@@ -127,24 +144,35 @@ class SharedFolder:
     @contextmanager
     def opened(self) -> Iterator[Self]:
         """Creates or checks it; claims are kept alive in the context."""
-        with self.claims:
-            self._open()
+        follows = self.group is not None and not self.group.is_leader
+        with nullcontext() if follows else self.claims:
+            self._lead(self._open)
             yield self
+
+    def _lead(self, work: Callable[[], T]) -> T:
+        return work() if self.group is None else self.group.lead(work)
 
     def deal(self, chunks: Sequence[str], *, is_waiting: bool) -> Iterator[tuple[str, bool]]:
         """Every chunk once as (name, False) when finished; before, (name, True) to measure it here.
 
         Ends when all are finished; unless `is_waiting`, also if others measure all the rest.
         """
+        with closing(self._deal(chunks, is_waiting=is_waiting)) as steps:
+            while (step := self._lead(lambda: next(steps, None))) is not None:
+                yield step
+
+    def _deal(
+        self, chunks: Sequence[str], *, is_waiting: bool
+    ) -> Generator[tuple[str, bool], None, None]:
         left = list(chunks)
         while left:
-            for name in [name for name in left if self.is_done(name)]:
+            for name in [name for name in left if self._is_done(name)]:
                 left.remove(name)
                 yield name, False
             mine = next((name for name in left if self.claims.take(name)), None)
             if mine is not None:
                 try:
-                    if not self.is_done(mine):  # finished by another before the claim
+                    if not self._is_done(mine):  # finished by another before the claim
                         (self.path / RUN_FILE).unlink(missing_ok=True)
                         yield mine, True
                 finally:
@@ -169,17 +197,23 @@ class SharedFolder:
 
     def write(self, name: str, arrays: Arrays) -> None:
         """Writes a chunk of this process and reads it back."""
+        self._lead(partial(self._write, name, arrays))
+
+    def _write(self, name: str, arrays: Arrays) -> None:
         path = self.path / "chunks" / name
         try:
             write_chunk(path, arrays, self.hashes[name], self.claims.folder)
         except OutputError:
-            if not self.is_done(name):  # else another process took over
+            if not self._is_done(name):  # else another process took over
                 raise
-        if not self.is_done(name):
+        if not self._is_done(name):
             raise OutputError(f"{path} reads back damaged: is the disk sound and not full?")
 
     def is_done(self, name: str) -> bool:
         """Whether a chunk exists and is valid; warns once if it is damaged."""
+        return self._lead(partial(self._is_done, name))
+
+    def _is_done(self, name: str) -> bool:
         path = self.path / "chunks" / name
         try:
             stat = path.stat()
@@ -198,6 +232,9 @@ class SharedFolder:
 
     def finish(self, elapsed_s: float, measured: int, others: int) -> None:
         """Writes `run.json` once, with questions measured here and by others, if all are done."""
+        self._lead(partial(self._finish, elapsed_s, measured, others))
+
+    def _finish(self, elapsed_s: float, measured: int, others: int) -> None:
         folder = MeasuredFolder(self.path, self.info)
         while not folder.missing and folder.finished_at is None:
             with self._claimed(RUN_FILE) as is_mine:

@@ -206,7 +206,8 @@ class Run:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if self.watch.undo is ignore:
+            # Of processes that hold one model the others still wait in the pass.
+            if self.watch.undo is ignore or self.moe.group is not None:
                 below = f"a --batch-tokens below {self.batch_tokens}, or on another device"
                 advice = f": profile or score with {below}"
             elif len(step.questions) > 1:
