@@ -49,12 +49,48 @@ class World:
 def copied_world(source: Path, root: Path) -> Path:
     """A copy whose records, which hold the whole path of a model, are of the copied model."""
     shutil.copytree(source, root, dirs_exist_ok=True)
-    before, after = str(source).encode(), str(root).encode()
     for file in root.rglob("*.json"):
-        content = file.read_bytes()
-        if before in content:
-            file.write_bytes(content.replace(before, after))
+        rename_world(file, source, root)
     return root
+
+
+def rename_world(record: Path, source: Path, root: Path) -> None:
+    content = record.read_bytes()
+    if (before := str(source).encode()) in content:
+        record.write_bytes(content.replace(before, str(root).encode()))
+
+
+class Mended:
+    """A copy of a world in which what a case has changed is put back, not all copied anew."""
+
+    def __init__(self, pristine: World, root: Path) -> None:
+        self.pristine, self.world = pristine, pristine.copy(root)
+        self.stamps = stamps(root)
+
+    def mend(self) -> World:
+        root, now = self.world.root, stamps(self.world.root)
+        changed = {name for name in {*now, *self.stamps} if now.get(name) != self.stamps.get(name)}
+        if any(len({**self.stamps, **now}[name]) == 1 for name in changed):  # a folder
+            shutil.rmtree(root)
+            self.pristine.copy(root)
+            changed = set()
+        for name in changed:
+            (root / name).unlink(missing_ok=True)
+            if name in self.stamps:
+                shutil.copy2(self.pristine.root / name, root / name)
+                rename_world(root / name, self.pristine.root, root)
+        self.stamps = stamps(root)
+        return self.world
+
+
+def stamps(root: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether a file is the one that it was; a folder has its mode alone."""
+    found = {}
+    for path in root.rglob("*"):
+        is_folder, seen = path.is_dir() and not path.is_symlink(), path.lstat()
+        whole = (seen.st_mode, seen.st_ino, seen.st_size, seen.st_ctime_ns)
+        found[str(path.relative_to(root))] = whole[:1] if is_folder else whole
+    return found
 
 
 def make_world(root: Path) -> World:
