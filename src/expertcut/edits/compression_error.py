@@ -105,11 +105,6 @@ class Measured:
     energy_L: Array
     tokens: int
 
-    @property
-    def relative_LEO(self) -> Array:
-        """The errors as shares of each block's output."""
-        return np.asarray(self.error_LEO / self.energy_L[:, None, None])
-
 
 def option_errors(
     engine: Engine,
