@@ -85,7 +85,7 @@ def build(
     file, used = splits.draft_plan(profile, plan, questions), splits.used_hashes(plan, questions)
     load_as = _dtype_as_profiled(options.load_as, profile)
     is_verified = options.is_verified and bool(len(questions.held_out))
-    if is_verified and not fits_in_memory(source, load_as):
+    if is_verified and not load_as.layerwise and not fits_in_memory(source, load_as):
         is_verified = False
         logger.warning(
             "%s does not fit in the free memory as %s: the checkpoint is not scored",

@@ -18,7 +18,8 @@ from expertcut.errors import ContractError
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MoeModel
 from expertcut.scoring.engine import Engine, stack_scores
-from expertcut.scoring.packing import Pass
+from expertcut.scoring.layer_major import score_chunks
+from expertcut.scoring.packing import Encoded, Pass
 from expertcut.scoring.passes import OnPass, ignore
 from expertcut.scoring.rerouting import ExpertCounts
 
@@ -70,14 +71,18 @@ class HeldOutScores:
         self._removed = {b.layer: edits[b.name].removed(b.n_experts) for b in blocks}
         self._last_layer = blocks[-1].layer
         self._step: Pass
-        scores, untouched = [], []
-        with observe_routers(blocks, self._see), self._counts.listening():
-            for encoded in engine.encode_all(quiz):
-                # Without a token that is routed to a removed expert; meaningless if renumbered.
-                self.is_untouched_N = torch.ones(len(encoded), dtype=torch.bool)
-                scores.append(engine.score(encoded, self._begin))
-                untouched.append(self.is_untouched_N)
-        self.logprob_NC, self.is_untouched_N = stack_scores(scores), torch.cat(untouched)
+        self._engine = engine
+        # Without a token that is routed to a removed expert; meaningless if renumbered.
+        untouched: dict[str, Tensor] = {}
+
+        def score(chunk: str, encoded: Encoded) -> Tensor:
+            ones_N = torch.ones(len(encoded), dtype=torch.bool)
+            self.is_untouched_N = untouched.setdefault(chunk, ones_N)
+            with observe_routers(blocks, self._see), self._counts.listening():
+                return engine.score(encoded, self._begin)
+
+        self.logprob_NC = stack_scores(score_chunks(engine, engine.encode_all(quiz), score))
+        self.is_untouched_N = torch.cat([*untouched.values()])
 
     @property
     def experts_per_token(self) -> float:
@@ -85,8 +90,9 @@ class HeldOutScores:
         return self._counts.per_token
 
     def _begin(self, step: Pass) -> None:
-        self._step = step
-        self._counts.begin(step)
+        self._step = self._counts.step = step
+        if not self._engine.ends_early:  # layer by layer the tokens come again in each
+            self._counts.begin(step)
         self._on_pass(step)
 
     def _see(self, routing: Routing) -> None:

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Self
 
 from pydantic import model_validator
 
-from expertcut.commands import SILENT, UI, BlendedSettings, CheckpointSettings, Files, sweep
+from expertcut.commands import (
+    SILENT,
+    UI,
+    BlendedSettings,
+    CheckpointSettings,
+    Files,
+    LayerwiseSettings,
+    sweep,
+)
 from expertcut.commands.profile import profiled_first
 from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 _NOT_IN_SWEEP = (
     *("keep_active", "keep", "keep_fraction", "sparsity", "max_bytes", "boost", "suppress"),
     *("scale", "apply_at", "adapter", "force", "verify", "plan_only", "wide", "model"),
+    *("layerwise", "hidden_states"),
 )
 
 
@@ -49,7 +58,7 @@ class _Cut(edit_settings.RouterSettings, edit_settings.CutSettings):
     )  # fmt: skip
 
 
-class PruneSettings(BlendedSettings, CheckpointSettings, _Cut):
+class PruneSettings(LayerwiseSettings, BlendedSettings, CheckpointSettings, _Cut):
     """Remove experts from the profiled model."""
 
     examples: ClassVar = (

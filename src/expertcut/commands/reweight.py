@@ -10,6 +10,7 @@ from expertcut.commands import (
     UI,
     CheckpointSettings,
     Files,
+    LayerwiseSettings,
     output_option,
 )
 from expertcut.commands.profile import ParallelSettings, profiled_first
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 _FEW = 6  # sentences on single experts
 
 
-class ReweightSettings(CheckpointSettings, edit_settings.ReweightSettings, ParallelSettings):
+class ReweightSettings(
+    LayerwiseSettings, CheckpointSettings, edit_settings.ReweightSettings, ParallelSettings
+):
     """Bias the router toward or away from experts."""
 
     examples: ClassVar = (

@@ -7,9 +7,10 @@ share. On them the model's code is examined, as it is on the weights of a model 
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from mmap import mmap
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +28,8 @@ from transformers.utils import logging
 
 from expertcut.errors import ContractError, ModelError
 from expertcut.models import validate
-from expertcut.models.devices import trim
+from expertcut.models.devices import free_bytes, trim
+from expertcut.models.find_blocks import routers
 from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor, weights_file
 
 Held = tuple[nn.Module, str, Tensor]  # a module, and the name and value of a tensor of its own
@@ -54,9 +56,15 @@ class Checkpoint(Protocol):
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """The values of a tensor, read into memory of their own: a mapped file would stay there."""
-    bytes_M = torch.empty(stored.end - stored.begin, dtype=torch.uint8)
-    left = memoryview(bytes_M.numpy().data)
+    """The values of a tensor, in memory of its own that returns to the system with it.
+
+    A mapped file would count as resident, and what malloc frees would stay: two layers more.
+    """
+    size_bytes = stored.end - stored.begin
+    if not size_bytes:
+        return torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    memory = mmap(-1, size_bytes)
+    left = memoryview(memory)
     try:
         with stored.file.open("rb", buffering=0) as file:
             file.seek(stored.begin)
@@ -66,7 +74,7 @@ def read_tensor(stored: StoredTensor) -> Tensor:
                 left = left[n_read:]
     except OSError as error:
         raise ModelError(f"{stored.file} cannot be read: {error.strerror}") from None
-    return bytes_M.view(DTYPES[stored.dtype]).reshape(stored.shape)
+    return torch.frombuffer(memory, dtype=DTYPES[stored.dtype]).reshape(stored.shape)
 
 
 class _Lazy:
@@ -119,6 +127,9 @@ class LayerWeights:
             layer = parameter.removeprefix(f"{self.list_name}.").partition(".")[0]
             is_of_layer = parameter.startswith(f"{self.list_name}.") and layer.isdecimal()
             self.names[int(layer) if is_of_layer else None].append(name)
+        self.routers = {id(part) for router in routers(model) for part in router.modules()}
+        self.stands_in = True
+        self.is_probed = False  # with its weights
         self.reader = ThreadPoolExecutor(1, "read-ahead")
         self.ahead: tuple[int, Future[dict[str, Tensor]]] | None = None
 
@@ -151,34 +162,43 @@ class LayerWeights:
         """Loads all but the decoder layers, for which stand-ins are put in place."""
         info = self._convert(self.names[None], {})
         self.model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
-        inside = {id(module) for layer in self.layers for module in layer.modules()}
-        others = [module for module in self.model.modules() if id(module) not in inside]
-        self._check("", (held for module in others for held in _held(module)), info)
+        held = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if not name.startswith(f"{self.list_name}.")
+        }
+        self._check(held, [n for n, tensor in held.items() if tensor.device.type == "meta"], info)
         self._put_stand_ins()
 
     @contextmanager
     def loaded(self, number: int) -> Iterator[None]:
-        """A decoder layer with its weights; behind the context it has none."""
+        """A decoder layer with its weights; behind the context only its router has them."""
         layer = self.layers[number]
         info = self._convert(self.names[number], self._read(number))
-        held = [held for module in layer.modules() for held in _held(module)]
-        self._check(f"{self.name(number)}.", held, info)
+        held = {f"{self.name(number)}.{n}": tensor for n, tensor in layer.state_dict().items()}
+        self._check(held, sorted(held.keys() & info.missing_keys), info)
+        del held
+        trim()
         layer.requires_grad_(False)
-        if number + 1 < len(self):
-            names = self.names[number + 1]
+        names = self.names.get(number + 1, [])
+        # Beside it there must be room for what a pass computes.
+        if names and free_bytes(torch.device("cpu")) > 2 * self._size_bytes(names):
             self.ahead = number + 1, self.reader.submit(self._read_all, names)
         try:
             yield
         finally:
             self._free(layer)
-            del held
             trim()
 
     def free(self) -> None:
         """Takes the stand-ins out."""
+        self.stands_in = False
         for layer in self.layers:
             self._free(layer)
         trim()
+
+    def _size_bytes(self, names: Sequence[str]) -> int:
+        return sum(self.stored[name].end - self.stored[name].begin for name in names)
 
     def _read_all(self, names: Sequence[str]) -> dict[str, Tensor]:
         return {name: read_tensor(self.stored[name]) for name in names}
@@ -213,31 +233,26 @@ class LayerWeights:
             raise ModelError(f"{weights_file(self.source.path)} does not load: {name}: {reason}")
         return info
 
-    def _check(self, prefix: str, held: Any, info: Any) -> None:
+    def _check(self, held: Mapping[str, Tensor], missing: Sequence[str], info: Any) -> None:
         """Refuses missing, misshapen and non-finite weights."""
         file = weights_file(self.source.path)
-        shapes = sorted(info.mismatched_keys)
-        if shapes:
-            name, found, wanted = shapes[0]
-            raise ModelError(
-                f"{file} lacks {len(shapes)} of the model's weights, first {name} of shape "
-                f"{list(wanted)} (it has {list(found)})"
-            )
-        for _, name, tensor in held:
-            if tensor.device.type == "meta":
-                raise ModelError(f"{file} lacks one of the model's weights, {prefix}…{name}")
+        found = {"missing_keys": missing, "mismatched_keys": info.mismatched_keys}
+        if lost := validate.lost_weights(found):
+            raise ModelError(f"{file} lacks {len(lost)} of the model's weights, first {lost[0]}")
+        for name, tensor in held.items():
             if not validate.is_finite(tensor):
                 for weights in self.source.weight_files:
                     validate.check_values(weights)
                 raise ModelError(
-                    f"{file} holds values that do not fit in {self.dtype}, in {prefix}…{name}: "
+                    f"{file} holds values that do not fit in {self.dtype}, in {name}: "
                     "take another --dtype"
                 )
 
     def _free(self, layer: nn.Module) -> None:
         for module in layer.modules():
-            for _, name, tensor in _held(module):
-                _put(module, name, torch.empty_like(tensor, device="meta"))
+            if id(module) not in self.routers:  # small, and asked between two runs
+                for _, name, tensor in _held(module):
+                    _put(module, name, torch.empty_like(tensor, device="meta"))
 
     def _put_stand_ins(self) -> None:
         made: dict[tuple[str, Any], Tensor] = {}
@@ -246,6 +261,8 @@ class LayerWeights:
         for number, layer in enumerate(self.layers):
             for path, module in layer.named_modules():
                 for _, name, tensor in list(_held(module)):
+                    if tensor.device.type != "meta" and tensor.any():
+                        continue  # a buffer that the code computes
                     key = f"{path}.{name}", (tensor.shape, tensor.dtype)
                     if key not in made:
                         made[key] = _stand_in(tensor, random, len(self), n_experts)
@@ -284,7 +301,8 @@ def _put(module: nn.Module, name: str, values: Tensor) -> None:
         module._parameters[name] = nn.Parameter(values, requires_grad=False)
 
 
-_APART = 16  # values between the stand-ins of two layers: no two blocks may own the same experts
+# Values between the stand-ins of two layers, whose blocks may not own the same experts, aligned.
+_APART = 64
 
 
 def _stand_in(tensor: Tensor, random: torch.Generator, n_layers: int, n_experts: int) -> Tensor:

@@ -209,7 +209,8 @@ class Measurement(ChunkedRun):
         settings = engine_settings(self.engine, stats, quiz.truncate)
         few = [self.engine.encode(quiz, *questions) for questions in _checked(quiz)]
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
-        key = ("checked", moe.source.fingerprint, settings, versions, few)
+        what = "checked" if moe.layers is None else "checked on stand-ins"
+        key = (what, moe.source.fingerprint, settings, versions, few)
         # The fingerprint does not cover code that comes with a checkpoint.
         is_ours = moe.source.contract is None and "auto_map" not in read_config(moe.source.path)
         if is_ours and decided(moe, partial(recall, key)):

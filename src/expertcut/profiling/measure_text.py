@@ -81,7 +81,8 @@ class TextMeasurement(ChunkedRun):
         few = encode_rows([_checked(row) for row in rows[:CHECKED_QUESTIONS]])
         settings = engine_settings(engine, "all", None)
         versions = (__version__, transformers.__version__, platform.node(), str(moe.device))
-        key = ("checked text", moe.source.fingerprint, settings, versions, few.prompts)
+        what = "checked text" if moe.layers is None else "checked text on stand-ins"
+        key = (what, moe.source.fingerprint, settings, versions, few.prompts)
         # The fingerprint does not cover code that comes with a checkpoint.
         if "auto_map" not in read_config(moe.source.path) and decided(moe, partial(recall, key)):
             return

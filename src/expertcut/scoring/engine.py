@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from expertcut.data import Question, Quiz, prompt
 from expertcut.data.corpus import CalibrationSet, Corpus, chunk_rows
-from expertcut.errors import ModelError
+from expertcut.errors import ModelError, SettingsError
 from expertcut.files import advance
 from expertcut.models.gate_laws import check_gate, verifying
 from expertcut.models.hooks import replaced_forward
@@ -122,6 +122,7 @@ class Engine:
         self.last_layer = None if has_state else passes.last_decoder_layer(moe.model, moe.blocks)
         self.contrast: Contrast | None = None
         self.layer: Layer | None = None  # that runs alone, with --layerwise
+        self.is_checking = False
 
     def encode(self, quiz: Quiz, subject: str, questions: Sequence[Question]) -> Encoded:
         """Tokenizes questions of one subject; truncates too long prompts or refuses them."""
@@ -188,11 +189,17 @@ class Engine:
         show it tokens of others, or pads. In half precision each is, for rounding differs. `scores`
         gives what is compared, by default log p of the choices.
         """
+        self.is_checking = True
+        try:
+            self._check(encoded, scores or self._choices)
+        finally:
+            self.is_checking = False
+
+    def _check(self, encoded: Encoded, scores: Scores) -> None:
         few = encoded.part(range(min(CHECKED_QUESTIONS, len(encoded))))
         mode, is_half, places = self.mode(few), self.moe.dtype.itemsize < 4, range(len(few))
         shortest = min(places[1:] or places, key=lambda q: len(few.prompts[q]))
         asked = [*places] if is_half and mode != "single" else [shortest]
-        scores = scores or self._choices
         with verifying(self.moe.blocks, str(self.moe.model.config.model_type), check_gate):
             alone_NC = scores(few.part(asked), "single")
         if mode == "single":
@@ -241,6 +248,11 @@ class Engine:
         last_layer = self.last_layer if may_trim and mode != "single" else None
         if self.layer is not None:  # its inputs are stored by pass
             watch = replace(watch, undo=ignore)
+        elif self.moe.layers is not None and not self.is_checking:
+            raise SettingsError(
+                "--layerwise has one layer in memory, and this needs the whole model: run it "
+                "without, with --device-map auto --offload FOLDER"
+            )
         return Run(self.moe, encoded, watch, mode, self.batch_tokens, self.attention, last_layer)
 
     @torch.inference_mode()

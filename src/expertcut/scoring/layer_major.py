@@ -6,7 +6,8 @@ hooks see of a layer has the same bits. What comes before the first layer runs a
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,6 +27,7 @@ from expertcut.models.hooks import registered
 from expertcut.models.layerwise import LayerWeights, read_tensor
 from expertcut.models.safetensors_index import read_file
 from expertcut.scoring.engine import Engine
+from expertcut.scoring.packing import Encoded
 from expertcut.scoring.passes import Decoders, Layer
 from expertcut.stats import Array
 
@@ -149,21 +151,25 @@ def run_layers(
 ) -> Iterator[tuple[str, Arrays]]:
     """The arrays of each chunk, as soon as it ran through the last layer.
 
-    The blocks of the engine's model are probed again once their weights are there. `measure` runs
-    the passes of a chunk, and gives its arrays of the layer that runs.
+    In the first run the blocks of the engine's model are probed again, on their weights.
+    `measure` runs the passes of a chunk, and gives its arrays of the layer that runs.
     """
     layers, name = engine.moe.layers, engine.moe.source.name
     if not names or layers is None:
         return
     decoders = Decoders(engine.moe.model, engine.moe.blocks)
     decoders.modules = layers.layers
-    layers.free()
-    first = min(kept.number(chunk) for chunk in (PROBE, *names))
+    if layers.stands_in:
+        _ = engine.projection  # tries the whole model
+        layers.free()
+    is_probed = layers.is_probed
+    first = min(kept.number(chunk) for chunk in ([] if is_probed else [PROBE]) + [*names])
     try:
         for number in range(first, len(layers)):
             advance(f"layers of {name}", number, len(layers), "layers")
             with layers.loaded(number):
-                outputs = _probe(engine, layers, decoders, number, kept.get(PROBE).inputs)
+                if not is_probed:
+                    outputs = _probe(engine, layers, decoders, number, kept.get(PROBE).inputs)
                 for chunk in names:
                     if kept.number(chunk) > number:
                         continue  # by an interrupted run
@@ -180,10 +186,29 @@ def run_layers(
                         is_sound = all(validate.is_finite(own) for own in _tensors(after))
                         bad = before.bad or ("" if is_sound else layers.name(number))
                         kept.put(chunk, State(number + 1, after, arrays, bad))
-                kept.put(PROBE, State(number + 1, outputs))  # last: who resumes probes it again
+                if not is_probed:  # last: who resumes probes it again
+                    kept.put(PROBE, State(number + 1, outputs))
         kept.drop(PROBE)
+        layers.is_probed = True
     finally:
         engine.layer = None
+
+
+def score_chunks(
+    engine: Engine, chunks: Iterable[Encoded], score: Callable[[str, Encoded], Tensor]
+) -> list[Tensor]:
+    """What `score` gives for each chunk, told apart by its number; with --layerwise by layer."""
+    if engine.moe.layers is None:
+        return [score(str(number), chunk) for number, chunk in enumerate(chunks)]
+    named = {str(number): chunk for number, chunk in enumerate(chunks)}
+
+    def measure(name: str) -> Arrays:
+        return {"scores": score(name, named[name]).numpy()}
+
+    folder = engine.moe.hidden_states and engine.moe.hidden_states / "scores"
+    of = dict.fromkeys([PROBE, *named], secrets.token_hex())  # not what another run left
+    found = dict(run_layers(engine, [*named], measure, HiddenStates(folder, of)))
+    return [torch.from_numpy(found[name]["scores"]) for name in named]
 
 
 def _alone(
