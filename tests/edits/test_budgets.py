@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from expertcut.checkpoints.size import largest, size, size_of_cut, size_of_cuts
+from expertcut.checkpoints.size import (
+    largest,
+    planned_sizes,
+    size,
+    size_of_cut,
+    size_of_cuts,
+    stored_size,
+)
 from expertcut.data import Selection, load_quiz
 from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
@@ -26,10 +33,11 @@ from expertcut.edits.selection import (
     wanted_count,
 )
 from expertcut.errors import PlanError, SettingsError
-from expertcut.models.load import find_source
+from expertcut.models.load import Source, find_source
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import Profile, load_profile
-from tests.conftest import open_model
+from expertcut.reporting.edit_tables import size_line
+from tests.conftest import Commands, open_model
 from tests.support.hand_made import block, profile_info, random_profile
 from tests.support.rewrites import Fitted, export
 
@@ -241,6 +249,8 @@ def test_the_size_of_a_cut_is_known_before_it_is_written(
     size_of = size_of_cuts(find_source(profile.info.model.id), way.layout, 8)
     folder = written(profile, pruning, tmp_path / "cut")
     assert size_of(pruning.draft) == (folder / "model.safetensors").stat().st_size
+    sources = (find_source(profile.info.model.id), Source(str(folder), folder))
+    assert planned_sizes(profile, pruning.draft) == tuple(map(stored_size, sources))
     moe = open_model(Path(profile.info.model.id))
     assert size_of_cut(moe, pruning.draft, size_of(pruning.draft)) == size(open_model(folder))
     assert size(open_model(folder)).parameters < size(moe).parameters
@@ -273,3 +283,20 @@ def test_the_cut_that_fits_is_the_largest_that_does(
     with pytest.raises(PlanError, match=f"{sizes[0]:,} bytes"):
         small = settings.updated(max_bytes=str(sizes[0] - 1))
         largest(replace(ranking, settings=small), size_of)
+
+
+def test_a_plan_says_what_its_checkpoint_would_weigh_or_why_that_is_not_known(
+    profile_of: Profiles, expertcut: Commands
+) -> None:
+    measured = profile_of("olmoe")
+    line = f"prune --profile {measured.path} --keep 6 --plan-only"
+    before, after = planned_sizes(measured, choose(measured, CutSettings(keep=6)).draft)
+    assert after[1] < before[1]
+    said = expertcut(f"{line} --out plan")
+    assert size_line(before, after) in said
+    weights = Path(measured.info.model.id) / "model.safetensors"
+    weights.rename(weights.with_suffix(".away"))
+    try:
+        assert "size      not known: " in expertcut(f"{line} --out again")
+    finally:
+        weights.with_suffix(".away").rename(weights)

@@ -56,7 +56,7 @@ OPTIONS_OF_OTHERS = {"--rounds", "--section", "--seconds", "--seeds", "--worlds"
 OPTIONS_OF_OTHERS |= {"--init-expert-location", "--ep-num-redundant-experts"}
 OPTIONS_OF_OTHERS |= {"--output", "--moments", "--only", "--override-kv"}
 MAX_README_LINES = 135
-MAX_PAGES = 20  # beside log.md
+MAX_PAGES = 21  # beside log.md
 
 
 def blocks(text: str) -> list[list[str]]:

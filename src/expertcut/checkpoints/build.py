@@ -31,7 +31,7 @@ from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.merging import Quality, gather_evidence, merge_draft, merge_edits, token_counts
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, check_count, model_folder, save_plan
 from expertcut.edits.splits import Questions, ScoredSplit, scored_split
-from expertcut.errors import ContractError, ProfileError
+from expertcut.errors import ContractError, ModelError, ProfileError
 from expertcut.files import write_atomically
 from expertcut.models.load import LoadOptions, Source, find_source, fits_in_memory, load
 from expertcut.profiling.measure import model_info
@@ -187,6 +187,18 @@ def found_source(profile: Profile) -> Source:
     recorded, folder = profile.info.model, model_folder(profile)
     place = recorded.id if folder is None else str(folder)
     return find_source(place, recorded.revision, recorded.read_contract())
+
+
+def source_here(profile: Profile) -> Source:
+    """The checkpoint that was profiled, if it is on this machine; nothing is downloaded."""
+    from huggingface_hub import try_to_load_from_cache
+
+    recorded = profile.info.model
+    if recorded.revision is not None:
+        found = try_to_load_from_cache(recorded.id, "config.json", revision=recorded.revision)
+        if not isinstance(found, str):
+            raise ModelError(f"{recorded.id} is not on this machine")
+    return found_source(profile)
 
 
 def profiled_source(profile: Profile) -> Source:

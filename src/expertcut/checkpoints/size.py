@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from expertcut.checkpoints.build import engine_as_profiled, profiled_source
+from expertcut.checkpoints.build import engine_as_profiled, profiled_source, source_here
 from expertcut.checkpoints.export import WRITERS, cut_rewrite
 from expertcut.checkpoints.sequential import rank_sequentially
 from expertcut.checkpoints.shards import lay_out
@@ -111,12 +111,25 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
 def size_of_cuts(source: Source, layout: Layout, n_experts: int) -> SizeOf:
     """Bytes of the safetensors files of a cut of this checkpoint, with headers."""
     WRITERS[layout].check(source, is_cutting=True)
+    return lambda draft: _size_of_cut_files(source, draft, n_experts)[1]
 
-    def size_of(draft: EditPlan) -> int:
-        shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts))
-        return sum(shard.size_bytes for shard in shards)
 
-    return size_of
+def _size_of_cut_files(source: Source, draft: EditPlan, n_experts: int) -> tuple[int, int]:
+    """Parameters and bytes of the safetensors files of a cut, with headers."""
+    shards = lay_out(source.stored, cut_rewrite(source, draft, n_experts))
+    n_parameters = sum(math.prod(piece.shape) for shard in shards for piece in shard.pieces)
+    return n_parameters, sum(shard.size_bytes for shard in shards)
+
+
+def planned_sizes(profile: Profile, draft: EditPlan) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Parameters and bytes before and after a cut, from headers: no weight is read.
+
+    Raises ModelError or ContractError: the weights are not here, or cannot be cut so.
+    """
+    source = source_here(profile)
+    WRITERS[draft.layout].check(source, is_cutting=True)
+    n_experts = profile.info.model.blocks[0].experts
+    return stored_size(source), _size_of_cut_files(source, draft, n_experts)
 
 
 def largest(ranking: Ranking, size_of: SizeOf) -> Pruning:

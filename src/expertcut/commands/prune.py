@@ -19,7 +19,7 @@ from expertcut.commands.profile import profiled_first
 from expertcut.commands.sweep import SweepSettings
 from expertcut.edits import edit_settings
 from expertcut.edits.layouts import Positions
-from expertcut.errors import SettingsError
+from expertcut.errors import ModelError, SettingsError
 from expertcut.reporting.tables import labelled
 from expertcut.settings import flag_of, in_recipe_only, option, refuse
 
@@ -177,6 +177,8 @@ def write(
     built = make(profile, plan, folder, settings.build_options(extra_files, settings.adapter))
     if built and settings.wide:
         ui.say(tables.held_out_tables(built), [])
+    if not built:
+        ui.say([], [_planned_size(profile, plan)])
     sentences = tables.adapter_sentences(built) if built else []
     if plan.blend is not None and built and built.proof:
         heaviest = plan.blend.profiles[0].name
@@ -186,3 +188,14 @@ def write(
     sentences += tables.scale_sentences(choice.scalings, built, plan.numbers)
     settings.say_result(built, folder, profile, sentences, ui)
     return built or folder
+
+
+def _planned_size(profile: "Profile", plan: "EditPlan") -> str:
+    """What the checkpoint of a plan would weigh, or why that is not known."""
+    from expertcut.checkpoints.size import planned_sizes
+    from expertcut.reporting.edit_tables import size_line
+
+    try:
+        return size_line(*planned_sizes(profile, plan))
+    except ModelError as error:
+        return labelled("size", f"not known: {error}")

@@ -108,16 +108,21 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     return labelled("traffic", f"the {n_removed:,} {experts} {had}{chose}")
 
 
-def outcome_lines(
-    built: "Built", before: tuple[int, int] | None, after: tuple[int, int], margin: float = MARGIN
-) -> list[str]:
-    """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
+def size_line(before: tuple[int, int] | None, after: tuple[int, int]) -> str:
+    """What a checkpoint weighs; `before` and `after` are parameters and bytes."""
     size, parameters = unit(after[1], "B"), f"{unit(after[0])} parameters"
     if before is not None:
         change = signed(after[1] / before[1] - 1, "+.0%").replace("%", " %")
         size += f", was {unit(before[1], 'B')} ({change})"
         parameters += f", were {unit(before[0])}"
-    lines, sentences = [labelled("size", f"{size}; {parameters}")], held_out_sentences(built)
+    return labelled("size", f"{size}; {parameters}")
+
+
+def outcome_lines(
+    built: "Built", before: tuple[int, int] | None, after: tuple[int, int], margin: float = MARGIN
+) -> list[str]:
+    """Size, accuracy, verdict and distance; `before` and `after` are parameters and bytes."""
+    lines, sentences = [size_line(before, after)], held_out_sentences(built)
     if not (built.proof and built.scored_on):
         return [*lines, labelled("accuracy", sentences[0])]
     if built.proof.text:
