@@ -1,4 +1,4 @@
-"""Routes that a serving engine returned, as a trace; what cannot be of the model is refused."""
+"""Routes of a serving engine, as a trace or a profile; what cannot be of the model is refused."""
 
 import json
 import re
@@ -9,9 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from expertcut.edits.plan import load_plan
+from expertcut.edits.splits import choosing_profile
 from expertcut.profiling import given_routes
+from expertcut.profiling.storage import Profile, load_profile
 from expertcut.profiling.trace import load_trace
 from tests.conftest import DENSE_FIRST, Commands
+from tests.profiling.test_text_profile import texts, written
 from tests.support.processes import chunk_bytes
 
 Checkpoints = Callable[..., Path]
@@ -115,3 +119,51 @@ def test_a_file_that_is_no_npz_is_refused(
     assert "--weights does not go with --routes" in expertcut(
         "trace nowhere --routes routes.npz --weights", status=2
     )
+
+
+def test_a_profile_of_routes_counts_as_that_of_the_texts_and_cuts_and_judges_as_it(
+    expertcut: Commands, checkpoint: Checkpoints
+) -> None:
+    model, file = checkpoint("olmoe"), written(Path(), "code", texts(40, seed=3))
+    expertcut("trace", model, "--text", file, "--length", 128, "--tokens", "1M", "--out", "t")
+    sequences = list(load_trace(Path("t")).sequences())
+    given = {
+        "routed_experts": np.concatenate([s.experts_TLK for s in sequences]),
+        "token_ids": np.concatenate([s.token_T for s in sequences]),
+        "sequence_ids": np.repeat(np.arange(len(sequences)), [len(s) for s in sequences]),
+    }
+    said = expertcut("profile", model, "--routes", saved(given), "--out", "r")
+    assert "prune --sparsity 0.5 --profile r" in " ".join(said.split())
+    assert "% of the choices of" in " ".join(expertcut("show r").split())
+    expertcut("profile", model, "--text", file, "--max-tokens", 128, "--no-loss", "--out", "p")
+    whole, ordinary = load_profile(Path("r")), load_profile(Path("p"))
+    for one, other in ((whole, ordinary), *zip(*map(halves, (whole, ordinary)), strict=True)):
+        assert (one.token_sum("tokens") == other.token_sum("tokens")).all()
+        assert one.token_sum("weight") is None and other.token_sum("weight") is not None
+    layers = json.loads(expertcut("show r --format json"))["layers"]
+    assert "entropy_all_mean" not in layers[0] and layers[0]["expert"][0]["tokens"] > 0
+    assert "activations" in expertcut("show r --criteria")
+    options = "--keep 6 --protect none --by activations"
+    expertcut(f"prune --profile p {options} --plan-only --out p-cut")
+    said = expertcut(f"prune --profile r {options} --out r-cut")
+    plan, ordinary_plan = load_plan(Path("r-cut")), load_plan(Path("p-cut"))
+    assert plan.blocks == ordinary_plan.blocks and len(plan.blocks) == 2
+    assert plan.proof.held_out_hashes and plan.proof.text is not None
+    assert "of all choices" in " ".join(said.split())
+    refused = expertcut("prune --profile r --keep 6 --by reap --out x", status=2)
+    (line,) = refused.strip().splitlines()
+    assert "reap needs outputs of experts, and the profile holds routes" in line
+    assert "gate_mass needs gate weights" in expertcut(
+        "prune --profile r --keep 6 --by gate_mass --out x", status=2
+    )
+    np.savez_compressed("routes.npz", **{**given, "token_ids": given["token_ids"] + 1})
+    changed = expertcut(f"prune --profile r {options} --out x", status=2)
+    assert "no longer holds the routes" in changed
+    assert "--no-loss does not go with --routes" in expertcut(
+        "profile nowhere --routes routes.npz --no-loss", status=2
+    )
+
+
+def halves(profile: Profile) -> tuple[Profile, ...]:
+    """What chooses."""
+    return (choosing_profile(profile)[0],)

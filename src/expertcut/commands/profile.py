@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from expertcut.profiling.storage import Profile
 
 
+_OF_QUIZ = (
+    *("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision"),
+    *("stats", "perturb"),
+)
+
+
 class ContractSettings(commands.ModelSettings):
     """The contract of a model whose blocks are in no shape that is known."""
 
@@ -110,6 +116,10 @@ class ProfileSettings(
     loss: bool = text_option(
         True, "Do not predict next tokens of --text, which is faster.", flags=("--no-loss",)
     )
+    routes: FilePath | None = option(
+        None, "Take what vLLM or SGLang returned: .npz of routed_experts and token_ids.",
+        panel="Profile", metavar="FILE", in_recipe=False, is_recorded="set",
+    )  # fmt: skip
     out: FilePath | None = output_option(
         None, "Output folder; a run started there is resumed.  [default: in profiles/]"
     )
@@ -122,10 +132,14 @@ class ProfileSettings(
         load_as = self.load_as()
         return (load_as, options) if self.out is None else resumed(self.out, load_as, options)
 
+    def check_routes(self) -> None:
+        """Refuses options of texts or a quiz beside routes, which were chosen already."""
+        texts = ("text", "tokens", "seed", "assistant_only", "max_tokens", "loss")
+        self.check_unset((*_OF_QUIZ, *texts, "layerwise", "hidden_states"), "--routes")
+
     def check_without_quiz(self) -> None:
         """Refuses options of a quiz beside texts: one command makes one profile."""
-        names = ("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision")
-        for name in (*names, "stats", "perturb"):
+        for name in _OF_QUIZ:
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise SettingsError(
                     f"--{name.replace('_', '-')} is for a quiz, and --text reads texts: profile "
@@ -135,8 +149,10 @@ class ProfileSettings(
 
 def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
     """Profiles the model on a quiz or on texts, resuming an interrupted run."""
+    if settings.routes is not None:
+        settings.check_routes()
     settings.check_text()
-    if settings.text:
+    if settings.text or settings.routes is not None:
         settings.check_without_quiz()
         return _profile_text(settings, ui)
     ui.quiet()
@@ -179,28 +195,35 @@ def run(settings: ProfileSettings, ui: UI = SILENT) -> "Profile":
 
 
 def _profile_text(settings: ProfileSettings, ui: UI) -> "Profile":
-    """Profiles the model on texts."""
+    """Profiles the model on texts, or by given routes."""
     ui.quiet()
     import torch
 
     from expertcut.models.load import find_source, load
+    from expertcut.profiling.given_routes import RoutesProfiling, read_routes
     from expertcut.profiling.measure_text import TextMeasurement, default_folder
     from expertcut.profiling.storage import load_profile
-    from expertcut.reporting.text_profile_tables import profile_facts
+    from expertcut.reporting.text_profile_tables import next_criterion, profile_facts
 
     load_as, options = settings.measuring(ui)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    routes = None if settings.routes is None else read_routes(settings.routes)
     moe = load(find_source(settings.model, settings.revision, settings.read_contract()), load_as)
-    corpus = settings.load_corpus(moe.tokenizer)
-    measurement = TextMeasurement(moe, corpus, options, has_loss=settings.loss)
+    measurement: RoutesProfiling | TextMeasurement
+    if routes is not None:
+        measurement = RoutesProfiling(moe, routes, options)
+    else:
+        corpus = settings.load_corpus(moe.tokenizer)
+        measurement = TextMeasurement(moe, corpus, options, has_loss=settings.loss)
     folder: Path = settings.out or default_folder(measurement.info, moe.source)
-    n_rows = sum(map(len, corpus.rows.values()))
+    n_rows = sum(map(len, measurement.corpus.rows.values()))
     steps = partial(measurement.run, folder)
     ui.watch(steps, f"profiling {moe.source.name}", n_rows, folder, "rows")
     profile = load_profile(folder)
     if ui.is_first:
-        prune = ["prune", "--sparsity", "0.5", "--by", "reap", "--profile", str(folder)]
+        by = next_criterion(profile)
+        prune = ["prune", "--sparsity", "0.5", *by, "--profile", str(folder)]
         ui.end(profile_facts(profile), folder, ["show", str(folder)], prune)
     return profile
 

@@ -18,7 +18,7 @@ from expertcut.commands import (
 from expertcut.commands.profile import ContractSettings
 from expertcut.errors import SettingsError
 from expertcut.reporting.tables import labelled
-from expertcut.settings import FilePath, Text, flag_of, option
+from expertcut.settings import FilePath, Text, option
 
 if TYPE_CHECKING:
     from expertcut.data.corpus import Corpus
@@ -77,16 +77,9 @@ class TraceSettings(ContractSettings, TextsSettings, SplitSettings):
             )
         quiz = ("quiz", "split", "limit", "shots", "subjects", "truncate", "quiz_revision")
         if self.routes is not None:
-            self._check_unset((*quiz, "text", "tokens", "weights", "logits"), "--routes")
+            self.check_unset((*quiz, "text", "tokens", "weights", "logits"), "--routes")
         elif self.text:
-            self._check_unset(quiz, "--text")
-
-    def _check_unset(self, names: tuple[str, ...], flag: str) -> None:
-        for name in names:
-            if getattr(self, name) != self._default(name):
-                raise SettingsError(
-                    f"{flag_of(type(self), name)} does not go with {flag}: leave one of them out"
-                )
+            self.check_unset(quiz, "--text")
 
     def measuring(self, ui: UI) -> "tuple[LoadOptions, MeasureOptions]":
         """How to load and to run, as recorded where a run is resumed."""

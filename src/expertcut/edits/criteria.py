@@ -69,6 +69,7 @@ class Criterion:
 
 
 _OF_TEXTS = ("weighted_accuracy", "all")  # a quiz has no next tokens
+_NEEDED = {"weight_E": "gate weights"}  # by sum, where that is not of outputs
 _REGISTRY: dict[str, Criterion] = {}
 CRITERIA: Mapping[str, Criterion] = MappingProxyType(_REGISTRY)
 
@@ -128,7 +129,7 @@ def activations(layer: LayerSums, positions: Positions) -> Array:
 def gate_mass(layer: LayerSums, positions: Positions) -> Array:
     """Σ gate weight over the questions or tokens routed to the expert: a soft count."""
     if positions == "all":
-        return all_tokens(layer).weight_E
+        return _held(layer, "weight_E", "gate_mass")
     weight_E = answered(layer, "gate_mass").weight_E
     assert weight_E is not None, "layer_statistics gives it"
     return weight_E
@@ -155,21 +156,19 @@ def weighted_accuracy(layer: LayerSums, positions: Positions) -> Array:
 @criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_sum",))
 def output_norm(layer: LayerSums) -> Array:
     """Σ ‖f(x)‖₂ over the tokens routed to the expert: the expert activation norm."""
-    return all_tokens(layer).norm_E
+    return _held(layer, "norm_E", "output_norm")
 
 
 @criterion(needs="profile", positions=("all",), paper="2510.13999", aliases=("ean_mean",))
 def output_norm_mean(layer: LayerSums) -> Array:
     """Mean ‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
-    sums = all_tokens(layer)
-    return share(sums.norm_E, sums.tokens_E, 0.0)
+    return share(_held(layer, "norm_E", "output_norm_mean"), all_tokens(layer).tokens_E, 0.0)
 
 
 @criterion(needs="profile", positions=("all",), paper="2510.13999")
 def reap(layer: LayerSums) -> Array:
     """Mean gate weight·‖f(x)‖₂ over the tokens routed to the expert, 0 where none is."""
-    sums = all_tokens(layer)
-    return share(sums.weighted_norm_E, sums.tokens_E, 0.0)
+    return share(_held(layer, "weighted_norm_E", "reap"), all_tokens(layer).tokens_E, 0.0)
 
 
 @criterion(needs="profile", positions=("all",), paper="2504.06792")
@@ -186,7 +185,7 @@ def easy_ep(layer: LayerSums) -> Array:
             f"easy_ep: {layer.block} does not add its output to one residual stream that could be "
             f"found: take {other} criterion"
         )
-    return _held(sums.residual_shift_E, "easy_ep")
+    return _held(layer, "residual_shift_E", "easy_ep")
 
 
 @criterion(needs="profile", positions=("all",))
@@ -198,7 +197,7 @@ def easy_ep_postnorm(layer: LayerSums) -> Array:
             f"easy_ep_postnorm: the experts of {layer.block} work in another width than the block "
             "reads, so what they add is not known: take another criterion"
         )
-    return _held(sums.input_shift_E, "easy_ep_postnorm")
+    return _held(layer, "input_shift_E", "easy_ep_postnorm")
 
 
 @criterion(needs="profile", positions=("all",))
@@ -207,7 +206,7 @@ def ranked_choice(layer: LayerSums) -> Array:
 
     A contribution is gate weight·‖f(x)‖₂, the sum Borda's count (our definition, docs/criteria.md).
     """
-    return _held(all_tokens(layer).votes_E, "ranked_choice")
+    return _held(layer, "votes_E", "ranked_choice")
 
 
 @criterion(needs="weights", paper="2603.18492")
@@ -291,10 +290,17 @@ def all_tokens(layer: LayerSums) -> OverTokens:
     return layer.over_tokens
 
 
-def _held(sum_E: Array | None, name: str) -> Array:
+def _held(layer: LayerSums, name: str, by: str) -> Array:
+    sums = all_tokens(layer)
+    sum_E: Array | None = getattr(sums, name)
+    if sum_E is None and sums.weight_E is None:
+        raise ProfileError(
+            f"{by} needs {_NEEDED.get(name, 'outputs of experts')}, and the profile holds routes, "
+            "which are choices alone: profile with --text or --quiz, or take --by activations"
+        )
     if sum_E is None:
         raise ProfileError(
-            f"{name}: the profile was made before what it needs was kept: profile again, "
+            f"{by}: the profile was made before what it needs was kept: profile again, "
             "into another folder, with --stats all"
         )
     return sum_E

@@ -511,7 +511,7 @@ def _prune(
 
 
 class RemovedTraffic(NamedTuple):
-    """What goes with the removed experts of one block; None without all-token sums."""
+    """What goes with the removed experts of one block; None without all-token sums of it."""
 
     block: str
     n_removed: int
@@ -531,8 +531,9 @@ def removed_traffic(profile: Profile, edits: Mapping[str, plan.BlockEdit]) -> li
         if chosen_NLK is not None:
             n_hit = int(np.isin(chosen_NLK[:, layer], removed).any(axis=1).sum())
         n_used, mass = None, None
-        if tokens_LE is not None and weight_LE is not None:
+        if tokens_LE is not None:
             n_used = int((tokens_LE[layer, removed] > 0).sum())
+        if weight_LE is not None:
             mass = float(weight_LE[layer, removed].sum() / weight_LE[layer].sum())
         traffic.append(RemovedTraffic(block.name, len(removed), n_hit, n_used, mass))
     return traffic

@@ -320,6 +320,7 @@ def profiled_corpus(profile: Profile) -> Corpus:
     """The texts of a profile, read again; ProfileError if they changed."""
     assert isinstance(profile, TextProfile), "a quiz has questions"
     from expertcut.models.load import find_source, load_tokenizer  # torch
+    from expertcut.profiling.given_routes import routes_corpus
 
     text, recorded, folder = profile.info.text, profile.info.model, plans.model_folder(profile)
     place = recorded.id if folder is None else str(folder)
@@ -332,6 +333,8 @@ def profiled_corpus(profile: Profile) -> Corpus:
         **text.model_dump(include={"max_tokens", "tokens", "seed", "assistant_only"}),
     )
     tokenizer = load_tokenizer(source, trust_remote_code=profile.trust_remote_code)
+    if profile.info.settings.stats == "routes":
+        return routes_corpus(profile, tokenizer)
     corpus = load_corpus(selection, tokenizer)
     for own, known in zip(corpus.sources, sources, strict=True):
         if rows_hash(corpus.rows[own.name]) != known.content_hash:

@@ -1,4 +1,8 @@
-"""Routes that a serving engine returned, as a trace: vLLM's `routed_experts`, in an .npz file."""
+"""Routes that a serving engine returned, as a trace or a profile: `routed_experts` in an .npz file.
+
+vLLM and SGLang return them. A profile of routes counts the tokens of each expert, and its sequences
+are documents like those of texts, so that a fifth can be held out and judged.
+"""
 
 import hashlib
 import zipfile
@@ -6,17 +10,27 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from expertcut.data.corpus import CHUNK_TOKENS
-from expertcut.errors import SettingsError
+from expertcut.data.corpus import CHUNK_TOKENS, Corpus, Document, TextSelection, TextSource
+from expertcut.data.texts import Text
+from expertcut.errors import ProfileError, SettingsError
 from expertcut.models.load import MoeModel
-from expertcut.profiling.measure import ChunkedRun, model_info
-from expertcut.profiling.schema import layer_numbers
-from expertcut.profiling.storage import DOCUMENT, Arrays
+from expertcut.profiling.measure import (
+    DEFAULT_BATCH_TOKENS,
+    ChunkedRun,
+    MeasureOptions,
+    engine_settings,
+    model_info,
+)
+from expertcut.profiling.measure_text import text_info
+from expertcut.profiling.schema import MeasuredInfo, TextProfileInfo, layer_numbers
+from expertcut.profiling.storage import DOCUMENT, IN_CALIBRATION, Arrays, TextProfile
 from expertcut.profiling.trace import RoutesInfo, RoutesSettings, RoutesTraceInfo, id_type
 from expertcut.profiling.workers import Work
+from expertcut.scoring.engine import Engine
 from expertcut.scoring.packing import cut_packs
 from expertcut.scoring.passes import OnPass
 from expertcut.stats import Array
@@ -96,10 +110,10 @@ def _faults(found: Arrays) -> Iterator[str]:
         yield f"{TOKENS} has a number that is not a token id"
 
 
-class RoutesTracing(ChunkedRun):
-    """A trace of given routes of a model, whose blocks say what they must look like."""
+class RoutesRun(ChunkedRun):
+    """Given routes of a model, whose blocks say what they must look like, in chunks."""
 
-    info: RoutesTraceInfo
+    info: MeasuredInfo
 
     def __init__(self, moe: MoeModel, routes: GivenRoutes, *, waits: bool) -> None:
         self.moe, self.routes, self.waits = moe, routes, waits
@@ -107,6 +121,23 @@ class RoutesTracing(ChunkedRun):
         self.starts = routes.starts
         lengths = [end - start for start, end in pairwise(self.starts)]
         self.chunks = list(cut_packs(lengths, CHUNK_TOKENS))
+
+    def work(self) -> dict[str, Work]:
+        """Chunks of sequences by file name."""
+        parts = zip(self.info.chunks(), self.chunks, strict=True)
+        return {
+            name: Work(source, own, self.starts[own[-1] + 1] - self.starts[own[0]])
+            for (name, source, _), own in parts
+        }
+
+
+class RoutesTracing(RoutesRun):
+    """A trace of given routes."""
+
+    info: RoutesTraceInfo
+
+    def __init__(self, moe: MoeModel, routes: GivenRoutes, *, waits: bool) -> None:
+        super().__init__(moe, routes, waits=waits)
         self.info = RoutesTraceInfo(
             model=model_info(moe),
             routes=RoutesInfo(
@@ -117,14 +148,6 @@ class RoutesTracing(ChunkedRun):
             settings=RoutesSettings(),
             n_tokens=len(routes.token_T),
         )
-
-    def work(self) -> dict[str, Work]:
-        """Chunks of sequences by file name."""
-        parts = zip(self.info.chunks(), self.chunks, strict=True)
-        return {
-            name: Work(source, own, self.starts[own[-1] + 1] - self.starts[own[0]])
-            for (name, source, _), own in parts
-        }
 
     def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
         """The arrays of a chunk of sequences; none was run."""
@@ -137,6 +160,83 @@ class RoutesTracing(ChunkedRun):
             DOCUMENT: numbers,
         }
         return arrays, 0
+
+
+class RoutesProfiling(RoutesRun):
+    """A profile of given routes: how many tokens chose each expert, and nothing else."""
+
+    info: TextProfileInfo
+
+    def __init__(self, moe: MoeModel, routes: GivenRoutes, options: MeasureOptions) -> None:
+        super().__init__(moe, routes, waits=options.waits)
+        n_embeddings = len(moe.model.get_input_embeddings().weight)
+        if (largest := int(routes.token_T.max())) >= n_embeddings:
+            raise SettingsError(
+                f"--routes {routes.file}: token {largest}, and {moe.source.id} has embeddings for "
+                f"{n_embeddings}: give the routes of this model"
+            )
+        self.corpus = _corpus(routes, moe.tokenizer)
+        text = text_info(self.corpus, self.corpus.rows, CHUNK_TOKENS, has_loss=False)
+        ((name, source),) = text.sources.items()
+        known = {"content_hash": routes.content_hash, "chunks": tuple(map(len, self.chunks))}
+        engine = Engine(moe, options.batch_tokens or DEFAULT_BATCH_TOKENS)
+        self.info = TextProfileInfo(
+            model=model_info(moe),
+            text=text.model_copy(update={"sources": {name: source.model_copy(update=known)}}),
+            settings=engine_settings(engine, "routes", None),
+        )
+
+    def measure(self, work: Work, on_pass: OnPass) -> tuple[Arrays, int]:
+        """The arrays of a chunk of sequences; none was run."""
+        numbers, starts = np.array(work.questions, dtype=np.int32), np.array(self.starts)
+        at = slice(starts[numbers[0]], starts[numbers[-1] + 1])
+        (source,) = self.corpus.sources
+        chooses_N = np.array([not source.documents[n].is_held_out for n in numbers])
+        tokens_N = np.diff(starts)[numbers]
+        experts_TLK = self.experts_TLK[at]
+        chosen_TLK = experts_TLK[np.repeat(chooses_N, tokens_N)]
+        arrays: Arrays = {
+            "tokens_N": tokens_N.astype(np.int64),
+            DOCUMENT: numbers,
+            IN_CALIBRATION: chooses_N.astype(np.uint8),
+            "tokens_LE": self._counts(experts_TLK),
+            "calibration_tokens_LE": self._counts(chosen_TLK),
+        }
+        return arrays, 0
+
+    def _counts(self, experts_TLK: Array) -> Array:
+        most = max(block.n_experts for block in self.moe.blocks)
+        by_layer = np.moveaxis(experts_TLK, 1, 0).reshape(experts_TLK.shape[1], -1)
+        return np.array([np.bincount(ids, minlength=most) for ids in by_layer], np.float64)
+
+
+def _corpus(routes: GivenRoutes, tokenizer: Any) -> Corpus:
+    """The sequences as documents, each one row."""
+    documents = []
+    for number, (begin, end) in enumerate(pairwise(routes.starts)):
+        ids_T = routes.token_T[begin:end]
+        said = tokenizer.decode(ids_T.tolist())
+        text = Text(said, said, f"{routes.file}: sequence {number}")
+        n_bytes = len(said.encode())
+        documents.append(Document(text.where, said, ids_T, None, n_bytes, text.overlap_hash))
+    spec, most = str(routes.file.resolve()), max(map(len, documents))
+    source = TextSource(routes.file.stem, spec, None, 1.0, tuple(documents))
+    return Corpus(TextSelection((spec,), max(most, 2)), (source,))
+
+
+def routes_corpus(profile: TextProfile, tokenizer: Any) -> Corpus:
+    """The sequences of a profile of routes, read again; ProfileError if they changed."""
+    (source,) = profile.info.text.sources.values()
+    try:
+        routes = read_routes(Path(source.spec))
+    except SettingsError as error:
+        raise ProfileError(f"what {profile.path} was made on: {error}") from None
+    if routes.content_hash != source.content_hash:
+        raise ProfileError(
+            f"{source.spec} no longer holds the routes that {profile.path} was made on: put them "
+            "back, or profile again"
+        )
+    return _corpus(routes, tokenizer)
 
 
 def _of_blocks(routes: GivenRoutes, moe: MoeModel) -> Array:

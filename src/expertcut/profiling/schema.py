@@ -22,7 +22,7 @@ from expertcut.stats import Array
 if TYPE_CHECKING:
     from expertcut.models.contract_check import Contract
 
-Stats = Literal["none", "answer", "all"]
+Stats = Literal["none", "answer", "all", "routes"]  # routes: tokens by expert alone, given
 NO_CHOICE = 255  # padding of order_NC
 CHUNK_QUESTIONS = 256
 
@@ -433,7 +433,11 @@ def text_arrays_faults(arrays: Mapping[str, Array], info: TextProfileInfo, n: in
     needed: dict[str, tuple[int, ...]] = {"tokens_N": (n,), "document_N": (n,)}
     if info.text.has_loss:
         needed |= dict.fromkeys(("scored_N", "loss_N", "right_N"), (n,))
-    if info.settings.stats != "none":
+    if info.settings.stats == "routes":
+        shape_LE = (len(blocks), max(block.experts for block in blocks))
+        needed |= {"calibration_N": (n,)}
+        needed |= dict.fromkeys(("tokens_LE", "calibration_tokens_LE"), shape_LE)
+    elif info.settings.stats != "none":
         shape_LE = (len(blocks), max(block.experts for block in blocks))
         kinds = ["tokens", "weight", "norm", "weighted_norm", "votes", "largest", "probability"]
         kinds += ["predicted", "right", "loss", "alpha", "alpha_right"] * info.text.has_loss

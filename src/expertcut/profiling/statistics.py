@@ -16,13 +16,16 @@ from expertcut.stats import Array, chance, document_ci95
 
 @dataclass(frozen=True)
 class OverTokens:
-    """Sums of one MoE block over every token, shots included, as if each prompt had run alone."""
+    """Sums of one MoE block over every token, shots included, as if each prompt had run alone.
+
+    Of given routes the tokens of each expert are known, and nothing else.
+    """
 
     tokens_E: Array
-    weight_E: Array
-    norm_E: Array
-    weighted_norm_E: Array
-    votes_E: Array | None = None  # None in older profiles, as the following
+    weight_E: Array | None = None
+    norm_E: Array | None = None
+    weighted_norm_E: Array | None = None
+    votes_E: Array | None = None  # None in older profiles too, as the following
     input_shift_E: Array | None = None
     residual_shift_E: Array | None = None  # None too if no residual stream is known
 
@@ -147,12 +150,13 @@ def _exp(mean_loss: float) -> float:
 class TextLayer(LayerSums):
     """One MoE block over the tokens of texts; moments are Σ and Σ² over those tokens.
 
-    X is the entropy over the chosen experts, the one over all, and the probability by rank.
+    X is the entropy over the chosen experts, the one over all, and the probability by rank. Of
+    given routes there are no moments, and α is NaN.
     """
 
     n_tokens: int  # that count; with a routing rule some may have no expert
     over_tokens: OverTokens
-    moments_2X: Array
+    moments_2X: Array | None
     next: NextTokenStatistics | None = None  # None without losses
 
     @property
@@ -161,7 +165,9 @@ class TextLayer(LayerSums):
         return int((self.over_tokens.tokens_E > 0).sum())
 
     def routing_json(self) -> dict[str, Any]:
-        """Entropies and rank probabilities, as of a quiz."""
+        """Entropies and rank probabilities, as of a quiz; empty of given routes."""
+        if self.moments_2X is None:
+            return {}
         n_tokens = max(self.n_tokens, 1)
         mean_X = self.moments_2X[0] / n_tokens
         std_X = np.sqrt(np.maximum(self.moments_2X[1] / n_tokens - mean_X**2, 0))

@@ -267,10 +267,14 @@ class TextProfile(Profile):
     def layers(self) -> list[TextLayer]:  # type: ignore[override]  # without answers
         """Every MoE block's statistics, in layer order."""
         following = {f.name: self.token_sum(f.name[:-2]) for f in fields(NextTokenStatistics)}
-        alpha_LE = self.token_sum("probability")
-        if alpha_LE is None:
+        alpha_LE, moments_2LX = self.token_sum("probability"), None
+        if self.info.settings.stats == "routes":
+            blocks = self.info.model.blocks
+            alpha_LE = np.full((len(blocks), max(b.experts for b in blocks)), np.nan)
+        elif alpha_LE is None:
             raise ProfileError(f"{self.path} keeps losses alone, as `expertcut eval` writes them")
-        moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
+        else:
+            moments_2LX = np.sum([chunk["moments_2LX"] for chunk in self.chunks], axis=0)
         n_tokens = sum(int(chunk["tokens_N"].sum()) for chunk in self.chunks)
         layers = []
         for i, (block, over_tokens) in enumerate(
@@ -287,7 +291,7 @@ class TextProfile(Profile):
                     alpha_mean_E=alpha_LE[i, : block.experts] / max(n_tokens, 1),
                     n_tokens=n_tokens,
                     over_tokens=over_tokens,
-                    moments_2X=moments_2LX[:, i],
+                    moments_2X=None if moments_2LX is None else moments_2LX[:, i],
                     next=NextTokenStatistics(**after) if self.info.text.has_loss else None,
                 )
             )
@@ -386,6 +390,8 @@ def largest_values(profile: Profile) -> list[Array] | None:
         is_known = len(of_each) == len(profile.parts)
         return [np.max(own, axis=0) for own in zip(*of_each, strict=True)] if is_known else None
     if isinstance(profile, TextProfile):
+        if "largest_LE" not in profile.chunks[0]:  # of given routes
+            return None
         parts = [chunk["largest_LE"] for chunk in profile.chunks]
     elif "question_largest_LE" not in profile.chunks[0]:
         return None
@@ -410,7 +416,7 @@ class TextPart(TextProfile):
         """All chunks in order without the held-out rows; moments are of all."""
         found = []
         for chunk in self.whole.chunks:
-            part = {"moments_2LX": chunk["moments_2LX"]}
+            part = {name: chunk[name] for name in ("moments_2LX",) if name in chunk}
             chooses_N = chunk[IN_CALIBRATION].astype(bool)
             for name, array in chunk.items():
                 if name.startswith(f"{CALIBRATION}_") and name.endswith("_LE"):

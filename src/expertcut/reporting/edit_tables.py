@@ -102,6 +102,11 @@ def traffic_line(profile: Profile, edits: Mapping[str, BlockEdit], experts: str)
     """What the experts that do not stay had in the profile."""
     n_removed, n_questions, share = removed_share(profile, edits)
     had = "" if share is None else f"had {percent(share)} of all gate weight and "
+    tokens_LE = profile.token_sum("tokens")
+    if share is None and n_questions is None and tokens_LE is not None:  # of given routes
+        by_block = zip(profile.info.model.blocks, tokens_LE, strict=True)
+        n_chose = sum(own_E[list(edits[b.name].removed(b.experts))].sum() for b, own_E in by_block)
+        had = f"had {percent(n_chose / tokens_LE.sum())} of all choices and "
     if n_questions is None:
         return labelled("traffic", f"the {n_removed:,} {experts} {had.removesuffix(' and ')}")
     chose = f"were chosen to answer by {n_questions:,} of {len(profile.subjects()):,} questions"

@@ -13,7 +13,7 @@ from expertcut.profiling import findings as evidence
 from expertcut.profiling.findings import THRESHOLDS, Findings
 from expertcut.profiling.significance import subjects_json
 from expertcut.profiling.statistics import LayerStatistics, expert_json, or_none, share
-from expertcut.profiling.storage import Profile
+from expertcut.profiling.storage import Profile, largest_values
 from expertcut.reporting import edit_tables as edits
 from expertcut.reporting.edit_tables import interval_text, known_ids, percent, rows_tables
 from expertcut.reporting.tables import Cell, Column, Table, columns, labelled, next_lines
@@ -419,5 +419,5 @@ def _criteria_ranks(compared: Compared, index: int) -> Table:
 
 
 def _supers(compared: Compared) -> list[tuple[int, ...]]:
-    is_known = compared.profile.layers[0].over_tokens is not None
+    is_known = largest_values(compared.profile) is not None
     return super_experts(compared.profile) if is_known else [()] * len(compared.profile.layers)

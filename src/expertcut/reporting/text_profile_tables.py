@@ -60,28 +60,40 @@ def score_text(score: TextScore) -> str:
 def expert_facts(profile: TextProfile) -> list[tuple[str, str]]:
     """Experts by their part in the output, and the gate."""
     layers = profile.layers
+    is_of_routes = layers[0].moments_2X is None
     n_experts, n_used = sum(x.n_experts for x in layers), sum(x.n_activated for x in layers)
-    listed = ranked_contributions(profile, [x.over_tokens.weighted_norm_E for x in layers])
+    sums = [x.over_tokens.weighted_norm_E for x in layers]
+    if is_of_routes:
+        sums = [x.over_tokens.tokens_E for x in layers]
+    listed = ranked_contributions(profile, sums)
+    what = "choices" if is_of_routes else "gate weight·‖f(x)‖"
+    where = f"in {len(layers)} layers of {profile.info.model.label}"
+    facts = [
+        ("experts", f"{n_used:,} of {n_experts:,} are chosen by any token, {where}"),
+        ("most", f"{', '.join(listed[:5])} of the {what} of their layers"),
+        ("least", f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all"),
+    ]
+    if is_of_routes:
+        return facts
     numbers = [layer.routing_json() for layer in layers]
     flat_L = [
         found["entropy_all_mean"] / math.log(max(layer.n_experts, 2))
         for found, layer in zip(numbers, layers, strict=True)
     ]
-    where = f"in {len(layers)} layers of {profile.info.model.label}"
-    return [
-        ("experts", f"{n_used:,} of {n_experts:,} are chosen by any token, {where}"),
-        ("most", f"{', '.join(listed[:5])} of the gate weight·‖f(x)‖ of their layers"),
-        ("least", f"{', '.join(listed[:-6:-1])}, of experts that are chosen at all"),
-        ("gate", gate_text(flat_L)),
-    ]
+    return [*facts, ("gate", gate_text(flat_L))]
 
 
 def headline(profile: TextProfile) -> list[str]:
     """All facts, with the profile's folder and what to do next."""
     (_, text), *others = profile_facts(profile)
     facts = [("profile", f"{profile.path}: {text}"), *others, *expert_facts(profile)]
-    lines = next_commands(profile, ("--by", "reap"))
+    lines = next_commands(profile, next_criterion(profile))
     return [*(labelled(*fact) for fact in facts), *lines]
+
+
+def next_criterion(profile: Profile) -> tuple[str, ...]:
+    """The criterion of the command that is suggested: of routes the default, which counts."""
+    return () if profile.info.settings.stats == "routes" else ("--by", "reap")
 
 
 def sources_table(profile: TextProfile) -> Table:
@@ -105,6 +117,12 @@ def sources_table(profile: TextProfile) -> Table:
 def text_tables(profile: TextProfile) -> list[Table]:
     """The sources, and Tables 1 to 7 of the paper over all tokens instead of answers."""
     layers = profile.layers
+    experts = [_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))]
+    if layers[0].moments_2X is None:
+        counts_L = [(layer.layer, layer.n_activated, layer.n_experts) for layer in layers]
+        heads = columns("layer; activated experts; of")
+        chosen = Table("Table 1: activated experts", heads, counts_L, f"Of routes. {FROM_0}")
+        return [sources_table(profile), chosen, *experts, *rows_tables(profile)]
     numbers = [layer.routing_json() for layer in layers]
     last, top_k = layers[-1], layers[0].top_k
     activated: list[Sequence[Cell]] = []
@@ -123,7 +141,7 @@ def text_tables(profile: TextProfile) -> list[Table]:
         sources_table(profile),
         Table(f"Tables 1–2: activated experts, entropy of the top {top_k}", heads, activated, note),
         Table(title, columns("rank; mean::.4f; std::.4f"), ranks),
-        *[_expert_table(layers[i]) for i in dict.fromkeys((0, len(layers) - 1))],
+        *experts,
         Table(
             "Tables 6–7: entropy over all experts",
             columns(f"layer; {ENTROPY_HEADS}"),
