@@ -152,8 +152,8 @@ def test_a_profile_of_routes_counts_as_that_of_the_texts_and_cuts_and_judges_as_
     assert "of all choices" in " ".join(said.split())
     refused = expertcut("prune --profile r --keep 6 --by reap --out x", status=2)
     (line,) = refused.strip().splitlines()
-    assert "reap needs outputs of experts, and the profile holds routes" in line
-    assert "gate_mass needs gate weights" in expertcut(
+    assert "reap: needs outputs of experts, and the profile holds routes" in line
+    assert "gate_mass: needs gate weights" in expertcut(
         "prune --profile r --keep 6 --by gate_mass --out x", status=2
     )
     np.savez_compressed("routes.npz", **{**given, "token_ids": given["token_ids"] + 1})

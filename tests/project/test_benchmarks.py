@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import against_vllm, compression, gpu_full_size, placement
+from benchmarks import against_vllm, compression, gpu_full_size, placement, released_sizes
 from benchmarks.common import timed
 from benchmarks.work import Shape, count
 
@@ -113,3 +113,15 @@ def test_planted_outliers_change_no_output() -> None:
         ]
         assert torch.allclose(*outputs, rtol=1e-12)
     assert max(after[name].abs().max() for name in changed if "down" in name) > 32
+
+
+def test_the_page_says_what_the_command_plans_for_a_released_size(tmp_path: Path) -> None:
+    sizes, page = released_sizes.released_sizes(), released_sizes.PAGE.read_text(encoding="utf-8")
+    planned = released_sizes.plan(sizes[0], tmp_path)
+    assert planned.kept == (48, 32) and planned.allowed == range(8, 65)
+    assert planned.cut_bytes[1] < planned.cut_bytes[0] < planned.size_bytes < 14e9
+    assert (tmp_path / "model" / "model.safetensors").stat().st_blocks < 1e4  # a hole
+    for row in (released_sizes.size_row(planned), released_sizes.way_row(planned)):
+        assert f"| {' | '.join(row)} |" in page
+    for size in sizes:
+        assert f"| [{size.name}]({size.link}) | {size.stored} | " in page

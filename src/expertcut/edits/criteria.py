@@ -295,7 +295,7 @@ def _held(layer: LayerSums, name: str, by: str) -> Array:
     sum_E: Array | None = getattr(sums, name)
     if sum_E is None and sums.weight_E is None:
         raise ProfileError(
-            f"{by} needs {_NEEDED.get(name, 'outputs of experts')}, and the profile holds routes, "
+            f"{by}: needs {_NEEDED.get(name, 'outputs of experts')}, and the profile holds routes, "
             "which are choices alone: profile with --text or --quiz, or take --by activations"
         )
     if sum_E is None:
