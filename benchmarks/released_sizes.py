@@ -27,6 +27,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from benchmarks.common import RUNS
 from expertcut.checkpoints.size import planned_sizes
 from expertcut.checkpoints.tensor_names import find_disk_blocks
 from expertcut.commands import prune
@@ -51,6 +52,7 @@ _AIC = (
     "aic-core/src/aiconfigurator_core/model_configs/{}_config.json"
 )
 SPARSITIES = (0.25, 0.5)
+CUTS = (*(("stock", sparsity) for sparsity in SPARSITIES), ("exact", SPARSITIES[-1]))
 N_QUESTIONS = 20
 # Of the narrow model that is probed; what decides the routing stays as it is.
 _NARROW = {
@@ -92,6 +94,7 @@ class Planned:
     cut_bytes: tuple[int, ...]
     exact_bytes: int | None  # at the last of them in layout exact; None where that is refused
     n_active: int  # parameters that a token uses
+    layer_bytes: int  # of the largest decoder layer
 
 
 def released_sizes() -> list[Released]:
@@ -149,6 +152,8 @@ class RandomProfile(ChunkedRun):
 
     def __init__(self, model: Path, block: BlockInfo, quiz: Quiz) -> None:
         self.quiz, self.waits = quiz, True
+        no_model: Any = SimpleNamespace(layers=None)
+        self.moe = no_model
         names = (b.rpartition(".") for b in find_disk_blocks(read_headers(model)))
         layers = sorted(int(re.findall(r"\.(\d+)$", name)[0]) for name, _, _ in names)
         blocks = [
@@ -213,30 +218,42 @@ def plan(size: Released, folder: Path) -> Planned:
     random = RandomProfile(model, block, random_quiz(folder))
     for _ in random.run(profile, ignore):
         pass
-    kept, after = [], []
-    for sparsity in SPARSITIES:
-        choice = _choose(profile, folder, sparsity, "stock")
+    sizes, kept = {}, []
+    for layout, sparsity in CUTS:
+        settings = prune.PruneSettings.read(
+            profile=[str(profile)], sparsity=sparsity, layout=layout, plan_only=True
+        )
+        choice = prune.choose(settings, prune.SILENT)
+        try:
+            before, sizes[layout, sparsity] = planned_sizes(choice.profile, choice.plan)
+        except ContractError:  # the family has no layout exact
+            continue
         kept.append(len(next(iter(choice.plan.edits.values())).keep))
-        before, cut = planned_sizes(choice.profile, choice.plan)
-        after.append(cut[1])
-    try:
-        choice = _choose(profile, folder, SPARSITIES[-1], "exact")
-        exact_bytes = planned_sizes(choice.profile, choice.plan)[1][1]
-    except ContractError:
-        exact_bytes = None
-    settings = prune.PruneSettings.read(keep=block.experts)
+    out = settings.updated(layout="stock", out=folder / "plan")
+    prune.run(out, prune.SILENT)  # the whole command
+    n_idle, layer_bytes = _idle(model, block.top_k), _largest_layer(model)
     return Planned(
         released=size,
         block=block,
         n_layers=len(random.info.model.blocks),
-        allowed=counts(settings, random.info.model.blocks),
+        allowed=counts(out, random.info.model.blocks),
         n_parameters=before[0],
         size_bytes=before[1],
-        kept=tuple(kept),
-        cut_bytes=tuple(after),
-        exact_bytes=exact_bytes,
-        n_active=before[0] - _idle(model, block.top_k),
+        kept=tuple(kept[:2]),
+        cut_bytes=tuple(sizes["stock", sparsity][1] for sparsity in SPARSITIES),
+        exact_bytes=sizes.get(CUTS[-1], (0, None))[1],
+        n_active=before[0] - n_idle,
+        layer_bytes=layer_bytes,
     )
+
+
+def _largest_layer(model: Path) -> int:
+    """Bytes of the largest decoder layer."""
+    by_layer: dict[str, int] = {}
+    for name, tensor in read_headers(model).items():
+        if layer := re.match(r".*?\.layers\.\d+\.", name):
+            by_layer[layer[0]] = by_layer.get(layer[0], 0) + tensor.end - tensor.begin
+    return max(by_layer.values())
 
 
 def _idle(model: Path, top_k: int) -> int:
@@ -247,17 +264,6 @@ def _idle(model: Path, top_k: int) -> int:
         n_all = sum(math.prod(headers[name].shape) for name in own)
         n_idle += n_all * (block.n_experts - top_k) // block.n_experts
     return n_idle
-
-
-def _choose(profile: Path, folder: Path, sparsity: float, layout: str) -> prune.Choice:
-    """Plans and writes plan.json, as `expertcut prune --plan-only` does."""
-    out = folder / f"{layout}-{sparsity}"
-    settings = prune.PruneSettings.read(
-        profile=[str(profile)], sparsity=sparsity, layout=layout, plan_only=True, out=out
-    )
-    choice = prune.choose(settings, prune.SILENT)
-    prune.write(choice, settings, prune.SILENT)
-    return choice
 
 
 def unit(size_bytes: float) -> str:
@@ -281,24 +287,24 @@ def size_row(planned: Planned) -> list[str]:
         f"{planned.n_parameters / 1e9:.1f} G",
         unit(planned.size_bytes),
         *cuts,
-        "refused" if planned.exact_bytes is None else unit(planned.exact_bytes),
     ]
 
 
 HEADS = (
     *("model", "released as", "MoE layers × experts", "may keep a layer", "parameters", "bf16"),
-    *("25 % cut, keeps: size", "50 % cut", "50 % cut, exact"),
+    *("25 % cut, keeps: size", "50 % cut"),
 )
 
 
 TOKENS, PASS_TOKENS = 1_000_000, 2048
-DISK_BYTES_S, FLOPS, DEVICE_BYTES = 2e9, 1e14, 80e9  # stated, not measured
+DISK_BYTES_S, FLOPS, CPU_FLOPS, DEVICE_BYTES = 2e9, 1e14, 1.68e11, 80e9  # stated
 SPARE = 1.25  # as `fits_in_memory` asks for
 
 
 def way_row(planned: Planned) -> list[str]:
     """A row of the second table: a profile of a million tokens, by arithmetic alone."""
     size, passes = planned.size_bytes, -(-TOKENS // PASS_TOKENS)
+    flop = 2 * planned.n_active * TOKENS
     id_bytes = 1 if planned.block.experts <= 256 else 2
     routes = TOKENS * planned.n_layers * planned.block.top_k * id_bytes
     hidden = TOKENS * planned.released.config["hidden_size"] * 2
@@ -307,18 +313,19 @@ def way_row(planned: Planned) -> list[str]:
         unit(size),
         f"{planned.n_active / 1e9:.1f} G",
         f"{math.ceil(size * SPARE / DEVICE_BYTES)}",
-        f"{2 * planned.n_active * TOKENS / FLOPS / 3600:.2g} h",
-        f"{unit(size * passes)}, {hours(size * passes)}",
-        f"{unit(size)}, {hours(size)}",
-        unit(hidden),
+        f"{time_text(flop / FLOPS)}, {time_text(flop / CPU_FLOPS)}",
+        f"{unit(size * passes)}, {time_text(size * passes / DISK_BYTES_S)}",
+        f"{unit(size)}, {time_text(size / DISK_BYTES_S)}",
+        f"{unit(2 * planned.layer_bytes)} + {unit(hidden)}",
         unit(routes),
     ]
     return [cell for cell, is_there in zip(cells, _is_there(), strict=True) if is_there]
 
 
-def hours(n_bytes: float) -> str:
-    """Time to read them from disk."""
-    return f"{n_bytes / DISK_BYTES_S / 3600:.2g} h"
+def time_text(elapsed_s: float) -> str:
+    """A time in its largest unit."""
+    unit_s, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (0, "s")) if elapsed_s >= u)
+    return f"{elapsed_s / (unit_s or 1):,.3g} {name}"
 
 
 def _is_there() -> list[bool]:
@@ -330,8 +337,8 @@ def _is_there() -> list[bool]:
 def way_heads() -> tuple[str, ...]:
     """The heads of the second table."""
     heads = (
-        *("model", "bf16", "active", "80 GB devices", "operations"),
-        *("`--offload` reads", "`--layerwise` reads", "hidden states", "routes"),
+        *("model", "bf16", "active", "80 GB devices", "operations: 10¹⁴, 1.68·10¹¹ a second"),
+        *("`--offload` reads", "`--layerwise` reads", "and holds", "routes"),
     )
     return tuple(head for head, is_there in zip(heads, _is_there(), strict=True) if is_there)
 
@@ -349,11 +356,21 @@ def replace_table(name: str, content: str) -> None:
     PAGE.write_text(f"{head}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}", encoding="utf-8")
 
 
-def planned_all() -> Iterator[Planned]:
-    """Every size in turn."""
+def planned_all(kept_in: Path) -> Iterator[Planned]:
+    """Every size in turn; those in a file of an earlier run that ended are taken from it."""
+    known = json.loads(kept_in.read_text()) if kept_in.exists() else {}
     for size in released_sizes():
-        with tempfile.TemporaryDirectory() as folder:
-            yield plan(size, Path(folder))
+        if size.name not in known:
+            with tempfile.TemporaryDirectory() as folder:
+                facts = dataclasses.asdict(plan(size, Path(folder)))
+            block, allowed = facts.pop("block").model_dump(), facts.pop("allowed")
+            steps = [allowed.start, allowed.stop, allowed.step]
+            known[size.name] = {**facts, "block": block, "allowed": steps}
+            kept_in.parent.mkdir(exist_ok=True)
+            kept_in.write_text(json.dumps(known, indent=1))
+        facts = dict(known[size.name])
+        given = {"released": size, "block": BlockInfo(**facts["block"])}
+        yield Planned(**{**facts, **given, "allowed": range(*facts["allowed"])})
 
 
 def main() -> None:
@@ -362,11 +379,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="into docs/scaling.md")
+    parser.add_argument("--out", type=Path, default=RUNS / "released_sizes.json")
     options = parser.parse_args()
     rows, ways = [], []
-    for planned in planned_all():
+    for planned in planned_all(options.out):
         rows.append(size_row(planned))
-        print("; ".join(rows[-1]), flush=True)
+        exact = "refused" if planned.exact_bytes is None else unit(planned.exact_bytes)
+        print("; ".join(rows[-1]), f"(exact: {exact})", flush=True)
         if planned.released.label:
             ways.append((planned.size_bytes, way_row(planned)))
             print("; ".join(ways[-1][1]), flush=True)

@@ -5,7 +5,7 @@ The command line, the sections of a recipe and the Python API are all built from
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self
@@ -162,6 +162,14 @@ class Settings(pydantic.BaseModel):
         """The recorded fields as JSON values, in the order in which a recipe hashes them."""
         names = {name for name in type(self).model_fields if self._is_recorded(name)}
         return self.model_dump(mode="json", include=names)
+
+    def check_unset(self, names: Sequence[str], flag: str) -> None:
+        """Refuses options that another one leaves no room for."""
+        for name in names:
+            if getattr(self, name) != self._default(name):
+                raise SettingsError(
+                    f"{flag_of(type(self), name)} does not go with {flag}: leave one of them out"
+                )
 
     def _is_recorded(self, name: str) -> bool:
         how = option_details(type(self), name)["is_recorded"]

@@ -25,7 +25,6 @@ from expertcut.settings import (
     Source,
     Text,
     Texts,
-    flag_of,
     like,
     option,
     refuse,
@@ -236,14 +235,6 @@ class TextsSettings(Settings):
         "or org/name[:config][:split][:field] of the Hub; =W weighs by tokens; repeatable.",
         metavar="SPEC[=W]",
     )
-
-    def check_unset(self, names: Sequence[str], flag: str) -> None:
-        """Refuses options that another one leaves no room for."""
-        for name in names:
-            if getattr(self, name) != self._default(name):
-                raise SettingsError(
-                    f"{flag_of(type(self), name)} does not go with {flag}: leave one of them out"
-                )
 
 
 class TextRowsSettings(TextsSettings):
