@@ -140,7 +140,7 @@ def probed_block(size: Released) -> BlockInfo:
     config = _config(facts, **narrow, num_hidden_layers=n_layers, initializer_range=0.25)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     blocks = find_blocks(model, torch.arange(16)[None])
-    source = SimpleNamespace(id=size.name, revision=None, fingerprint="")
+    source = SimpleNamespace(id=size.name, revision=None, fingerprint="", contract=None)
     found: Any = SimpleNamespace(blocks=blocks[-1:], source=source)
     return model_info(found).blocks[0]
 
@@ -152,7 +152,7 @@ class RandomProfile(ChunkedRun):
 
     def __init__(self, model: Path, block: BlockInfo, quiz: Quiz) -> None:
         self.quiz, self.waits = quiz, True
-        no_model: Any = SimpleNamespace(layers=None)
+        no_model: Any = SimpleNamespace(layers=None, group=None)
         self.moe = no_model
         names = (b.rpartition(".") for b in find_disk_blocks(read_headers(model)))
         layers = sorted(int(re.findall(r"\.(\d+)$", name)[0]) for name, _, _ in names)

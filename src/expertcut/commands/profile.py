@@ -135,7 +135,7 @@ class ProfileSettings(
     def check_routes(self) -> None:
         """Refuses options of texts or a quiz beside routes, which were chosen already."""
         texts = ("text", "tokens", "seed", "assistant_only", "max_tokens", "loss")
-        self.check_unset((*_OF_QUIZ, *texts, "layerwise", "hidden_states"), "--routes")
+        self.check_unset((*_OF_QUIZ, *texts, "layerwise", "hidden_states", "parallel"), "--routes")
 
     def check_without_quiz(self) -> None:
         """Refuses options of a quiz beside texts: one command makes one profile."""
