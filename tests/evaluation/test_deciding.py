@@ -23,10 +23,10 @@ from expertcut.errors import SettingsError
 from expertcut.evaluation.cross_fit import load_cross_fit
 from expertcut.evaluation.reweight_search import CachedScorer
 from expertcut.profiling.measure import Measurement, MeasureOptions
-from expertcut.profiling.storage import Profile, load_profile
+from expertcut.profiling.storage import Profile
 from expertcut.scoring.engine import Engine
 from expertcut.scoring.router_bias import ApplyAt
-from tests.conftest import COUNTS, open_model, write_quiz
+from tests.conftest import COUNTS, open_model, profiled, write_quiz
 
 Run = Callable[..., str]
 
@@ -34,12 +34,17 @@ Run = Callable[..., str]
 @pytest.fixture(scope="module")
 def profile(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Profile:
     """Of split val, so that its own questions are the tuning questions."""
-    folder = tmp_path_factory.mktemp("deciding") / "profile"
-    asked = write_quiz(folder.parent / "birds", {**COUNTS, "val": 60})
-    quiz = load_quiz(Selection(str(asked), split="val", shots=1))
-    moe = open_model(checkpoint("olmoe"))
-    list(Measurement(moe, quiz, None, MeasureOptions()).run(folder))
-    return load_profile(folder)
+    return of_val(25, checkpoint("olmoe"), tmp_path_factory.mktemp("deciding"))
+
+
+@pytest.fixture(scope="module")
+def larger(checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    """Of so many questions that a search finds something."""
+    return of_val(60, checkpoint("olmoe"), tmp_path_factory.mktemp("larger"))
+
+
+def of_val(n: int, model: Path, folder: Path) -> Profile:
+    return profiled(model, write_quiz(folder / "birds", {**COUNTS, "val": n}), folder / "profile")
 
 
 @pytest.fixture
@@ -76,18 +81,18 @@ def test_the_best_by_a_score_is_boosted_by_its_strength(profile: Profile, run: R
 
 
 def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(
-    profile: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
+    larger: Profile, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, seen = ("--boost-best", 1, "--suppress-worst", 1, "--tune"), []
     monkeypatch.setattr(Bars, "advance", lambda _, *step: seen.append(step))
-    out = run("reweight", "--profile", profile.path, *asked, "--out", "tuned")
+    out = run("reweight", "--profile", larger.path, *asked, "--out", "tuned")
     plan = load_plan(Path("tuned"))
     steps = [step for step in seen if step[0] == "tuning"]
     assert steps == [("tuning", i, 0, "steps") for i in range(len(plan.tuning) - 1)]
     best = max(plan.tuning, key=lambda point: point.accuracy)
     assert plan.tuning[0].strength == 0 and best.accuracy > plan.tuning[0].accuracy
     named = {(b[0], b[1]): b[2] for b in best.biases}
-    blocks = [block.name for block in profile.info.model.blocks]
+    blocks = [block.name for block in larger.info.model.blocks]
     kept = {
         (blocks.index(n), e): b for n, edit in plan.blocks.items() for e, b in edit.bias.items()
     }
@@ -95,7 +100,7 @@ def test_a_search_keeps_its_curve_in_the_plan_and_show_draws_it(
     words = " ".join(out.split())
     assert "found by a search" in words and "at the answer position alone" in words
     assert plan.chosen_on.split == "val" and plan.proof.held_out_split
-    quiz = load_quiz(Selection(profile.info.quiz.id, split="val", shots=1))
+    quiz = load_quiz(Selection(larger.info.quiz.id, split="val", shots=1))
     assert load_hashes(Path("tuned"), plan) == {q.hash_line for q in quiz}
     assert "Strength (logits) against accuracy" in run("show", "tuned")
     shown = json.loads(run("show", "tuned", "--format", "json"))
@@ -222,9 +227,9 @@ def test_layers_are_numbers_and_ranges() -> None:
             read_layers(bad)
 
 
-def test_the_exact_layout_carries_what_was_found(profile: Profile, run: Run) -> None:
+def test_the_exact_layout_carries_what_was_found(larger: Profile, run: Run) -> None:
     asked = ("--boost-best", 1, "--suppress-worst", 1, "--tune", "--layout", "exact")
-    run("reweight", "--profile", profile.path, *asked, "--out", "exact", "--no-verify")
+    run("reweight", "--profile", larger.path, *asked, "--out", "exact", "--no-verify")
     assert load_plan(Path("exact")).layout == "exact"
     assert any(edit.bias for edit in load_plan(Path("exact")).blocks.values())
 
