@@ -1,6 +1,8 @@
 """Layout `exact`: removed experts are constants, biases are biases, all else is the base's bits."""
 
-import shutil
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.exact import exact_config
+from expertcut.checkpoints.exact import ExactWriter, _check_exact, exact_config
 from expertcut.checkpoints.prune_edit import constant_experts
 from expertcut.checkpoints.size import size
+from expertcut.edits.calibrate import Constants
 from expertcut.edits.plan import BlockEdit, EditPlan, removed_experts
 from expertcut.errors import ContractError
 from expertcut.models import modeling_exact
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import Routing, observe_routers
 from expertcut.models.load import MODELLING_FILE, MoeModel, find_source, modelling_code
+from expertcut.models.modeling_exact import layer_number
 from expertcut.models.safetensors_index import read_headers
 from expertcut.scoring.router_bias import Tilts, tilted
 from tests.conftest import DENSE_FIRST, open_model
@@ -36,7 +40,8 @@ from tests.support.exact_models import (
     make_base,
     make_exact,
 )
-from tests.support.rewrites import Fitted, exact_rewrite, export
+from tests.support.matrix import WORLDS
+from tests.support.rewrites import Fitted, export
 
 FIRST, SECOND = "model.layers.0.mlp", "model.layers.1.mlp"
 Bases = Callable[..., Path]
@@ -57,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     return find
 
 
-@pytest.fixture(params=EXACT_FAMILIES)
+@pytest.fixture(params=("olmoe", "qwen2_moe"))
 def family(request: pytest.FixtureRequest) -> str:
     name: str = request.param
     return name
@@ -359,6 +364,7 @@ def test_parallel_plans_are_refused(base: Bases, tmp_path: Path) -> None:
         load_exact(folder, tp_plan="auto")
 
 
+@pytest.mark.parametrize("family", EXACT_FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_pruned_files_are_those_of_vllms_constant_experts(
     base: Bases, family: str, dtype: torch.dtype, tmp_path: Path
@@ -479,26 +485,152 @@ def test_a_plans_edits_say_what_is_removed() -> None:
     assert removed_experts(edits, 3) == {"a.0": (1,)}
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "jamba"])
-def test_other_families_are_refused_by_name(checkpoint: Callable[..., Path], family: str) -> None:
-    with pytest.raises(ContractError, match=f"does not support {family} models, only flex_olmo"):
-        exact_config(read_config(checkpoint(family)), REMOVED)
+# Routers, experts and their names on disk in many forms: renamed blocks, other and further tensors
+# of a gate, experts without a gate matrix, transposed, with biases, in one tensor, beside images.
+FORMS = (
+    *("mixtral", "deepseek_v3", "gpt_oss", "granitemoe", "phimoe", "ernie4_5_moe", "minimax_m2"),
+    *("lfm2_moe", "jamba", "qwen3_next", "aria", "gemma4_text", "hunyuan_v1_moe", "nemotron_h"),
+    *("afmoe", "hy_v3", "qwen3_vl_moe"),
+)
+NO_BIASES = {
+    **dict.fromkeys(("deepseek_v4", "deepseek_v4, no hash layer"), "may act on gate logits or on"),
+    "laguna": "caps the logits of its routers",
+}
+WORLD = [
+    *(pytest.param(name) for name in FORMS),
+    *(pytest.param(name, marks=pytest.mark.slow) for name in WORLDS if name not in FORMS),
+]
+
+
+@pytest.fixture(scope="module", params=WORLD)
+def world(request: pytest.FixtureRequest, checkpoint: Callable[..., Path]) -> tuple[str, Path]:
+    """A family, and a tiny model of it."""
+    family, changes = WORLDS[request.param]
+    return request.param, checkpoint(family, **changes)
+
+
+def idle_experts(moe: MoeModel, tokens: Tensor) -> dict[str, tuple[int, ...]]:
+    """The experts of each block that no token chooses: of three tokens at least two."""
+    used = chosen(moe, tokens)
+    return {b.name: tuple(set(range(b.n_experts)) - used[b.name]) for b in moe.blocks}
+
+
+def constants_of(moe: MoeModel, removed: dict[str, tuple[int, ...]]) -> Constants:
+    """Numbers as large as an expert's output, of its width."""
+    chance = torch.Generator().manual_seed(1)
+    return {
+        block.name: {e: torch.randn(block.width, generator=chance) for e in removed[block.name]}
+        for block in moe.blocks
+    }
+
+
+def test_every_familys_experts_become_constants_and_all_else_keeps_its_bits(
+    world: tuple[str, Path], tmp_path: Path
+) -> None:
+    _, base = world
+    moe, question = as_transformers_runs_it(open_model(base)), TOKENS[:, :3]
+    before, short = logprobs(moe.model), logprobs(moe.model, question)
+    removed = idle_experts(moe, question)
+    assert all(2 <= len(experts) < 8 for experts in removed.values())
+    constants = constants_of(moe, removed)
+    with constant_experts(moe.blocks, constants):
+        expected = logprobs(moe.model)
+    assert (expected - before).abs().max() > 0.05
+    folder = make_exact(base, tmp_path / "exact", constants)
+    model = load_exact(folder)
+    assert type(model).__module__.startswith("transformers_modules")
+    assert (logprobs(model) - expected).abs().max() < 1e-5
+    assert torch.equal(logprobs(model, question), short)
+    for experts in ("grouped_mm", "batched_mm"):
+        model.set_experts_implementation(experts)
+        assert (logprobs(model) - expected).abs().max() < 1e-4
+    own = open_model(folder)  # without trust_remote_code: the file is ours
+    assert (logprobs(own.model) - expected).abs().max() < 1e-4
+    files = {n: load_file(p / "model.safetensors") for n, p in (("old", base), ("new", folder))}
+    for name in {*files["old"]} & {*files["new"]}:
+        old, new = files["old"][name], files["new"][name]
+        if old.shape != new.shape:  # of all experts
+            block = next(b for b in moe.blocks if f".{layer_number(b.name)}." in name)
+            old = old[[e for e in range(8) if e not in removed[block.name]]]
+        assert torch.equal(old, new), name
+    constant = {name for name in files["new"] if name.endswith(".approx_value")}
+    assert {*files["new"]} - {*files["old"]} == constant
+    assert len(constant) == sum(map(len, removed.values()))
+    model.save_pretrained(tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    assert {*again} == {*files["new"]}
+    assert all(torch.equal(again[name], files["new"][name]) for name in again)
+    assert size(own).parameters == sum(p.numel() for p in own.model.parameters())
+
+
+def test_every_familys_gate_takes_a_bias_or_says_why_not(
+    world: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, base = world
+    moe = as_transformers_runs_it(open_model(base))
+    last = moe.blocks[-1]
+    if words := NO_BIASES.get(name):
+        with pytest.raises(ContractError, match=words):
+            make_exact(base, tmp_path, {}, {last.name: torch.ones(8)})
+        return
+    bias_E = biases()[SECOND]
+    with tilted(moe.blocks, Tilts({last.layer: bias_E})):
+        expected = logprobs(moe.model)
+    assert (expected - logprobs(moe.model)).abs().max() > 0.05
+    folder = make_exact(base, tmp_path / "exact", {}, {last.name: bias_E})
+    model = load_exact(folder)
+    assert (logprobs(model) - expected).abs().max() < 1e-5
+    assert (logprobs(open_model(folder).model) - expected).abs().max() < 1e-4
+    model.save_pretrained(tmp_path / "again")
+    old, new = (load_file(p / "model.safetensors") for p in (folder, tmp_path / "again"))
+    assert {*old} == {*new} and all(torch.equal(old[n], new[n]) for n in old)
+
+
+def test_they_load_in_a_process_without_this_package(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    code = """
+import sys, torch, transformers
+from safetensors.torch import save_file
+for folder in sys.argv[1:]:
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.set_experts_implementation("eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    with torch.inference_mode():
+        logits = model.eval()(input_ids=torch.arange(2, 42)[None], use_cache=False).logits
+    save_file({"logits": logits}, f"{folder}/logits.safetensors")
+assert "expertcut" not in sys.modules
+"""
+    folders = []
+    for family in ("gpt_oss", "mixtral", "nemotron_h"):
+        moe = open_model(checkpoint(family))
+        removed = idle_experts(moe, TOKENS[:, :3])
+        biased = {moe.blocks[-1].name: biases()[SECOND]}
+        folders.append(tmp_path / family)
+        make_exact(checkpoint(family), folders[-1], constants_of(moe, removed), biased)
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "PYTHONPATH": ""}
+    line = [sys.executable, "-c", code, *map(str, folders)]
+    done = subprocess.run(line, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for folder in folders:
+        found = load_file(folder / "logits.safetensors")["logits"].log_softmax(dim=-1)
+        assert torch.equal(found, logprobs(load_exact(folder)))
+
+
+def test_a_model_with_code_of_its_own_is_refused(base: Bases) -> None:
+    config = {**read_config(base()), "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    with pytest.raises(ContractError, match="brings code of its own, which layout exact would"):
+        _check_exact(config, is_cutting=True)
 
 
 def test_an_exact_model_is_not_made_exact_again(base: Bases, tmp_path: Path) -> None:
     folder = make_exact(base(), tmp_path, constants_for(REMOVED, is_zero=True))
     with pytest.raises(ContractError, match="has layout exact already"):
-        exact_config(read_config(folder), REMOVED)
+        ExactWriter().check(find_source(str(folder)), is_cutting=True)
 
 
 @pytest.mark.parametrize("block", ["mlp", "model.layers.1.experts.2"])
 def test_a_block_must_name_its_layer(base: Bases, block: str) -> None:
     with pytest.raises(ContractError, match="must have one layer number in its name"):
         exact_config(read_config(base()), {block: [1]})
-
-
-def test_experts_that_lie_fused_on_disk_are_refused(base: Bases, tmp_path: Path) -> None:
-    shutil.copytree(base(), tmp_path, dirs_exist_ok=True)
-    open_model(base()).model.save_pretrained(tmp_path, save_original_format=False)
-    with pytest.raises(ContractError, match="no tensors of its own for each expert"):
-        exact_rewrite(read_headers(tmp_path), constants_for(REMOVED, is_zero=True))

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expertcut.checkpoints.tensor_names import find_disk_blocks
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import (
     BlockEdit,
     ChosenOn,
@@ -24,7 +23,7 @@ from expertcut.edits.plan import (
 from expertcut.models.load import LoadOptions, Source, find_source, load
 from expertcut.models.safetensors_index import read_headers
 from tests.support.readable import FEW, edits
-from tests.support.rewrites import Fitted, export
+from tests.support.rewrites import Fitted, export, zero_outputs
 
 N_EXPERTS, WIDTH = 8, 32
 NAMES = ("model.layers.0.mlp", "model.layers.1.mlp")

@@ -17,7 +17,6 @@ from expertcut.checkpoints.size import (
     stored_size,
 )
 from expertcut.data import Selection, load_quiz
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA
 from expertcut.edits.edit_settings import CutSettings, read_size
 from expertcut.edits.plan import removed_experts
@@ -39,7 +38,7 @@ from expertcut.profiling.storage import Profile, load_profile
 from expertcut.reporting.edit_tables import size_line
 from tests.conftest import Commands, open_model
 from tests.support.hand_made import block, profile_info, random_profile
-from tests.support.rewrites import Fitted, export
+from tests.support.rewrites import Fitted, export, zero_outputs
 
 Profiles = Callable[[str], Profile]
 # One tensor an expert, a selection bias, biases of all experts in one tensor, Granite's names.

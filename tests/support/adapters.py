@@ -13,12 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.lora import adapter_cut
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import Layout
 from expertcut.edits.plan import BlockEdit, ChosenOn, EditPlan, PlanFile, PlanModel, removed_experts
 from expertcut.models.load import find_source
 from tests.conftest import make_tokenizer
-from tests.support.rewrites import Fitted, export
+from tests.support.rewrites import Fitted, export, zero_outputs
 
 TOKENS = torch.arange(2, 42)[None]
 N_EXPERTS, WIDTH, RANK = 8, 32, 4

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from expertcut.checkpoints.exact import exact_config
+from expertcut.checkpoints.exact import ExactWriter, exact_config
+from expertcut.checkpoints.export import rewrite_of
 from expertcut.checkpoints.shards import write_checkpoint
-from expertcut.edits.calibrate import Constants, zero_outputs
-from expertcut.edits.plan import BlockEdit
+from expertcut.edits.calibrate import Constants
+from expertcut.edits.plan import BlockEdit, EditPlan
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.kernels import Linear
-from expertcut.models.load import MODELLING_FILE, MoeModel, modelling_code
-from expertcut.models.safetensors_index import read_stored
+from expertcut.models.load import MODELLING_FILE, MoeModel, find_source, modelling_code
+from expertcut.models.validate import expert_count
 from tests.conftest import FAMILIES, make_tokenizer
-from tests.support.rewrites import exact_rewrite
+from tests.support.rewrites import Fitted, fitted_edits, zero_outputs
 
 SMALL = FAMILIES["olmoe"]
 EXACT_FAMILIES = {name: FAMILIES[name] for name in ("olmoe", "qwen3_moe", "qwen2_moe", "flex_olmo")}
@@ -43,13 +45,21 @@ def make_exact(
     base: Path, folder: Path, constants: Constants, biases: Mapping[str, Tensor] | None = None
 ) -> Path:
     """The exact checkpoint of a base, written as export writes it."""
-    edits = {
-        name: BlockEdit(keep=tuple(range(len(bias_E))), bias=dict(enumerate(bias_E.tolist())))
-        for name, bias_E in (biases or {}).items()
-    }
-    stored = read_stored(base)
-    write_checkpoint(stored, folder, exact_rewrite(stored.tensors, constants, edits))
-    config = exact_config(read_config(base), constants, biases or {})
+    source, edits = find_source(str(base)), {}
+    n_experts = expert_count(read_config(base)) or 0
+    ExactWriter().check(source, is_cutting=bool(constants))
+    for name in {**constants, **(biases or {})}:
+        # A constant may have a bias too, so none goes by `keep`.
+        bias = dict(enumerate(biases[name].tolist())) if biases and name in biases else {}
+        edits[name] = BlockEdit(keep=tuple(range(n_experts)), bias=bias)
+    if biases:
+        ExactWriter().check_biases(source, edits)
+    plan = EditPlan("a", "by hand", "activations", "answer", edits, "exact", is_cut=True)
+    rewrite = rewrite_of("exact", source, edits, fitted_edits(plan, Fitted(constants=constants)))
+    write_checkpoint(source.stored, folder, rewrite)
+    config = ExactWriter().config(source, rewrite, n_experts)
+    names = {rewrite.blocks[name].name: ids for name, ids in constants.items()}
+    config = exact_config(config, names)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / MODELLING_FILE).write_bytes(modelling_code())
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
@@ -94,8 +104,13 @@ def constants_for(
 
 
 def load_exact(folder: Path, experts: str = "eager", **options: Any) -> Any:
-    """As any user of transformers loads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options)
+    """As any user of transformers loads it; at aligned addresses, so that bits can be compared."""
+    auto = next(name for name in read_config(folder)["auto_map"] if name != "AutoConfig")
+    family: Any = getattr(transformers, auto)
+    model = family.from_pretrained(folder, trust_remote_code=True, **options)
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:  # of a mapped file
+            parameter.data = parameter.data.clone()
     model.set_experts_implementation(experts)
     return model.eval()
 

@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled
-from expertcut.checkpoints.exact import FAMILIES as EXACT_FAMILIES
+from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.cli import main
 from expertcut.data import Quiz, Selection, load_quiz
-from expertcut.edits.plan import PlanFile, load_plan
+from expertcut.edits.plan import BlockEdit, PlanFile, load_plan
 from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError
 from expertcut.evaluation.search_results import load_audit, load_sweep
-from expertcut.models.load import LoadOptions, find_source
+from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, load_profile
 from expertcut.scoring.engine import ask
@@ -381,7 +381,7 @@ def _right(logprob_NC: Tensor, quiz: Quiz) -> Tensor:
 def facts_of(model: Path) -> dict[str, str]:
     """What the contract found of a checkpoint, in the words of the page."""
     moe = open_model(model)
-    block, family = moe.blocks[-1], moe.model.config.model_type
+    block = moe.blocks[-1]
     names = [b.name for b in moe.blocks]
     on_disk = next(iter(match_blocks(moe.source.headers, names)[0].values()))
     factors, rule = block.scaled or ("", block.weights)
@@ -396,9 +396,19 @@ def facts_of(model: Path) -> dict[str, str]:
         "groups": f"{block.top_groups} of {block.n_groups}" if is_split else "no",
         "scored": scoring_mode(moe.model.config, longest=500),
         "experts on disk": "one by one" if on_disk.by_expert else "fused",
-        "layouts": "stock, exact" if family in EXACT_FAMILIES else "stock",
+        "layouts": f"stock, exact{'' if _takes_biases(moe) else ' without biases'}",
         "`easy_ep`": "yes" if all(b.residual for b in moe.blocks) else "no",
     }
+
+
+def _takes_biases(moe: MoeModel) -> bool:
+    """Whether layout exact has a place for biases of all gates."""
+    edits = {b.name: BlockEdit(keep=tuple(range(b.n_experts)), bias={0: 1.0}) for b in moe.blocks}
+    try:
+        ExactWriter().check_biases(moe.source, edits)
+    except ContractError:
+        return False
+    return True
 
 
 def rows(names: list[str]) -> Iterator[tuple[str, Row]]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from expertcut.checkpoints import export as exporting
 from expertcut.checkpoints.edit import Edit
 from expertcut.checkpoints.export import edits_of, rewrite_of
@@ -12,7 +15,7 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.checkpoints.shards import Rewrite
 from expertcut.checkpoints.tensor_names import Headers
 from expertcut.checkpoints.tilt_edit import BiasEdit
-from expertcut.edits.calibrate import Constants
+from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.criteria import Array
 from expertcut.edits.layouts import Layout, Positions
 from expertcut.edits.plan import BlockEdit, EditPlan
@@ -76,11 +79,9 @@ def stock_rewrite(
     return _rewrite(headers, blocks, fitted, "stock", apply_at)
 
 
-def exact_rewrite(
-    headers: Headers, constants: Constants, blocks: Mapping[str, BlockEdit] | None = None
-) -> Rewrite:
-    """What layout exact makes of each tensor."""
-    return _rewrite(headers, blocks or {}, Fitted(constants=constants), "exact")
+def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
+    """Zeros (D,) for every removed expert."""
+    return {block: {e: torch.zeros(width) for e in ids} for block, ids in removed.items()}
 
 
 def export(source: Source, plan: EditPlan, n_experts: int, fitted: Fitted, folder: Path) -> None:

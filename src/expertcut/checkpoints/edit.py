@@ -82,8 +82,10 @@ class TensorChanges(Rewrite):
             for position, factor in factors.items():
                 for own in block.last & {*block.by_expert[keep[position]].values()}:
                     self.apply(own, partial(_scaled, factor=factor))
+        stored = [expert for expert in keep if expert not in block.constants]
+        by_row = {stored.index(keep[position]): factor for position, factor in factors.items()}
         for fused in block.last & set(block.axes):
-            self.apply(fused, partial(_scaled_rows, factors=factors))
+            self.apply(fused, partial(_scaled_rows, factors=by_row))
 
 
 def _scaled(tensor: Tensor, factor: float) -> Tensor:
@@ -131,10 +133,15 @@ class LayoutWriter(Protocol):
             for position, expert in enumerate(order if block.by_expert else ()):
                 tensors.renamed |= renumbered(block, expert, position)
             for tensor, axis in block.axes.items() if order else ():
-                tensors.keep_rows(tensor, axis, order)
+                rows = block.rows(order) if tensor in block.fused else order
+                tensors.keep_rows(tensor, axis, rows)
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
         """Raises ContractError if an expert has no weights of its own to change."""
+        return
+
+    def check_biases(self, source: Source, edits: Mapping[str, BlockEdit]) -> None:
+        """Raises ContractError if a bias would not act as it should."""
         return
 
     def add_biases(

@@ -3,9 +3,11 @@
 The files follow vLLM's constant-expert substitution (0.33 and later): kept experts keep ids and
 names, a removed one leaves `<block>.constant_experts.<id>.approx_value` (D,), `config.json`
 declares each under `compression_config.transform_config.expert_substitution`, and
-`modeling_exact.py` beside it runs them in transformers.
+`modeling_exact.py` beside it runs them in transformers. Where one tensor holds all experts, it
+keeps the rows of the kept ones.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -15,22 +17,21 @@ from torch import Tensor
 
 from expertcut.checkpoints import tensor_names
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
-from expertcut.checkpoints.tensor_names import DiskBlock
+from expertcut.checkpoints.tensor_names import DiskBlock, Headers, blocks_of, constant_name
 from expertcut.edits.calibrate import Constants, Removed
 from expertcut.edits.layouts import Positions
-from expertcut.edits.plan import BlockEdit, removed_experts
+from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
 from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.load import MODELLING_FILE, ROUTED_EXACT_FILE, Source, modelling_code
-from expertcut.models.safetensors_index import DTYPES, StoredTensor
+from expertcut.models.safetensors_index import DTYPES
 from expertcut.models.validate import expert_count
 from expertcut.scoring.rerouting import Rerouting
 
-# By config.model_type, the name before `ForCausalLM`: those that the modelling file knows.
-FAMILIES = dict(flex_olmo="FlexOlmo", olmoe="Olmoe", qwen2_moe="Qwen2Moe", qwen3_moe="Qwen3Moe")
 _MODULE = MODELLING_FILE.removesuffix(".py")
 _CODE = (MODELLING_FILE, ROUTED_EXACT_FILE)
+_CAP = re.compile(r"\w*router\w*softcap\w*")  # of logits, behind which a bias would have to act
 
 
 class ExactWriter(LayoutWriter):
@@ -48,52 +49,71 @@ class ExactWriter(LayoutWriter):
             "--rule top-k"
         )
 
+    def check_biases(self, source: Source, edits: Mapping[str, BlockEdit]) -> None:
+        config = read_config(source.path)
+        fields = {**config, **(config.get("text_config") or {})}
+        if cap := next((f for f, value in fields.items() if _CAP.fullmatch(f) and value), None):
+            raise ContractError(
+                f"{source.id} caps the logits of its routers ({cap}), so that a bias of a gate "
+                "would not move them by just that much: boost and suppress are not supported here"
+            )
+        own = set(config.get("biased_gates", ()))
+        for block in blocks_of(source.headers, edits).values():
+            if block.unclear_bias and _layer_number(block.name) not in own:
+                refuse_unclear(block)
+
     def changes(self, source: Source, edits: Mapping[str, BlockEdit]) -> TensorChanges:
         """Constants with earlier names get today's."""
         headers = source.headers
-        blocks = tensor_names.find_disk_blocks(headers)
         renamed = tensor_names.earlier_constants(headers)
+        blocks = blocks_of(headers, edits)
         return TensorChanges(headers=headers, edits=edits, blocks=blocks, renamed=renamed)
 
     def remove_experts(self, tensors: TensorChanges, constants: Constants) -> None:
         """Replaces experts by constants in the dtype of the experts."""
         for name, by_expert in as_stored(tensors.headers, constants).items():
+            block = tensors.blocks[name]
             for expert, value_D in sorted(by_expert.items()):
-                tensors.removed.update(_own_tensors(tensors.blocks, name, expert))
-                tensors.added[tensor_names.constant_name(name, expert)] = value_D
+                tensors.removed.update(_own_tensors(block, expert))
+                tensors.added[constant_name(block.name, expert)] = value_D
+            for fused in block.fused:
+                kept = tuple(e for e in range(block.n_experts) if e not in by_expert)
+                tensors.keep_rows(fused, 0, kept)
 
     def reorder_experts(self, tensors: TensorChanges) -> None:
         super().reorder_experts(tensors)
+        orders = {tensors.blocks[n].name: edit.order for n, edit in tensors.edits.items()}
         for tensor, (block, expert) in tensor_names.constants_in(tensors.headers).items():
-            if order := tensors.edits[block].order:
-                tensors.renamed[tensor] = tensor_names.constant_name(block, order.index(expert))
+            if order := orders.get(block):
+                tensors.renamed[tensor] = constant_name(block, order.index(expert))
 
     def check_expert(self, tensors: TensorChanges, block: str, expert: int) -> None:
-        _own_tensors(tensors.blocks, block, expert)
+        _own_tensors(tensors.blocks[block], expert)
 
     def add_biases(
         self, tensors: TensorChanges, directions: Mapping[int, Tensor], apply_at: Positions
     ) -> None:
-        """Adds a tensor of the gate (E,), or to that of an earlier reweighting."""
+        """Adds a tensor of the gate (E,), or to that of the family or of an earlier reweighting."""
         for name, edit in tensors.edits.items():
             if not edit.bias:
                 continue
-            gate, bias_E = f"{name}.gate.bias", torch.zeros(tensors.blocks[name].n_experts)
+            block, bias_E = tensors.blocks[name], torch.zeros(tensors.blocks[name].n_experts)
             for expert, bias in edit.bias.items():
                 bias_E[expert] = bias
-            if gate in tensors.headers:
+            if (gate := f"{block.router_weight.removesuffix('weight')}bias") in tensors.headers:
                 tensors.apply(gate, partial(Tensor.add_, other=bias_E))
             else:  # float32: in bfloat16 a bias of 12.3 would be 12.3125
                 tensors.added[gate] = bias_E
 
     def config(self, source: Source, tensors: TensorChanges, n_experts: int) -> dict[str, Any]:
-        config = read_config(source.path)
-        biased = [name for name, edit in tensors.edits.items() if edit.bias]
-        earlier = constants_on_disk(tensors.headers) if is_exact(config) else None
-        for name in earlier or ():
-            if earlier and (order := tensors.edits[name].order):
-                earlier[name] = tuple(sorted(map(order.index, earlier[name])))
-        return exact_config(config, removed_experts(tensors.edits, n_experts), biased, earlier)
+        config, edits = read_config(source.path), tensors.edits
+        constants: dict[str, Collection[int]] = {}
+        for name, block in tensors.blocks.items():
+            order, gone = edits[name].order, edits[name].removed(n_experts)
+            before = map(order.index, block.constants) if order else block.constants
+            constants[block.name] = sorted({*before, *gone})
+        biased = [tensors.blocks[name] for name, edit in edits.items() if edit.bias]
+        return exact_config(config, constants, [b.name for b in biased if not b.logit_bias])
 
     def files(self, _source: Source, _tensors: TensorChanges) -> Mapping[str, bytes]:
         return {MODELLING_FILE: modelling_code()}
@@ -136,11 +156,12 @@ def _check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
             "the model has layout exact already: it can be reweighted, but to cut it again, cut "
             "the one it was made from"
         )
-    if model_type not in FAMILIES:
+    if "auto_map" in config and not is_exact(config):
         raise ContractError(
-            f"layout exact does not support {model_type} models, only "
-            f"{', '.join(sorted(FAMILIES))}: use --layout stock"
+            f"this {model_type[:50]} model brings code of its own, which layout exact would "
+            "replace: use --layout stock"
         )
+    _class_names(config)
     if "compression_config" in config and not has_constants(config):
         raise ContractError(
             "config.json has a compression_config, where layout exact declares the removed "
@@ -148,33 +169,46 @@ def _check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
         )
 
 
-def exact_config(
-    config: Mapping[str, Any],
-    removed: Removed,
-    biased: Collection[str] = (),
-    earlier: Removed | None = None,
-) -> dict[str, Any]:
-    """The original config with the data of the modelling file; `biased` are block names.
+def _class_names(config: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The family's classes for config and model, and the Auto class of that."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    `earlier` are the constants of a model of this layout, which stay, as do its biased gates.
-    Without biases `architectures` and `model_type` stay the family's, by which vLLM reads the
-    checkpoint. Neither vLLM nor the family's class in transformers has a place for a gate's bias,
-    so that with one both names change and both refuse the checkpoint.
+    family = family_type(config)
+    own: Any = CONFIG_MAPPING[family] if family in CONFIG_MAPPING else None  # noqa: SIM401
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if own in auto._model_mapping:
+            model: Any = auto._model_mapping[own]
+            return own.__name__, model.__name__, auto.__name__
+    raise ContractError(
+        f"layout exact needs a model class of transformers, which {family[:50]} has not: use "
+        "--layout stock"
+    )
+
+
+def exact_config(
+    config: Mapping[str, Any], constants: Removed, biased: Collection[str] = ()
+) -> dict[str, Any]:
+    """The original config with the data of the modelling file, by the names of blocks on disk.
+
+    `constants` are all there will be, `biased` the blocks whose gates get a bias; gates that have
+    one already keep it. Without biases `architectures` and `model_type` stay the family's, by which
+    vLLM reads the checkpoint. Neither vLLM nor the family's class in transformers has a place for a
+    gate's bias, so that with one both names change and both refuse the checkpoint.
     """
-    _check_exact(config, is_cutting=any(removed.values()))
-    model_type, n_experts = family_type(config), expert_count(dict(config)) or 0
-    family = FAMILIES[model_type]
-    auto_map = {"AutoModelForCausalLM": f"{_MODULE}.Exact{family}ForCausalLM"}
+    own_config, model, auto = _class_names(config)
+    auto_map = {auto: f"{_MODULE}.Exact{model}"}
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
-    constants = {block: ids for block, ids in (earlier or removed).items() if ids}
-    if constants:
-        declared = _substitution(constants, n_experts)
+    if constants := {block: ids for block, ids in constants.items() if ids}:
+        declared = _substitution(constants, expert_count(dict(config)) or 0)
         edited["compression_config"] = {"transform_config": {"expert_substitution": declared}}
     if gates := {*config.get("biased_gates", ()), *map(_layer_number, biased)}:
-        auto_map["AutoConfig"] = f"{_MODULE}.Exact{family}Config"
-        edited["architectures"] = [f"Exact{family}ForCausalLM"]
-        edited["model_type"] = f"exact_{model_type}"
+        # Of a config of its own the text model's Auto class is asked.
+        auto_map["AutoModelForCausalLM"] = auto_map[auto]
+        auto_map["AutoConfig"] = f"{_MODULE}.Exact{own_config}"
+        edited["architectures"] = [f"Exact{model}"]
+        edited["model_type"] = f"exact_{family_type(config)}"
         edited["biased_gates"] = sorted(gates)
     return edited
 
@@ -188,7 +222,7 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
             "replacements": {
                 str(expert): {
                     "format": "constant-v1",
-                    "tensors": {"value": tensor_names.constant_name(block, expert)},
+                    "tensors": {"value": constant_name(block, expert)},
                 }
                 for expert in sorted(constants[block])
             },
@@ -203,13 +237,10 @@ def _substitution(constants: Removed, n_experts: int) -> dict[str, Any]:
     return {"version": 1, "router_semantics": routing, "targets": targets}
 
 
-def constants_on_disk(headers: Mapping[str, StoredTensor]) -> dict[str, tuple[int, ...]]:
+def constants_on_disk(headers: Headers) -> dict[str, tuple[int, ...]]:
     """The experts of each block that are constants, by either name."""
-    return {
-        block.name: constants
-        for block in tensor_names.find_disk_blocks(headers).values()
-        if (constants := tuple(e for e, own in enumerate(block.by_expert) if not own))
-    }
+    blocks = tensor_names.find_disk_blocks(headers)
+    return {block.name: block.constants for block in blocks.values() if block.constants}
 
 
 def family_type(config: Mapping[str, Any]) -> str:
@@ -226,25 +257,36 @@ def _layer_number(block: str) -> int:
     return numbers[0]
 
 
-def as_stored(headers: Mapping[str, StoredTensor], constants: Constants) -> Constants:
+def as_stored(headers: Headers, constants: Constants) -> Constants:
     """The constants in the dtype of their experts' weights on disk."""
-    blocks = tensor_names.find_disk_blocks(headers)
     stored: dict[str, dict[int, Tensor]] = {}
-    for name, by_expert in constants.items():
-        for expert, value_D in by_expert.items():
-            like = headers[_own_tensors(blocks, name, expert)[0]]
+    for name, block in blocks_of(headers, constants).items():
+        for expert, value_D in constants[name].items():
+            like = headers[_own_tensors(block, expert)[0] if block.by_expert else block.fused[0]]
             stored.setdefault(name, {})[expert] = value_D.to(DTYPES[like.dtype])
     return stored
 
 
-def _own_tensors(blocks: Mapping[str, DiskBlock], name: str, expert: int) -> list[str]:
-    if name in blocks and blocks[name].by_expert and not blocks[name].by_expert[expert]:
+def zero_constants(headers: Headers, removed: Removed) -> Constants:
+    """Zeros (D,) for experts of a checkpoint."""
+    blocks = blocks_of(headers, removed)
+    width = {name: tensor_names.output_width(block, headers) for name, block in blocks.items()}
+    return {name: {e: torch.zeros(width[name]) for e in ids} for name, ids in removed.items()}
+
+
+def _own_tensors(block: DiskBlock, expert: int) -> list[str]:
+    """The tensors of one expert alone; ContractError for a constant."""
+    if expert in block.constants:
         raise ContractError(
-            f"expert {expert} of {name} is a constant already: it cannot be changed"
+            f"expert {expert} of {block.name} is a constant already: it cannot be changed"
         )
-    if name not in blocks or not blocks[name].by_expert:
+    return sorted(block.by_expert[expert].values()) if block.by_expert else []
+
+
+def refuse_unclear(block: DiskBlock) -> None:
+    """Raises ContractError for a bias of the gate that may be one of choosing."""
+    if block.unclear_bias:
         raise ContractError(
-            f"{name} has no tensors of its own for each expert on disk, which layout exact needs: "
-            "save the model in its original format"
+            f"{block.unclear_bias} may act on gate logits or on choosing only, which its "
+            "name does not tell: boost and suppress are not supported here"
         )
-    return sorted(blocks[name].by_expert[expert].values())

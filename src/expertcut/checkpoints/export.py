@@ -9,7 +9,7 @@ import torch
 
 from expertcut.checkpoints.compress_edit import CompressEdit
 from expertcut.checkpoints.edit import Edit, LayoutWriter, TensorChanges
-from expertcut.checkpoints.exact import ExactWriter
+from expertcut.checkpoints.exact import ExactWriter, zero_constants
 from expertcut.checkpoints.merge_edit import MergeEdit
 from expertcut.checkpoints.packed import PackedWriter
 from expertcut.checkpoints.permute_edit import PermuteEdit
@@ -27,11 +27,9 @@ from expertcut.checkpoints.shards import (
 from expertcut.checkpoints.stock import StockWriter
 from expertcut.checkpoints.tensor_names import CONSTANT
 from expertcut.checkpoints.tilt_edit import BiasEdit, ScaleEdit, SelectionEdit
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.edits.plan import RECORDS, BlockEdit, EditPlan, PlanFile, removed_experts
 from expertcut.files import write_atomically
-from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import Source
 from expertcut.models.meta_model import check_loads
 from expertcut.models.safetensors_index import DTYPES, Stored, StoredTensor, dense, packing_of
@@ -97,9 +95,9 @@ def _check_loads(
 
 def cut_rewrite(source: Source, plan: EditPlan, n_experts: int) -> TensorChanges:
     """What a plan's cut or options do to each tensor; sizes are right, fitted values are not."""
-    width = int(read_config(source.path).get("hidden_size", 0))
     cut = {n: BlockEdit(keep=edit.keep, options=edit.options) for n, edit in plan.edits.items()}
-    constants = zero_outputs(removed_experts(cut, n_experts), width)
+    removed = removed_experts(cut, n_experts) if LAYOUTS[plan.layout].keeps_rows else {}
+    constants = zero_constants(source.headers, removed)
     edits: list[Edit] = [PruneEdit(cut, plan.layout, constants=constants)]
     if (packed := CompressEdit.of(plan)) is not None:
         edits.append(packed)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from expertcut.checkpoints.edit import Calibration, Edit, LayoutWriter, Simulation, TensorChanges
-from expertcut.checkpoints.exact import as_stored
+from expertcut.checkpoints.exact import as_stored, zero_constants
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.data.corpus import as_quiz
 from expertcut.edits import calibrate
@@ -19,7 +19,6 @@ from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import LAYOUTS, Fold, Layout, Removed
 from expertcut.edits.plan import BlockEdit, EditPlan, PlanFile, removed_experts
 from expertcut.errors import ContractError
-from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.hooks import own_expert, own_forward, replaced_forward
 from expertcut.models.moe_block import MoeBlock
 from expertcut.models.parallel import local, put
@@ -62,8 +61,7 @@ class PruneEdit(Edit):
             if self.removed == "mean" and engine is not None:
                 means = calibrate.mean_outputs(engine, questions.tuning, removed)
                 return replace(self, constants=as_stored(calibration.source.headers, means))
-            width = int(read_config(calibration.source.path)["hidden_size"])
-            return replace(self, constants=calibrate.zero_outputs(removed, width))
+            return replace(self, constants=zero_constants(calibration.source.headers, removed))
         if self.fold == "off":
             return self
         if self.fold == "all" and engine is not None:
@@ -156,7 +154,7 @@ def _check_constants(block: MoeBlock, by_expert: Mapping[int, Tensor]) -> None:
     """Checks the outputs of inputs of ones."""
     given = next(value for value in block.call.args if isinstance(value, Tensor))
     experts_M = torch.tensor([*by_expert], device=given.device)
-    x_MD = given.new_ones(len(experts_M), given.shape[-1])
+    x_MD = given.new_ones(len(experts_M), block.width)
     found_MD = block.experts.forward(x_MD, experts_M[:, None], x_MD.new_ones(len(experts_M), 1))
     if not torch.allclose(found_MD, torch.stack([*by_expert.values()]).to(found_MD), atol=1e-6):
         raise ContractError(

@@ -37,7 +37,7 @@ def expert_pieces(source: Source) -> set[Piece]:
         origin = source.fingerprint if is_own else plans[-1][0].model.fingerprint
     pieces = set()
     for name, block in blocks.items():
-        held = [e for e in range(block.n_experts) if block.fused or block.by_expert[e]]
+        held = [e for e in range(block.n_experts) if e not in block.constants]
         names = [n for own in block.by_expert for n in own.values()] + [*block.fused]
         size_bytes = sum(headers[n].end - headers[n].begin for n in names) // len(held)
         ids = edits[name].keep if name in edits else tuple(held)

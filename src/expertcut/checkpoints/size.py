@@ -98,8 +98,7 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
         own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
         n_constants = 0
         if LAYOUTS[draft.layout].keeps_rows:
-            width = int(moe.model.config.get_text_config().hidden_size)
-            n_constants = n_removed * width
+            n_constants = n_removed * block.width
             total += n_constants - n_removed * own
         else:
             rows = (t for _, _, t, _ in block.expert_tensors() if isinstance(t, nn.Parameter))

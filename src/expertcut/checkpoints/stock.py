@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from expertcut.checkpoints.edit import LayoutWriter, TensorChanges
-from expertcut.checkpoints.exact import is_exact, refuse_routed
+from expertcut.checkpoints.exact import is_exact, refuse_routed, refuse_unclear
 from expertcut.checkpoints.tensor_names import (
     Headers,
     OutsideAxes,
@@ -116,11 +116,7 @@ class StockWriter(LayoutWriter):
             edit = tensors.edits[name]
             if not edit.bias:
                 continue
-            if block.unclear_bias:
-                raise ContractError(
-                    f"{block.unclear_bias} may act on gate logits or on choosing only, which its "
-                    "name does not tell: boost and suppress are not supported here"
-                )
+            refuse_unclear(block)
             uses_own = block.logit_bias and apply_at == "all"
             v_D = None if uses_own else directions.get(layer)
             added: dict[int, float | Tensor] = {

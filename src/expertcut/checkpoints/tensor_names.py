@@ -47,12 +47,18 @@ class DiskBlock:
     name: str
     n_experts: int
     by_expert: tuple[Mapping[str, str], ...]  # by part after the number; empty for a constant
+    constants: tuple[int, ...]  # experts whose only tensor is one, so that `fused` lack their rows
     axes: Mapping[str, int]  # of length E, of all tensors that experts share, the router's too
     last: frozenset[str]  # of the experts' last projection; empty if unknown
     router_weight: str
     logit_bias: str | None  # the router's own
     unclear_bias: str | None  # a `gate.bias`, which some families use for a selection bias
     fused: tuple[str, ...]  # each with all experts' weights
+
+    def rows(self, experts: Iterable[int]) -> tuple[int, ...]:
+        """The rows in `fused` of those experts that are no constants."""
+        own = [expert for expert in range(self.n_experts) if expert not in self.constants]
+        return tuple(own.index(expert) for expert in experts if expert in own)
 
 
 def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
@@ -166,7 +172,13 @@ def with_constants(block: DiskBlock, headers: Headers) -> DiskBlock:
         names = {part: constant_name(block.name, expert, part) for part in (CONSTANT, COPIED)}
         by_expert.append(own or {part: name for part, name in names.items() if name in headers})
     constants = {n for own in by_expert for part, n in own.items() if part in (CONSTANT, COPIED)}
-    return replace(block, by_expert=tuple(by_expert), last=block.last | constants)
+    return replace(block, by_expert=tuple(by_expert), constants=(), last=block.last | constants)
+
+
+def output_width(block: DiskBlock, headers: Headers) -> int:
+    """The width D of an expert's output; of experts in one tensor as their router reads it."""
+    last = sorted(block.last.difference(block.fused))
+    return headers[last[0]].shape[0] if last else headers[block.router_weight].shape[1]
 
 
 def renumbered(block: DiskBlock, expert: int, number: int) -> dict[str, str]:
@@ -214,16 +226,21 @@ def _of_one_expert(name: str) -> re.Match[str] | None:
 
 
 def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
-    by_expert = _by_expert(name, members, headers)
+    parts_of = _parts_of(name, members)
     fused = [n for n in members if not _of_one_expert(n)]
-    lengths = {headers[n].shape[0] if headers[n].shape else 0 for n in fused}
-    lengths |= {len(by_expert)} - {0}
-    if len(lengths) != 1 or (fused and by_expert):
+    constants = tuple(expert for expert, parts in parts_of.items() if CONSTANT in parts)
+    n_constants = len(constants) if fused else 0
+    lengths = {(headers[n].shape[0] if headers[n].shape else 0) + n_constants for n in fused}
+    one_by_one = len(parts_of) - n_constants
+    lengths |= {one_by_one} - {0}
+    is_numbered = not fused or max(parts_of, default=0) < max(lengths)
+    if len(lengths) != 1 or (fused and one_by_one) or not is_numbered:
         raise ContractError(
-            f"{name} holds {len(by_expert)} experts one by one and {len(fused)} tensors of all "
+            f"{name} holds {one_by_one} experts one by one and {len(fused)} tensors of all "
             f"experts, of lengths {sorted(lengths)}: must be one form and one length"
         )
     n_experts = lengths.pop()
+    by_expert = () if fused else _by_expert(name, parts_of, headers)
     router = _router_axes(name, members, headers, n_experts)
     gates = [n for n in router if n.endswith("weight") and len(headers[n].shape) == 2]
     if len(gates) != 1 or router[gates[0]] != 0:
@@ -235,6 +252,7 @@ def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
         name=name,
         n_experts=n_experts,
         by_expert=by_expert,
+        constants=constants,
         axes=dict.fromkeys(fused, 0) | router,
         last=frozenset(n for n, part in parts.items() if _LAST.fullmatch(part)),
         router_weight=gates[0],
@@ -244,14 +262,21 @@ def _disk_block(name: str, members: list[str], headers: Headers) -> DiskBlock:
     )
 
 
-def _by_expert(name: str, members: list[str], headers: Headers) -> tuple[Mapping[str, str], ...]:
+def _parts_of(name: str, members: list[str]) -> dict[int, dict[str, str]]:
+    """The tensors of single experts by id and part, in the order of ids."""
     found: dict[int, dict[str, str]] = {}
     for member in members:
         if of_one := _of_one_expert(member):
             found.setdefault(int(of_one["expert"]), {})[of_one["part"]] = member
-    if sorted(found) != list(range(len(found))):
+    return dict(sorted(found.items()))
+
+
+def _by_expert(
+    name: str, found: Mapping[int, Mapping[str, str]], headers: Headers
+) -> tuple[Mapping[str, str], ...]:
+    if [*found] != list(range(len(found))):
         raise ContractError(f"{name} holds {len(found)} experts that are not numbered from 0")
-    own = tuple({} if CONSTANT in found[e] else found[e] for e in range(len(found)))
+    own = tuple({} if CONSTANT in parts else parts for parts in found.values())
     first = next((expert for expert, parts in enumerate(own) if parts), 0)
     forms = [_form(parts, headers) for parts in own]
     if any(_PACKED.search(part) for parts in own for part in parts):

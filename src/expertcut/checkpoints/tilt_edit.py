@@ -37,6 +37,9 @@ class BiasEdit(Edit):
             return None
         return cls(plan.blocks, plan.layout, plan.apply_at or "all")
 
+    def check(self, layout: LayoutWriter, source: Source, _plan: EditPlan) -> None:
+        layout.check_biases(source, self.blocks)
+
     def needs_engine(self, _calibration: Calibration) -> bool:
         return LAYOUTS[self.layout].fits_biases
 

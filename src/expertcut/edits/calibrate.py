@@ -227,11 +227,6 @@ class _GateSums:
         return folds
 
 
-def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
-    """Zeros (D,) for every removed expert."""
-    return {block: {e: torch.zeros(width) for e in ids} for block, ids in removed.items()}
-
-
 def mean_outputs(
     engine: Engine, quiz: CalibrationSet, removed: Removed
 ) -> dict[str, dict[int, Tensor]]:
@@ -256,7 +251,7 @@ def mean_outputs(
 
     with hooks.observe_experts(blocks, add):
         ask(engine, round_robin(quiz, CALIBRATION_QUESTIONS), current.append)
-    means = zero_outputs(removed, int(engine.moe.model.config.get_text_config().hidden_size))
+    means = {b.name: {e: torch.zeros(b.width) for e in removed[b.name]} for b in blocks}
     for (block, expert), (total_D, n_tokens) in sums.items():
         means[block][expert] = total_D / n_tokens
     return means

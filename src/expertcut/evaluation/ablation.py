@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from expertcut import stats
 from expertcut.checkpoints.build import engine_as_profiled, profiled_source
@@ -18,7 +19,6 @@ from expertcut.checkpoints.prune_edit import PruneEdit
 from expertcut.data import round_robin
 from expertcut.data.corpus import Corpus, as_quiz, hash_lines, without
 from expertcut.data.sources import fifth_of
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.criteria import CRITERIA, read_criteria
 from expertcut.edits.edit_settings import AuditSettings, read_fractions
 from expertcut.edits.layouts import LAYOUTS
@@ -286,15 +286,15 @@ class AuditRun:
 
     def _without(self, expert: schema.SampledExpert) -> AbstractContextManager[OnPass]:
         """The unedited model without one expert, as the layout removes it."""
-        settings, model = self.settings, self.engine.moe.model
+        settings, moe = self.settings, self.engine.moe
         name = self.blocks[expert.layer].name
         edits = {block.name: BlockEdit(keep=tuple(range(block.experts))) for block in self.blocks}
         edits[name] = BlockEdit(keep=tuple(r for r in edits[name].keep if r != expert.row))
-        width = int(model.config.get_text_config().hidden_size)
         is_exact = LAYOUTS[settings.layout].keeps_rows
-        constants = zero_outputs({name: (expert.row,)}, width) if is_exact else {}
+        nothing_D = torch.zeros(moe.blocks[expert.layer].width)
+        constants = {name: {expert.row: nothing_D}} if is_exact else {}
         edit = PruneEdit(edits, settings.layout, constants=constants)
-        return simulated(self.engine.moe, [edit], is_as_written=False)
+        return simulated(moe, [edit], is_as_written=False)
 
 
 @contextmanager

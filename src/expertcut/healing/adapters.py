@@ -143,7 +143,7 @@ def write_merged(source: Source, model: Any, folder: Path) -> None:
         write_atomically(folder / file.name, file.read_bytes())
     content = (source.path / "config.json").read_bytes()
     if has_earlier_names(config := read_config(source.path)):
-        config = exact_config(config, {}, earlier=constants_on_disk(source.headers))
+        config = exact_config(config, constants_on_disk(source.headers))
         content = (json.dumps(config, indent=2) + "\n").encode()
         write_atomically(folder / MODELLING_FILE, modelling_code())
     write_atomically(folder / "config.json", content)

@@ -116,7 +116,7 @@ def verified(folder: Path) -> Checkpoint:
         # Those that are not constants.
         if source.packing is not None:  # whose constants are experts that stay
             block = with_constants(block, tensors)
-        own = [number for row, number in rows if not block.by_expert or block.by_expert[row]]
+        own = [number for row, number in rows if row not in block.constants]
         is_right = block.n_experts == len(edit.keep) == n_experts
         if plan.removal == "constant":
             is_right = set(own) == set(edit.keep)

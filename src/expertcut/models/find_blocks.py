@@ -271,7 +271,8 @@ def candidates(model: nn.Module) -> list[tuple[str, Any]]:
 
 def _routers(module: Any) -> list[nn.Module]:
     children = [m for m in module.children() if m is not module.experts]
-    n_experts = len(next(module.experts.parameters(), ()))
+    places = getattr(module.experts, "places", None)  # layout exact
+    n_experts = len(places or next(module.experts.parameters(), ()))
     return [m for m in children if hasattr(m, "top_k")] or [
         m for m in children if experts_per_token(m) and _scores(m, n_experts)
     ]
@@ -294,7 +295,7 @@ def experts_per_token(router: Any) -> int:
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
     experts: Any = module.experts
     lengths = {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
-    if places := getattr(experts, "places", None):  # layout exact: kept experts, then constants
+    if places := getattr(experts, "places", None):  # kept experts, then constants
         lengths = {len(places)}
     found = _routers(module)
     if len(found) != 1 or len(lengths) != 1:

@@ -153,7 +153,7 @@ def _tolerance(*routings: Routing) -> float:
 
 
 def _is_exempt(law: Law, model_type: str) -> bool:
-    return (law, re.sub(r"^(routed|packed)_", "", model_type)) in EXCEPTIONS
+    return (law, re.sub(r"^((routed|packed|exact)_)+", "", model_type)) in EXCEPTIONS
 
 
 def _is_table(block: MoeBlock, routing: Routing) -> bool:

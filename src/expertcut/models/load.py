@@ -41,12 +41,15 @@ _CODE_FILES = {
     ROUTED_EXACT_FILE: (ROUTED_EXACT_FILE, MODELLING_FILE, ROUTED_FILE),
     PACKED_FILE: (PACKED_FILE, MODELLING_FILE),
 }
-# SHA-256 of earlier files: two whose constants are called `experts.<id>.approx_value`, and one
-# whose rule skip compares with the largest gate weight even where `most` leaves that expert out.
+# SHA-256 of earlier files: two whose constants are called `experts.<id>.approx_value`, one whose
+# rule skip compares with the largest gate weight even where `most` leaves that expert out, and two
+# for constants of four families only.
 _EARLIER_FILES = (
     "315247a9829be5c0b9698b9adeeba7f970089367f5862d97fe38a41d04a01ace",
     "4305f98b4a520ff0b5be793cfda7755250bb42668f257c682e42d17e7d502108",
     "1352bf2af53294bdcf077135903930292b063b5c1aaf64e846944006fb67b8c4",
+    "2505a1af71aa90e9dcd1db6943814b72bee25389d8b5f23aa0b3995717c9df16",
+    "824fceaebdaa5ad82d477bec2d7356beded712b5c0b9d6d159565a072d2650c0",
 )
 _FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md")
 _JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -287,7 +290,8 @@ def load_tokenizer(source: Source, *, trust_remote_code: bool) -> Any:
             read_object(file, 500_000_000)  # the largest known has 33 MB
     raw, config = read_config(source.path), None
     with validate.translate_errors("AutoTokenizer", source.path / "tokenizer.json"):
-        if {ROUTING_KEY, PACKING_KEY} & {*raw} and runs_our_code_only(source.path, raw):
+        is_renamed = {ROUTING_KEY, PACKING_KEY, "biased_gates"} & {*raw}  # its `model_type`
+        if is_renamed and runs_our_code_only(source.path, raw):
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=True)
         return AutoTokenizer.from_pretrained(
             source.path, config=config, trust_remote_code=trust_remote_code, local_files_only=True

@@ -23,6 +23,8 @@ class RoutedConstants(nn.Module):
 
     places: list[int]
     num_experts: int  # those that are kept
+    config: Any
+    is_skipping: bool
     approx_value: Tensor
 
     def forward(self, x_TD: Tensor, experts_TM: Tensor, weights_TM: Tensor) -> Tensor:
@@ -30,8 +32,12 @@ class RoutedConstants(nn.Module):
         places = torch.tensor([*self.places, len(self.places)], device=experts_TM.device)
         places_TM, n_kept = places[experts_TM], self.num_experts
         is_kept_TM = places_TM < n_kept
-        # Loops and kernels alike skip the row behind the last, as `RoutedModel` tells them.
-        rows_TM = places_TM.masked_fill(~is_kept_TM, n_kept)
+        # Loops and kernels alike skip the row behind the last, as `RoutedModel` tells them; not
+        # those of GPT-OSS and Nemotron, whose first row runs with weight 0.
+        is_loop = self.config._experts_implementation in ("eager", None)
+        rows_TM = places_TM.masked_fill(
+            ~is_kept_TM, 0 if is_loop and not self.is_skipping else n_kept
+        )
         family: Any = super(ConstantExperts, self)
         y_TD: Tensor = family.forward(x_TD, rows_TM, weights_TM.masked_fill(~is_kept_TM, 0))
         weights_TX = x_TD.new_zeros(len(x_TD), len(places), dtype=torch.float)

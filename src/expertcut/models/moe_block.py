@@ -106,6 +106,14 @@ class MoeBlock:
         return self.experts(self.norm(x_TD), experts_TK, weights_TK).view_as(x_BTD)
 
     @property
+    def width(self) -> int:
+        """The width D of an expert's output."""
+        down = [p for n, p in self.experts.named_parameters() if n == "down_proj"]
+        if not down:
+            return int(next(v.shape[-1] for v in self.call.args if isinstance(v, Tensor)))
+        return down[0].shape[2 if getattr(self.experts, "is_transposed", False) else 1]
+
+    @property
     def is_layer(self) -> bool:
         """Whether `module` is a decoder layer, which holds router and experts beside others."""
         return self.declared is None and self.name.rpartition(".")[2].isdecimal()

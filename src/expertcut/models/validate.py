@@ -167,6 +167,8 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
             experts = blocks.setdefault(f"{match['block']}.experts", {})
             experts.setdefault(int(match["expert"]), {})[match["part"]] = tensor
     for block, experts in blocks.items():
+        if all(set(parts) == _CONSTANT for parts in experts.values()):
+            continue  # the others are rows of one tensor
         _check_alike(folder, block, experts)
         if len(experts) != n_experts:
             raise ModelError(f"{file} says {n_experts} experts, {block} holds {len(experts)}")
