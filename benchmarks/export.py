@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tests.support.rewrites import Fitted, exact_rewrite, stock_rewrite
+from tests.support.rewrites import Fitted, exact_rewrite, stock_rewrite, zero_outputs
 
 from expertcut.checkpoints.shards import (
     MAX_SHARD_BYTES,
@@ -30,7 +30,6 @@ from expertcut.checkpoints.shards import (
     write_checkpoint,
     write_shards,
 )
-from expertcut.edits.calibrate import zero_outputs
 from expertcut.edits.plan import BlockEdit
 from expertcut.models.load import Source
 from expertcut.models.safetensors_index import Stored, StoredTensor, read_headers
@@ -65,9 +64,8 @@ def exact(headers: Mapping[str, StoredTensor], config: Config, keep: tuple[int, 
     """Every second expert is removed and leaves zeros, in every layer."""
     removed = [e for e in range(config["num_experts"]) if e not in keep]
     names = [f"model.layers.{layer}.mlp" for layer in range(config["num_hidden_layers"])]
-    return exact_rewrite(
-        headers, zero_outputs(dict.fromkeys(names, removed), config["hidden_size"])
-    )
+    zeros = zero_outputs(dict.fromkeys(names, removed), config["hidden_size"])
+    return exact_rewrite(headers, dict.fromkeys(names, BlockEdit(keep=keep)), zeros)
 
 
 LAYOUTS: dict[str, Callable[[Mapping[str, StoredTensor], Config, tuple[int, ...]], Rewrite]] = {

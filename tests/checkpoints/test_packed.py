@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from expertcut.checkpoints.build import BuildOptions, build, engine_as_profiled
+from expertcut.checkpoints.compress_edit import CONSTANT_FAMILIES as WITH_CONSTANTS
 from expertcut.checkpoints.compress_edit import CompressEdit
 from expertcut.checkpoints.edit import Calibration, simulated
-from expertcut.checkpoints.exact import FAMILIES as WITH_CONSTANTS
 from expertcut.checkpoints.export import check_export, edits_of
 from expertcut.edits.compression import Loader
 from expertcut.edits.plan import BlockEdit, EditPlan, load_plan

@@ -79,6 +79,13 @@ def stock_rewrite(
     return _rewrite(headers, blocks, fitted, "stock", apply_at)
 
 
+def exact_rewrite(
+    headers: Headers, blocks: Mapping[str, BlockEdit], constants: Constants
+) -> Rewrite:
+    """What layout exact makes of each tensor."""
+    return _rewrite(headers, blocks, Fitted(constants=constants), "exact")
+
+
 def zero_outputs(removed: Removed, width: int) -> dict[str, dict[int, Tensor]]:
     """Zeros (D,) for every removed expert."""
     return {block: {e: torch.zeros(width) for e in ids} for block, ids in removed.items()}

@@ -39,7 +39,7 @@ from expertcut.scoring.engine import Engine
 
 Rows = Mapping[Projection, Tensor]  # (K,) of low rank, by projection
 # Those whose blocks have one name on disk and in the model.
-_CONSTANT_FAMILIES = ("flex_olmo", "olmoe", "qwen2_moe", "qwen3_moe")
+CONSTANT_FAMILIES = ("flex_olmo", "olmoe", "qwen2_moe", "qwen3_moe")
 Constant = tuple[float, Tensor]  # c, v (D,): the expert gives c·x + v
 
 
@@ -73,10 +73,10 @@ class CompressEdit(Edit):
             if self.compression.loader == "vllm":
                 layer_option(name, self.blocks[name])
             for expert, option in options_of(self.blocks[name], block.n_experts).items():
-                if option.is_constant and family not in _CONSTANT_FAMILIES:
+                if option.is_constant and family not in CONSTANT_FAMILIES:
                     raise ContractError(
                         f"option {option} is not supported for {family} models, only for "
-                        f"{', '.join(_CONSTANT_FAMILIES)}: leave out copy, mean and zero"
+                        f"{', '.join(CONSTANT_FAMILIES)}: leave out copy, mean and zero"
                     )
                 for _, own in _matrices(block, expert):
                     _stored(option, own, headers[own], self.compression.group_size)
