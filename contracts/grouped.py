@@ -2,8 +2,8 @@
 
     expertcut profile MODEL --trust-remote-code --contract contracts/grouped.py
 
-Its gate weights are α times `router_scale`. Where a port chooses without groups, its numbers differ
-from these and the contract is refused.
+Its gate weights are α times `router_scale`, which no cut on disk knows: so experts have no `names`.
+Where a port chooses without groups, its numbers differ from these and the contract is refused.
 """
 
 from collections.abc import Iterator
@@ -20,10 +20,8 @@ def blocks(model: Any) -> Iterator[Declared]:
     for name, module in model.named_modules():
         if isinstance(getattr(module, "experts", None), nn.ModuleList):
             k = model.config.num_experts_per_tok
-            shared, names = getattr(module, "shared_expert", None), f"{name}.experts.{{e}}"
-            yield Declared(
-                name, module, list(module.experts), k, route, shared=shared, names=names, groups=k
-            )
+            shared = getattr(module, "shared_expert", None)
+            yield Declared(name, module, list(module.experts), k, route, shared=shared, groups=k)
 
 
 def route(module: Any, x_TD: Tensor) -> tuple[Tensor, ...]:

@@ -86,6 +86,12 @@ def test_a_profile_holds_what_the_models_own_code_does(
     assert bool(block.declared.constants) == (shape == "plus_plus")
     tables = constants_tables(profile)
     assert len(tables) == 2 * (shape == "plus_plus")
+    why = [own.declared.why_not_cut for own in profile.info.model.blocks if own.declared]
+    assert (why[-1] is None) == (shape == "deepseek")
+    for named, text in (("iterated", "several calls"), ("recurrent", "hand a state on")):
+        assert (text in str(why[-1])) == (
+            shape == named or (shape, text) == ("plus_plus", "hand a state on")
+        )
     if tables:
         zero_L = (profile.array("chosen_NLK") == 9).mean(axis=(0, 2))
         assert zero_L.any()

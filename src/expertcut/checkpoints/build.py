@@ -170,14 +170,14 @@ def default_out(model: str, slug: str, *, is_plan: bool = False) -> Path:
 
 def check_declared(profile: Profile, layout: Layout) -> None:
     """Refuses checkpoints of blocks that a contract declares, unless they are cut as it names."""
-    for block in profile.info.model.blocks:
+    for block in reversed(profile.info.model.blocks):  # the first is handed no state
         why = block.declared and block.declared.why_not_cut
         if block.declared and LAYOUTS[layout].keeps_rows:  # by classes of known families
             why = f"layout {layout} is for the families of docs/families.md"
         if why:
             raise ContractError(
                 f"{block.name} cannot be written to a checkpoint: {why}: take --plan-only, or "
-                "judge cuts as masks with sweep and audit"
+                "judge single experts with audit"
             )
 
 
@@ -289,6 +289,7 @@ def choose_groups(
     profile: Profile, settings: MergeSettings, folder: Path, load_as: LoadOptions
 ) -> EditPlan:
     """The groups of experts to merge; the count, the layout and the disk are checked first."""
+    check_declared(profile, "stock")
     source, blocks = profiled_source(profile), profile.info.model.blocks
     source.refuse_packed("merged")
     token_counts(profile)

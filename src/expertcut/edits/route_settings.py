@@ -312,6 +312,11 @@ class RouteSettings(Settings):
 
     def check_blocks(self, model: "ModelInfo") -> None:
         """Refuses what the blocks of a profiled model rule out, as far as a profile tells."""
+        if any(block.places and block.declared for block in model.blocks):
+            raise SettingsError(
+                f"{model.id} takes more experts for some tokens than for others by itself, as its "
+                "contract says: rules act on a fixed number"
+            )
         if any(block.places for block in model.blocks):
             raise SettingsError(
                 f"{model.id} has a routing rule already: route the model that it was made from"

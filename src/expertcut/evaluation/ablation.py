@@ -26,7 +26,7 @@ from expertcut.edits.plan import BlockEdit, expert_ids, plan_model
 from expertcut.edits.reweight_select import Array
 from expertcut.edits.selection import as_numbers, normalised, rank
 from expertcut.edits.splits import questions_for
-from expertcut.errors import PlanError, ProfileError
+from expertcut.errors import ContractError, PlanError, ProfileError
 from expertcut.evaluation import search_results as schema
 from expertcut.evaluation.ablation_effects import Ablations, ablations_of, request_of
 from expertcut.evaluation.cell_search import load_earlier
@@ -249,7 +249,7 @@ class AuditRun:
             needed = self.engine if CRITERIA[name].needs_model else None
             try:
                 ranking = rank(self.profile, self.settings.cut_by(name), needed)
-            except ProfileError as error:
+            except (ContractError, ProfileError) as error:
                 if self.settings.by != "all":
                     raise
                 logger.warning("%s is left out: %s", name, error)

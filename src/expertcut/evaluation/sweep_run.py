@@ -8,7 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from expertcut.checkpoints.build import engine_as_profiled, fit_edits, profiled_source
+from expertcut.checkpoints.build import (
+    check_declared,
+    engine_as_profiled,
+    fit_edits,
+    profiled_source,
+)
 from expertcut.checkpoints.edit import simulated
 from expertcut.checkpoints.held_out_check import NOT_REACHED
 from expertcut.checkpoints.sequential import rank_sequentially
@@ -58,6 +63,7 @@ class SweepRun(CellSearch[schema.Sweep]):
     ) -> None:
         blocks, measured = profile.info.model.blocks, profile.info.settings
         grid.check(blocks, settings)
+        check_declared(profile, settings.layout)
         self.profile, self.grid, self.settings = profile, grid, settings
         self.scoring = scoring
         self.waits = scoring.options.waits

@@ -198,7 +198,8 @@ def _block(
         part.router,
         part.experts,
         n_experts,
-        own.top_k,
+        # Who may take all experts takes as many as it needs: one may be enough.
+        1 if is_varied and own.top_k == n_experts else own.top_k,
         own.groups,
         own.groups,
         scoring=own.scoring,

@@ -296,7 +296,9 @@ class Decoders:
 
     def _mixer(self, number: int) -> nn.Module:
         """The attention of a decoder layer: its largest child beside the MoE block."""
-        inside = {id(part) for block in self.blocks for part in block.router.modules()}
+        inside = {
+            id(part) for block in self.blocks for part in (block.module, *block.router.modules())
+        }
         others = [
             child
             for child in self.modules[number].children()
