@@ -41,10 +41,10 @@ class DeclaredInfo(Record):
         """Why no checkpoint with fewer of its experts can be written; None if one can be."""
         if self.calls > 1:
             return "one expert serves several calls of its block"
-        if self.has_state:
-            return "its routers hand a state on, which is as wide as they are"
         if self.constants:
             return "it has zero-computation experts, which own no tensors"
+        if self.has_state:
+            return "its router reads a state that an earlier one hands on"
         return None if self.names else "its contract does not give `names` of experts in the files"
 
 
