@@ -214,11 +214,11 @@ def test_other_settings_change_no_count_but_listed_near_ties(
     checkpoint: Checkpoints, long_quiz: Path, tmp_path: Path, change: dict[str, int]
 ) -> None:
     source = find_source(str(checkpoint("olmoe")))
-    quiz = load_quiz(Selection(str(long_quiz), shots=1, limit=100))
+    quiz = load_quiz(Selection(str(long_quiz), shots=1, limit=40))
     profiles = []
     for name, options in (("one", {"threads": 1}), ("other", {"threads": 1, **change})):
         options = MeasureOptions(**{"batch_tokens": 2048, **options})
-        list(measure(source, quiz, 100, LoadOptions(), options).run(tmp_path / name))
+        list(measure(source, quiz, 40, LoadOptions(), options).run(tmp_path / name))
         profiles.append(load_profile(tmp_path / name))
     torch.set_num_threads(1)
     one, other = profiles
