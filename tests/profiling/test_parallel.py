@@ -21,6 +21,7 @@ from expertcut.errors import ModelError
 from expertcut.models.parallel import local
 from expertcut.profiling.measure import Measurement, MeasureOptions
 from expertcut.profiling.storage import load_profile
+from tests.conftest import FAMILIES as EVERY_FAMILY
 from tests.conftest import open_model, write_quiz
 from tests.support.processes import kill_at, start
 
@@ -127,11 +128,8 @@ def differences(alone: Path, other: Path) -> Iterator[tuple[str, float]]:
             yield name, float(np.abs(own - found).max()) / largest
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_two_processes_that_hold_one_model_profile_it_as_one_does(
-    family: str, together: Path, checkpoint: Checkpoints, quiz: Path, tmp_path: Path
-) -> None:
-    measured(checkpoint(family), quiz, tmp_path / "alone")
+def check_equals_one(family: str, together: Path, model: Path, quiz: Path, alone: Path) -> None:
+    measured(model, quiz, alone)
     for kind in KINDS:
         out = together / f"{family}-{kind}"
         said = {Path(f"{out}.{rank}").read_text() for rank in (0, 1)}
@@ -140,11 +138,29 @@ def test_two_processes_that_hold_one_model_profile_it_as_one_does(
             assert "no plan to spread the experts of gpt_oss by --parallel tensor" in said.pop()
             continue
         assert said == {"0.5"}  # of the experts' weights, in each
-        off = list(differences(tmp_path / "alone", out))
+        off = list(differences(alone, out))
         assert {name for name, _ in off} >= {"question_weighted_norm_LE", "question_votes_LE"}
         worst = max(off, key=lambda found: found[1])
         assert worst[1] < 1e-5, worst
         assert load_profile(out).info.settings.parallel == f"{kind}:2"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_processes_that_hold_one_model_profile_it_as_one_does(
+    family: str, together: Path, checkpoint: Checkpoints, quiz: Path, tmp_path: Path
+) -> None:
+    check_equals_one(family, together, checkpoint(family), quiz, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_two_processes_profile_every_other_family_as_one_does(
+    checkpoint: Checkpoints, quiz: Path, tmp_path: Path
+) -> None:
+    models = {family: checkpoint(family) for family in EVERY_FAMILY if family not in FAMILIES}
+    work = Profiles(models, quiz, tmp_path)
+    assert launched([work, work]) == [0, 0]
+    for family, model in models.items():
+        check_equals_one(family, tmp_path, model, quiz, tmp_path / family)
 
 
 @dataclass(frozen=True)
