@@ -7,6 +7,7 @@ share. On them the model's code is examined, as it is on the weights of a model 
 
 import copy
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ class LayerWeights:
         self.list_name, self.layers = _decoder_list(model)
         # Left out where transformers has no place for them, as of multi-token prediction.
         self.names: dict[int | None, list[str]] = {None: [], **{n: [] for n in range(len(self))}}
-        self.mapping: list[Any] = get_model_conversion_mapping(model)
+        self.mapping: list[Any] = _mapping(model)
         for name, parameter in self._parameters_of_names().items():
             layer = parameter.removeprefix(f"{self.list_name}.").partition(".")[0]
             is_of_layer = parameter.startswith(f"{self.list_name}.") and layer.isdecimal()
@@ -267,6 +268,14 @@ class LayerWeights:
                     if key not in made:
                         made[key] = _stand_in(tensor, random, len(self), n_experts)
                     _put(module, name, _view(made[key], tensor, number))
+
+
+def _mapping(model: Any) -> list[Any]:
+    """How transformers renames and stacks tensors; in layout exact its modelling file says it."""
+    files = (sys.modules.get(base.__module__) for base in type(model).__mro__)
+    own = (getattr(file, "_conversions", None) for file in files if hasattr(file, "ExactModel"))
+    found: list[Any] = (next(filter(None, own), None) or get_model_conversion_mapping)(model)
+    return found
 
 
 def _decoder_list(model: Any) -> tuple[str, list[nn.Module]]:
