@@ -203,12 +203,13 @@ def make_checkpoint(folder: Path, family: str, seed: int = 0, **changes: object)
     """A random model of a family, saved as a stranger would find it."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **{**(FAMILIES | MORE)[family], **changes})
-    model = auto_class(config).from_config(config)
+    model = auto_class(config, is_whole=True).from_config(config)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         # A selection bias of zero would hide a path that forgets it.
-        # So are the whole routers of ERNIE in transformers 5.22.
+        # So are the whole routers of ERNIE in transformers 5.22; a talker's experts are not made.
         if name.endswith(("e_score_correction_bias", "expert_bias", "router.bias")) or (
-            name.endswith("gate.weight") and not tensor.any()
+            (name.endswith("gate.weight") and not tensor.any())
+            or (name.startswith("talker.") and ".experts." in name)
         ):
             tensor.data.normal_(0, 0.25)
         elif name.endswith("tid2eid"):  # which experts a token id is sent to

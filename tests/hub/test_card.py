@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 from huggingface_hub import ModelCard, constants
 from markdown_it import MarkdownIt
+from transformers import AutoConfig
 
 from expertcut.edits.plan import PlanModel, load_plan
 from expertcut.evaluation.holding import load_holding
@@ -171,6 +173,27 @@ def test_layout_exact_without_constants_and_biases_is_its_familys_form(
     }
     lines = loaders(replace(exact, config=scaled), REPO, None)[0].lines
     assert "trust_remote_code" not in lines
+
+
+@pytest.mark.parametrize(
+    ("parts", "auto"),
+    [
+        ({"vision_config": {"depth": 1}}, "AutoModelForImageTextToText"),
+        ({"thinker_config": {"audio_config": {"depth": 1}}}, "AutoModelForMultimodalLM"),
+    ],
+)
+def test_a_card_loads_models_of_images_and_sounds_whole_with_what_reads_those(
+    made: Path, tmp_path: Path, parts: dict[str, Any], auto: str
+) -> None:
+    model_type = "qwen3_omni_moe" if "thinker_config" in parts else "qwen3_vl_moe"
+    folder = copied(made / "stock", tmp_path / "stock")
+    text = verified(folder)
+    assert "import AutoModelForCausalLM, AutoTokenizer\n" in loaders(text, REPO, None)[0].lines
+    (folder / "preprocessor_config.json").write_text("{}", encoding="utf-8")
+    whole = replace(verified(folder), config={**text.config, "model_type": model_type, **parts})
+    lines = loaders(whole, REPO, None)[0].lines
+    assert f"import {auto}, AutoProcessor\n" in lines and f"model = {auto}.from_" in lines
+    assert type(AutoConfig.for_model(model_type)) in getattr(transformers, auto)._model_mapping
 
 
 def test_results_of_other_weights_are_refused_and_what_goes_up_names_no_path(

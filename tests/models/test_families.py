@@ -1,12 +1,10 @@
 """docs/families.md against what the tiny models of each family do."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from expertcut.models.hooks import Routing, observe_routers
 from tests.conftest import FAMILIES, PADDED_FAMILIES, Commands, open_model
@@ -55,25 +53,3 @@ def test_a_routing_rule_in_a_layer_that_is_the_block_is_refused_in_one_line(
     said = expertcut(f"route {model} --rule skip --at 0.5 --quiz {quiz_folder}", status=2)
     assert "beside other modules of the decoder layer" in said.splitlines()[-1]
     assert not list(tmp_path.glob("checkpoints/*"))
-
-
-def test_a_vision_language_checkpoint_is_cut_in_its_text_part_alone(
-    expertcut: Commands, checkpoint: Checkpoints, quiz_folder: Path, tmp_path: Path
-) -> None:
-    model = checkpoint("qwen3_vl_moe")
-    expertcut(f"prune {model} --quiz {quiz_folder} --keep 6 --by reap --no-verify --out cut")
-    before, after = (load_file(path / "model.safetensors") for path in (model, tmp_path / "cut"))
-    assert before.keys() == after.keys()
-    is_cut = {n for n in before if ".mlp.experts." in n or ".mlp.gate." in n}
-    assert any("visual" in name for name in before) and len(is_cut) == 6
-    for name, tensor in before.items():
-        assert (len(after[name]) == 6) if name in is_cut else torch.equal(after[name], tensor)
-    made, config = (
-        json.loads((path / "config.json").read_text()) for path in (tmp_path / "cut", model)
-    )
-    changed = {
-        k for k in config["text_config"] if config["text_config"][k] != made["text_config"][k]
-    }
-    assert {made["text_config"].pop(key) for key in changed} == {6}
-    assert {config["text_config"].pop(key) for key in changed} == {8}
-    assert made == config  # its architectures too

@@ -3,11 +3,16 @@
 What is cheap runs for all families, the whole matrix with -m slow.
 """
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
 
 from expertcut.models.validate import REFUSED as NOT_SUPPORTED
+from expertcut.models.validate import TESTED
 from tests.conftest import write_quiz
 from tests.support.matrix import (
     AGREE,
@@ -35,6 +40,11 @@ REFUSED: dict[str, dict[str, str]] = {
     "laguna": {"boost": "caps or scales its logits"},
     "deepseek_v4": dict.fromkeys(("cut", "sweep", "reconstruction", "merge"), _TABLE),
 }
+# The text part alone of another row, or nearly another row: with -m slow.
+TWINS = {
+    *("aria_text", "dots3_note_text", "gemma4_text", "inkling2_text", "minimax_m3_vl_text"),
+    *("qwen3_5_moe_text", "qwen3_omni_moe_thinker", "qwen4_exp_text", "unlimited_ocr"),
+}
 
 
 def check(world: World, parts: tuple[str, ...], refused: dict[str, str]) -> dict[str, str]:
@@ -58,7 +68,10 @@ def test_a_cut_a_removed_expert_and_a_boost_are_what_transformers_does_with_its_
     assert check(World(tmp_path, family, quiz), FEW_PARTS, {})
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n in TWINS else n for n in WORLDS],
+)
 def test_every_family_is_profiled_as_by_brute_force_and_cut_as_masked(
     name: str, tmp_path: Path
 ) -> None:
@@ -77,8 +90,29 @@ def test_the_page_lists_what_the_matrix_runs_and_no_other() -> None:
         is_refused = {key: cell == "refused" for key, cell in zip(AGREE, numbers, strict=True)}
         parts = {part for part, (agree, _) in PARTS.items() if is_refused[agree[0]]}
         assert parts == set(REFUSED.get(name, {})), name
-    assert len({WORLDS[name][0] for name in run}) > 40 and len(AGREE) == 8
+    assert {WORLDS[name][0] for name in run} == TESTED and len(AGREE) == 8
     assert all(f"`{family}`" in PAGE.read_text(encoding="utf-8") for family in NOT_SUPPORTED)
+
+
+def test_every_type_of_transformers_with_experts_is_run_or_refused() -> None:
+    decided = TESTED | NOT_SUPPORTED.keys()
+    loaded = {
+        *modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,  # those of images and texts too
+    }
+    others = {model_type: CONFIG_MAPPING[model_type]() for model_type in loaded - decided}
+    undecided = [name for name, own in others.items() if counts_experts(own.to_dict())]
+    assert undecided == [] and len(others) > 100
+    assert not TESTED & NOT_SUPPORTED.keys()
+
+
+def counts_experts(config: dict[str, Any]) -> bool:
+    """Whether a config, or a part of it, has a number of experts, or a place for it."""
+    return any(
+        (re.fullmatch(r"(n|num|moe_num)_(routed_|local_)?experts", str(key)) and value != 1)
+        or (isinstance(value, dict) and counts_experts(value))
+        for key, value in config.items()
+    )
 
 
 def cells(line: str) -> list[str]:

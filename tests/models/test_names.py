@@ -118,9 +118,14 @@ def test_a_module_that_predicts_further_tokens_is_left_out_whole(root: str, laye
 
 
 def test_experts_of_no_known_use_are_not_thrown_away() -> None:
-    shapes = {**block("model.layers.0.mlp"), **block("model.visual.blocks.0.mlp")}
-    with pytest.raises(ContractError, match=r"visual\.blocks\.0 holds experts that the loaded"):
+    shapes = {**block("model.layers.0.mlp"), **block("model.encoder.blocks.0.mlp")}
+    with pytest.raises(ContractError, match=r"encoder\.blocks\.0 holds experts that the loaded"):
         match_blocks(headers(shapes), ["model.layers.0.mlp"])
+    # Of parts that see, hear or speak they are left alone.
+    for part in ("model.visual.blocks.0.mlp", "talker.model.layers.0.mlp"):
+        shapes = {**block("thinker.model.layers.0.mlp"), **block(part)}
+        matched, unused = match_blocks(headers(shapes), ["model.layers.0.mlp"])
+        assert matched["model.layers.0.mlp"].name == "thinker.model.layers.0.mlp" and not unused
 
 
 def without(shapes: Shapes, pattern: str) -> Shapes:

@@ -5,7 +5,9 @@ names of families only their rows of the matrix, with `families` only the table 
 tests/models/test_matrix.py holds each number to its limit, and the tables to what is run.
 """
 
+import json
 import logging
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -14,10 +16,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import StringIO
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled
@@ -38,6 +42,7 @@ from tests.conftest import FAMILIES, make_checkpoint, open_model, write_quiz
 from tests.support.families import MORE
 from tests.support.plain import GATES, Plain
 
+OTHERS = re.compile(r"(.*\.)?(vision|visual|audio|talker|code2wav)")  # tensors of other parts
 COUNTS = {"dev": 1, "val": 4, "test": 4}
 LIMIT = 3  # questions of each subject that a sweep asks
 SAMPLE = 3  # experts that an audit removes
@@ -65,19 +70,24 @@ NAMES = {
     "bailing_hybrid": "Ling and Ring 2.5",
     "beam": "Beam",
     "cohere2_moe": "Command A+",
+    "deepseek_ocr2": "DeepSeek-OCR-2",
     "deepseek_v2": "DeepSeek-V2",
     "deepseek_v3": "DeepSeek-V3, Kimi-K2",
     "deepseek_v32": "DeepSeek-V3.2",
     "deepseek_v4": "DeepSeek-V4",
     "dots1": "dots.llm1",
+    "dots3_note": "dots3 Note, with images and sounds",
+    "dots3_note_text": "dots3 Note",
     "ernie4_5_moe": "ERNIE-4.5",
     "exaone_moe": "K-EXAONE",
     "flex_olmo": "FlexOlmo",
+    "flint": "Flint",
     "gemma4": "Gemma-4, with images",
     "gemma4_text": "Gemma-4",
     "glm4_moe": "GLM-4.5 to 4.7",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "glm4v_moe": "GLM-4.5V, GLM-4.6V",
+    "glm5_next": "GLM-5.3-Flash",
     "glm_moe_dsa": "GLM-5",
     "gpt_oss": "GPT-OSS",
     "granitemoe": "Granite-3",
@@ -85,7 +95,10 @@ NAMES = {
     "hunyuan_v1_moe": "Hunyuan-A13B",
     "hy_v3": "Hy3",
     "hy_v4": "Hy4",
+    "inkling2": "Inkling-2, with images",
+    "inkling2_text": "Inkling-2",
     "jamba": "Jamba",
+    "kimi_k25": "Kimi-K2.6",
     "kimi_linear": "Kimi-Linear",
     "laguna": "Laguna",
     "lfm2_moe": "LFM2",
@@ -93,10 +106,15 @@ NAMES = {
     "mimo_v2_flash": "MiMo-V2-Flash",
     "minimax": "MiniMax-01 and M1",
     "minimax_m2": "MiniMax-M2",
+    "minimax_m3_vl": "MiniMax-M3, with images",
     "minimax_m3_vl_text": "MiniMax-M3",
+    "mistral3": "Mistral-Small-4, with images",
     "mistral4": "Mistral-Small-4",
+    "mistral_large4": "Mistral-Large-4",
     "mixtral": "Mixtral",
+    "muse_spark": "Muse Spark",
     "nemotron_h": "Nemotron-3",
+    "nemotron_h_omni": "Nemotron-3 Omni",
     "olmoe": "OLMoE",
     "phimoe": "Phi-3.5-MoE",
     "qwen2_moe": "Qwen1.5 and Qwen2 MoE",
@@ -104,8 +122,14 @@ NAMES = {
     "qwen3_5_moe_text": "Qwen3.5",
     "qwen3_moe": "Qwen3 MoE",
     "qwen3_next": "Qwen3-Next",
+    "qwen3_omni_moe": "Qwen3-Omni",
+    "qwen3_omni_moe_thinker": "Qwen3-Omni, thinker alone",
     "qwen3_vl_moe": "Qwen3-VL MoE",
+    "qwen4_exp": "Qwen4, with images",
+    "qwen4_exp_text": "Qwen4",
     "solar_open": "Solar-Open",
+    "step3p7": "Step-3.7-Flash",
+    "unlimited_ocr": "Unlimited-OCR",
 }
 # The parts of a row: what must agree, and what must not be 0.
 PARTS = {
@@ -270,9 +294,44 @@ def _cut(world: World) -> Found:
         *("prune", "--keep-fraction", 0.5, "--by", "reap", "--fold", "off", "--no-verify"),
         out="cut",
     )
-    written, masked, _ = _cut_and_masked(world, "cut")
+    written, masked, keep = _cut_and_masked(world, "cut")
+    check_bytes(world.model, world.root / "cut", keep)
     base = world.plain.logprobs(world.asked)
     return {"mask": _largest(written, masked), "cut": _largest(masked, base)}
+
+
+def check_bytes(model: Path, cut: Path, keep: Mapping[str, tuple[int, ...]]) -> None:
+    """Every tensor of a cut has the bytes of the model's: all rows, or those of kept experts.
+
+    In its config.json the counts of experts differ and nothing else.
+    """
+    configs = (json.loads((path / "config.json").read_text()) for path in (model, cut))
+    assert {*_changed(*configs)} == {(8, n) for n in {*map(len, keep.values())}}
+    before, after = (load_file(path / "model.safetensors") for path in (model, cut))
+    keep_of = {re.findall(r"\.(\d+)", name)[-1]: kept for name, kept in keep.items()}
+    n_rows, left = 0, set(before)
+    for name, tensor in after.items():
+        number = re.search(r"\.(\d+)\.", name)
+        kept = keep_of.get(number[1], ()) if number and not OTHERS.match(name) else ()
+        expert = re.search(r"(?<=\.experts\.)\d+(?=\.)", name)
+        place = "" if expert is None else str(kept[int(expert[0])]) if kept else expert[0]
+        named = re.sub(r"(?<=\.experts\.)\d+(?=\.)", place, name)
+        wanted = before[named]
+        if wanted.shape != tensor.shape:
+            axis = [a == b for a, b in zip(wanted.shape, tensor.shape, strict=True)].index(False)
+            wanted, n_rows = wanted.index_select(axis, torch.tensor(kept)), n_rows + 1
+        assert tensor.dtype == wanted.dtype and torch.equal(tensor, wanted), name
+        left.remove(named)
+    assert n_rows >= len(keep)  # at least of each router
+    assert all(re.search(r"\.experts\.\d+\.", n) and not OTHERS.match(n) for n in left), left
+
+
+def _changed(one: Any, other: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(one, dict) and isinstance(other, dict) and [*one] == [*other]:
+        for key in one:
+            yield from _changed(one[key], other[key])
+    elif one != other:
+        yield one, other
 
 
 def _sweep(world: World) -> Found:

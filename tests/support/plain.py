@@ -48,14 +48,19 @@ class Gate:
 
 _SOFTMAX, _SIGMOID = Gate("softmax"), Gate("sigmoid")
 GATES = {
-    **dict.fromkeys(("olmoe", "flex_olmo", "qwen2_moe", "jamba"), Gate("softmax", "kept")),
+    **dict.fromkeys(
+        ("olmoe", "flex_olmo", "qwen2_moe", "jamba", "deepseek_ocr2", "unlimited_ocr"),
+        Gate("softmax", "kept"),
+    ),
     "deepseek_v2": Gate("softmax", "kept", groups="best"),
     **dict.fromkeys(
         (
             *("qwen3_moe", "mixtral", "gpt_oss", "granitemoe", "ernie4_5_moe", "qwen3_next"),
             *("aria_text", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "mellum"),
             *("hunyuan_v1_moe", "minimax", "qwen3_5_moe_text", "cohere2_moe, softmax"),
-            *("aria", "mistral4", "qwen3_vl_moe", "qwen3_5_moe"),
+            *("aria", "mistral4", "mistral3", "qwen3_vl_moe", "qwen3_5_moe"),
+            *("mistral_large4", "qwen4_exp", "qwen4_exp_text", "qwen3_omni_moe"),
+            "qwen3_omni_moe_thinker",
         ),
         _SOFTMAX,
     ),
@@ -68,7 +73,9 @@ GATES = {
 
 # The module whose input is the residual stream, by its name in the layer; "" is the block.
 STREAMS: dict[str, str | None] = {
-    **dict.fromkeys(("deepseek_v4", "hy_v4")),  # they have several
+    # They have several, or a block reads a mixture of earlier states.
+    **dict.fromkeys(("deepseek_v4", "hy_v4", "glm5_next", "qwen4_exp", "qwen4_exp_text")),
+    **dict.fromkeys(("inkling2", "inkling2_text", "muse_spark")),
     **dict.fromkeys(("flex_olmo", "minimax"), ""),
     "afmoe": "pre_mlp_layernorm",
     "beam": "pre_feedforward_layernorm",
@@ -76,7 +83,7 @@ STREAMS: dict[str, str | None] = {
     **dict.fromkeys(("gemma4", "gemma4_text"), "pre_feedforward_layernorm"),
     "jamba": "pre_ff_layernorm",
     "lfm2_moe": "ffn_norm",
-    "nemotron_h": "norm",
+    **dict.fromkeys(("nemotron_h", "nemotron_h_omni"), "norm"),
 }
 # What the layer multiplies that stream by.
 STREAM_FACTORS: dict[str, Callable[[Any], float]] = {
@@ -93,6 +100,7 @@ class Plain:
         model: Any
         own = getattr(transformers, AutoConfig.from_pretrained(path).architectures[0])
         model, self.info = own.from_pretrained(path, output_loading_info=True)
+        model = getattr(model, "thinker", model)  # of an Omni model
         model.set_experts_implementation("eager")
         self.model = model.eval()
         self.tokenizer = AutoTokenizer.from_pretrained(path)
@@ -102,7 +110,7 @@ class Plain:
         self.blocks = {
             name: module
             for name, module in model.named_modules()
-            if isinstance(getattr(module, "experts", None), nn.Module)
+            if isinstance(getattr(module, "experts", None), nn.Module) and "vision" not in name
         }
 
     @torch.no_grad()
@@ -147,11 +155,14 @@ class Plain:
 
     @contextmanager
     def _shifted(self, shifts: Shifts) -> Iterator[None]:
-        assert set(shifts) <= set(self.blocks)
+        # The same model in another class has other names before the list of layers.
+        by_layer = {name.rpartition("layers.")[2]: shift_E for name, shift_E in shifts.items()}
+        layers = {name.rpartition("layers.")[2]: module for name, module in self.blocks.items()}
+        assert set(by_layer) <= set(layers) and len(layers) == len(self.blocks)
         with ExitStack() as stack:
-            for name, module in self.blocks.items():
+            for layer, module in layers.items():
                 router = _router(module)
-                hook = _hook(self.gate, module, router, shifts.get(name))
+                hook = _hook(self.gate, module, router, by_layer.get(layer))
                 stack.callback(router.register_forward_hook(hook).remove)
             yield
 

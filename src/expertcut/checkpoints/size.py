@@ -30,7 +30,7 @@ from expertcut.edits.selection import (
 )
 from expertcut.errors import PlanError
 from expertcut.models.load import LoadOptions, MoeModel, Source
-from expertcut.models.moe_block import MoeBlock
+from expertcut.models.moe_block import MoeBlock, parameters_of
 from expertcut.profiling.storage import Profile
 
 Cut = TypeVar("Cut", bound=CutSettings)
@@ -68,7 +68,7 @@ def size_with(moe: MoeModel, experts_by_layer: Sequence[float]) -> Size:
 
 def _of_experts(block: MoeBlock) -> tuple[int, int, int]:
     """Experts of a block that are no constants, parameters of each, and of all constants."""
-    experts = dict(block.experts.named_parameters())
+    experts = parameters_of(block.experts)
     if block.declared is not None:  # calls of one module share its experts
         n_calls = block.declared.source.calls
         per_expert = sum(p.numel() for p in experts.values()) // (block.n_experts * n_calls)
@@ -95,7 +95,7 @@ def size_of_cut(moe: MoeModel, draft: EditPlan, size_bytes: int) -> Size:
     for block in moe.blocks:
         n_kept = len(draft.edits[block.name].keep)
         n_removed = block.n_experts - n_kept
-        own = sum(p.numel() for p in block.experts.parameters()) // block.n_experts
+        own = sum(p.numel() for p in parameters_of(block.experts).values()) // block.n_experts
         n_constants = 0
         if LAYOUTS[draft.layout].keeps_rows:
             n_constants = n_removed * block.width

@@ -21,7 +21,7 @@ from expertcut.edits.calibrate import Constants
 from expertcut.edits.layouts import Positions
 from expertcut.edits.plan import BlockEdit
 from expertcut.errors import ContractError
-from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.checkpoint_dir import TEXT_PARTS, parts_of, read_config
 from expertcut.models.expert_routing import ExpertRouting, routing_in
 from expertcut.models.load import Source
 from expertcut.models.meta_model import router_widths
@@ -193,8 +193,8 @@ def outside_axes(source: Source, headers: Headers, edits: Mapping[str, BlockEdit
 
 def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config without layers that predict further tokens: counts are 0, lists lose their end."""
-    text = config.get("text_config")
-    fields = {**config, **(text if isinstance(text, dict) else {})}
+    *_, text = parts_of(config)
+    fields = {**config, **text}
     nested = fields.get("mtp_config")
     pairs = [*fields.items(), *(nested.items() if isinstance(nested, dict) else ())]
     counts = [value for key, value in pairs if _COUNT.fullmatch(key)]
@@ -203,8 +203,7 @@ def without_further_tokens(config: Mapping[str, Any]) -> dict[str, Any]:
     length = n_layers + n_further if isinstance(n_layers, int) and n_further else None
     edited = _without_layers(config, length, n_further)
     if not counts:  # several families then count 1
-        place = edited["text_config"] if isinstance(text, dict) else edited
-        place["num_nextn_predict_layers"] = 0
+        parts_of(edited)[-1]["num_nextn_predict_layers"] = 0
     return edited
 
 
@@ -213,7 +212,7 @@ def _without_layers(
 ) -> dict[str, Any]:
     edited = dict(config)
     for key, value in config.items():
-        if key in ("text_config", "mtp_config") and isinstance(value, dict):
+        if key in (*TEXT_PARTS, "mtp_config") and isinstance(value, dict):
             edited[key] = _without_layers(value, length, n_further)
         elif _COUNT.fullmatch(key) and type(value) in (int, type(None)):
             edited[key] = 0

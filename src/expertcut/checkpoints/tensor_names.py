@@ -3,7 +3,8 @@
 Three forms are known: a tensor per expert and projection (`…mlp.experts.3.down_proj.weight`,
 `…block_sparse_moe.experts.3.w2.weight`), or several in its place where it is packed
 (`….down_proj.weight_packed`, as modeling_packed.py lists them); all experts in one tensor (GPT-OSS:
-`…experts.down_proj`); and Granite's `…input_linear.weight` and `…output_linear.weight`.
+`…experts.down_proj`); and such tensors right in the block (Granite: `…input_linear.weight`; Step:
+`…moe.down_proj.weight`).
 """
 
 import math
@@ -14,6 +15,7 @@ from dataclasses import dataclass, replace
 from expertcut.edits.compression import Projection
 from expertcut.errors import ContractError
 from expertcut.models.safetensors_index import StoredTensor
+from expertcut.models.validate import OTHER_PART
 
 Headers = Mapping[str, StoredTensor]
 OutsideAxes = Mapping[str, Mapping[str, int]]  # by a block's loaded name: tensor on disk, its axis
@@ -30,9 +32,10 @@ _CONSTANT_EXPERT = re.compile(
     rf"(?P<block>.+)\.constant_experts\.{_EXPERT}\.(?P<part>{CONSTANT}|{COPIED})"
 )
 _OF_ALL_EXPERTS = re.compile(
-    r"(?P<block>.+)\.(experts\.(?P<part>[^.\d].*)|(?P<granite>(input|output)_linear)\.weight)"
+    r"(?P<block>.+)\.(experts\.(?P<part>(?!.*norm\.)[^.\d].*)"
+    r"|(?P<bare>(input|output)_linear|(gate|up|down)_proj)\.weight)"
 )
-_SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias)")
+_SELECTION_BIAS = re.compile(r"(.*\.)?(e_score_correction_bias|expert_bias|router_bias)")
 _ROUTER = re.compile(r"(router|gate|moe_statics)\..+")
 _FURTHER_TOKENS = re.compile(r"(^|[._])(mtp|nextn)")  # multi-token prediction
 # Of a packed projection its scales and factors: what is multiplied, if the expert is.
@@ -65,9 +68,11 @@ def find_disk_blocks(headers: Headers) -> dict[str, DiskBlock]:
     """The MoE blocks of a checkpoint by their names on disk."""
     found: dict[str, list[str]] = {}
     for name, tensor in headers.items():
+        if OTHER_PART.fullmatch(name):
+            continue
         experts = _of_one_expert(name)
         fused = _OF_ALL_EXPERTS.fullmatch(name)
-        if fused and not (fused["granite"] and len(tensor.shape) != 3):
+        if fused and not (fused["bare"] and len(tensor.shape) != 3):
             experts = experts or fused
         if experts and not _SELECTION_BIAS.fullmatch(name):
             found.setdefault(experts["block"], []).append(name)

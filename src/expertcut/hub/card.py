@@ -24,6 +24,7 @@ from expertcut.hub.provenance import REPORT_FILE, Checkpoint, Evaluated, Origin,
 from expertcut.models.expert_routing import ROUTING_KEY
 from expertcut.models.load import MODELLING_FILE, PACKED_FILE, ROUTED_EXACT_FILE, ROUTED_FILE
 from expertcut.models.modeling_packed import PACKING_KEY
+from expertcut.models.validate import class_name
 from expertcut.reporting import (
     compress_tables,
     edit_tables,
@@ -87,11 +88,14 @@ def loaders(checkpoint: Checkpoint, repo: str, revision: str | None) -> tuple[Lo
     branch = f", revision={json.dumps(revision)}" if revision else ""
     own = "" if is_stock else ", trust_remote_code=True"
     is_routed = ROUTING_KEY in checkpoint.config  # then `model_type` is of the code too
+    auto = class_name(checkpoint.config) if is_stock else "AutoModelForCausalLM"
+    kinds = {file.name.partition("_")[0] for file in checkpoint.files}
+    reader = "Processor" if {"processor", "preprocessor"} & kinds else "Tokenizer"
     lines = Markdown(
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"from transformers import {auto}, Auto{reader}\n\n"
         f"name = {json.dumps(repo)}\n"
-        f"tokenizer = AutoTokenizer.from_pretrained(name{branch}{own if is_routed else ''})\n"
-        f'model = AutoModelForCausalLM.from_pretrained(name, dtype="auto"{branch}{own})'
+        f"{reader.lower()} = Auto{reader}.from_pretrained(name{branch}{own if is_routed else ''})\n"
+        f'model = {auto}.from_pretrained(name, dtype="auto"{branch}{own})'
     )
     code = ROUTED_FILE if is_routed else MODELLING_FILE
     if is_routed and is_exact(checkpoint.config):

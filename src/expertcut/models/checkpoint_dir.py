@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,18 @@ _MAX_CONFIG_BYTES = 10_000_000  # a thousand times those of models
 _READ_ENDINGS = {".json", ".safetensors", ".txt", ".model", ".jinja", ".py", ".tiktoken"}
 _READ_NAMES = ("LICENSE", "LICENCE", "NOTICE", "README.md")
 _FRESH_S = 10.0
+TEXT_PARTS = ("text_config", "language_config", "llm_config", "thinker_config")
 _fingerprints: dict[tuple[object, ...], str] = {}  # by the stamps of the files
+
+
+def text_parts(config: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The parts of config.json that describe what reads text, by name."""
+    return [(name, part) for name in TEXT_PARTS if isinstance(part := config.get(name), dict)]
+
+
+def parts_of(config: Mapping[str, Any]) -> list[Any]:
+    """config.json and its parts that describe what reads text, from the outside in."""
+    return [config, *(inner for _, part in text_parts(config) for inner in parts_of(part))]
 
 
 def read_config(path: Path) -> dict[str, Any]:

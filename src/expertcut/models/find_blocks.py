@@ -23,7 +23,7 @@ from expertcut.models.hooks import (
     registered,
     replaced_forward,
 )
-from expertcut.models.moe_block import MoeBlock, Residual, Step
+from expertcut.models.moe_block import MoeBlock, Residual, Step, parameters_of
 from expertcut.models.validate import ALL_TOP_K_FIELDS
 
 _N_DIGITS = 5  # of factors that two runs tell
@@ -154,13 +154,14 @@ class Probe:
 
 
 def _share(x: Tensor, others: list[Tensor], result: Tensor) -> float | None:
-    """The number a with result = a · x + a sum of multiples of the others; None or 0 if none is."""
+    """The number a with result = a · x + a sum of multiples of the others; None if it is 0."""
     columns = torch.stack([t.double().flatten().cpu() for t in (x, *others)], dim=1)
     wanted = result.double().flatten().cpu()
     found = torch.linalg.lstsq(columns, wanted[:, None], driver="gelsd").solution[:, 0]
     tolerance = 2e-2 if result.dtype.itemsize < 4 else 1e-4
     is_plain = bool((columns @ found - wanted).norm() <= tolerance * wanted.norm())
-    return float(found[0]) if is_plain else None
+    is_part = bool((columns[:, 0] * found[0]).norm() > tolerance * wanted.norm())
+    return float(found[0]) if is_plain and is_part else None
 
 
 def _factor(x: Tensor, own: Any, result: Any, n_digits: int | None = None) -> float | None:
@@ -294,7 +295,7 @@ def experts_per_token(router: Any) -> int:
 
 def _block(name: str, module: nn.Module, layer: int) -> MoeBlock:
     experts: Any = module.experts
-    lengths = {p.shape[0] if p.ndim else 0 for p in experts.parameters()}
+    lengths = {p.shape[0] if p.ndim else 0 for p in parameters_of(experts).values()}
     if places := getattr(experts, "places", None):  # kept experts, then constants
         lengths = {len(places)}
     found = _routers(module)

@@ -85,9 +85,9 @@ def check_named(folder: Path, config: dict[str, Any]) -> None:
     if (weights := config.get(field)) not in (None, SINGLE_FILE, INDEX_FILE):
         raise ModelError(f"{file} says {field} {str(weights)[:100]!r}: must be {SINGLE_FILE}")
     names = [f"{under}{part}_implementation" for part in ("attn", "experts") for under in ("", "_")]
-    for part in (config, config.get("text_config")):
+    for part in checkpoint_dir.parts_of(config):
         for name in names:
-            named = part.get(name) if isinstance(part, dict) else None
+            named = part.get(name)
             for value in named.values() if isinstance(named, dict) else (named,):
                 if value is not None and not (isinstance(value, str) and value.isidentifier()):
                     raise ModelError(
@@ -320,6 +320,7 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         model = _load_all(source, options, config, is_trusted=is_trusted, spreading=spreading)
         check_finite = partial(validate.check_finite, source.path, model, source.weight_files)
         check_finite() if group is None else group.agree(check_finite)
+        model = validate.text_model(model)
         model = (model if spreading else model.to(device)).eval().requires_grad_(False)
     if model.config._attn_implementation not in ("sdpa", "eager"):  # the engine knows their masks
         try:
@@ -341,6 +342,8 @@ def load(source: Source, options: LoadOptions) -> MoeModel:
         for name, module in candidates(model):
             parallel.attach(group, module.experts, name)
     blocks = _blocks(source, model, declared)
+    if not declared:
+        validate.warn_untested(source.path, read_config(source.path))
     return MoeModel(source, model, tokenizer, blocks, layers, options.hidden_states, group)
 
 

@@ -21,6 +21,7 @@ from expertcut.models.validate import (
     expert_count,
     family_config,
     lost_weights,
+    text_model,
     with_expert_count,
 )
 
@@ -64,7 +65,7 @@ def expert_axes(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, tu
 def router_widths(config: Mapping[str, Any]) -> list[int]:
     """Experts per token of each router, by config.json; none if transformers has no code for it."""
     with _meta_model(config) as model:
-        found: Iterable[Any] = () if model is None else routers(model)
+        found: Iterable[Any] = () if model is None else routers(text_model(model))
         return [experts_per_token(router) for router in found]
 
 

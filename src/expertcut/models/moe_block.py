@@ -210,10 +210,16 @@ class MoeBlock:
 
     def expert_tensors(self) -> Iterator[tuple[nn.Module, str, Tensor, int]]:
         """Every (owner, name, tensor, axis) of the block with an axis of length E."""
-        yield from ((m, n, t, 0) for m, n, t in _owned(self.experts))
+        owned = _owned(self.experts)
+        yield from ((m, n, t, 0) for m, n, t in owned if t.ndim > 1 or m is self.experts)
         for owner, name, tensor in (*_owned(self.router), *_direct(self.module)):
             if self.n_experts in tensor.shape:
                 yield owner, name, tensor, tensor.shape.index(self.n_experts)
+
+
+def parameters_of(experts: nn.Module) -> dict[str, nn.Parameter]:
+    """Those with a row for each expert, by name: a norm behind them (Muse Spark) has none."""
+    return {n: p for n, p in experts.named_parameters() if p.ndim > 1 or "." not in n}
 
 
 def _loaded(owner: nn.Module, name: str, tensor: Tensor) -> Tensor:

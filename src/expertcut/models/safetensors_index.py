@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from expertcut.errors import ModelError
-from expertcut.models.checkpoint_dir import check_size, parse, read_config
+from expertcut.models.checkpoint_dir import check_size, parse, parts_of, read_config
 
 if TYPE_CHECKING:
     from expertcut.models.modeling_packed import Packing
@@ -73,8 +73,8 @@ def refuse_quantized(folder: Path, stored: Stored) -> None:
     config = read_config(folder) if (folder / "config.json").exists() else {}
     if read_packing(folder, config, stored) is not None:
         return
-    for part in (config, config.get("text_config")):
-        if quantized := part.get("quantization_config") if isinstance(part, dict) else None:
+    for part in parts_of(config):
+        if quantized := part.get("quantization_config"):
             method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
             raise ModelError(f"{folder} is quantized ({method}): {TAKE_PLAIN}")
     for name, tensor in stored.tensors.items():

@@ -15,13 +15,15 @@ from safetensors import safe_open
 from torch import Tensor
 
 from expertcut.errors import ContractError, ExpertcutError, ModelError
-from expertcut.models.checkpoint_dir import read_config
+from expertcut.models.checkpoint_dir import parts_of, read_config, text_parts
 from expertcut.models.modeling_packed import PACKING_KEY, TYPE_PREFIX
 from expertcut.models.safetensors_index import TAKE_PLAIN, Stored, StoredTensor, weights_file
 
 _BRINGS_CODE = "brings code of its own: read that, then --trust-remote-code"
 _NO_WEIGHTS = "is not supported: has experts without weights (zero-computation experts)"
 _BREAKS = "models are not supported: its"
+_WEIGHS_SHARED = f"{_BREAKS} router shares each token's weight between routed and shared experts"
+_ENCODES = f"{_BREAKS} encoder has experts too (an encoder-decoder model)"
 _SCALES_INPUT = f"{_BREAKS} router scales the expert's input, so an expert has no output of its own"
 # Families that break the contract, by config.model_type.
 REFUSED = {
@@ -31,7 +33,32 @@ REFUSED = {
     "longcat_flash": _NO_WEIGHTS,  # 256 of them where config.json does not say
     "zaya": f"{_NO_WEIGHTS}: its router can skip all experts",
     "doge": "is not supported: its experts are rows of an embedding, not modules",
+    "dbrx": f"{_BREAKS} router chooses no experts itself, and all experts share one matrix",
+    "diffusion_gemma": f"{_BREAKS} text is denoised in blocks, not written token by token",
+    "ernie4_5_vl_moe": f"{_BREAKS} config.json has one count for text experts and vision experts",
+    "gemma4_assistant": "is not supported: it drafts from the states of another model",
+    "inkling_mm_model": _WEIGHS_SHARED,
+    "inkling_text": _WEIGHS_SHARED,
+    "nemo_speechlm": f"{_BREAKS} prompts are sounds, which no quiz or text has",
+    "nllb-moe": _ENCODES,
+    "openai_privacy_filter": f"{_BREAKS} output is a label of each token, not the next token",
+    "switch_transformers": _ENCODES,
 }
+# By config.model_type: the rows of docs/families.md. Others are loaded with a warning.
+_TESTED = """
+afmoe aria aria_text axk1 axk2 bailing_hybrid beam cohere2_moe deepseek_ocr2 deepseek_v2
+deepseek_v3 deepseek_v32 deepseek_v4 dots1 dots3_note dots3_note_text ernie4_5_moe exaone_moe
+flex_olmo flint gemma4 gemma4_text glm4_moe glm4_moe_lite glm4v_moe glm5_next glm_moe_dsa
+gpt_oss granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4
+inkling2 inkling2_text jamba kimi_k25 kimi_linear kolibri1 laguna lfm2_moe mellum mimo_v2_flash
+minimax minimax_m2 minimax_m3_vl minimax_m3_vl_text mistral3 mistral4 mistral_large4 mixtral
+muse_spark nemotron_h nemotron_h_omni olmoe phimoe qwen2_moe qwen3_5_moe qwen3_5_moe_text
+qwen3_moe qwen3_next qwen3_omni_moe qwen3_omni_moe_thinker qwen3_vl_moe qwen4_exp qwen4_exp_text
+solar_open step3p7 unlimited_ocr
+"""
+TESTED = frozenset(_TESTED.split())
+# Tensors of parts that read or write something else; their experts are neither counted nor cut.
+OTHER_PART = re.compile(r"(.+\.)?(vision|visual|audio|talker|code2wav)(_\w+)?\..+")
 EXPERT_COUNT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K_FIELDS = ("num_experts_per_tok", "num_experts_per_token", "experts_per_token", "moe_k")
 ALL_TOP_K_FIELDS = (*_TOP_K_FIELDS, "moe_topk", "moe_top_k", "top_k_experts")
@@ -42,6 +69,8 @@ _COUNT_FIELDS = (
 _OF_EXPERT = re.compile(r"(?P<block>.+)\.(constant_)?experts\.(?P<expert>\d{1,9})\.(?P<part>.+)")
 _CONSTANT = {"approx_value"}  # the tensors of a removed expert of layout exact
 _PROBE = "Answer: A"
+_TEXT_CLASS = "AutoModelForCausalLM"
+_OTHER_CLASSES = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM")
 
 logger = logging.getLogger(__name__)
 
@@ -97,17 +126,14 @@ def check_quantization(folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
-    """Refuses configs of dense models, of other modalities, and of unsupported experts."""
+    """Refuses configs of dense models and of unsupported experts."""
     file, family = folder / "config.json", str(config.get("model_type"))[:50]
     field = "zero_expert_num"  # of LongCat
-    for part in (_text_config(config), config):
-        if isinstance(n_zero := part.get(field), int) and n_zero > 0:
-            raise ContractError(f"{file}: {family} {_NO_WEIGHTS}: {field} {n_zero}")
+    if isinstance(n_zero := _all_fields(config).get(field), int) and n_zero > 0:
+        raise ContractError(f"{file}: {family} {_NO_WEIGHTS}: {field} {n_zero}")
     if family in REFUSED and (family != "longcat_flash" or config.get(field) is None):
         raise ContractError(f"{file}: {family} {REFUSED[family]}")
     n_experts = expert_count(config)
-    if n_experts is None and _modalities(config):
-        raise not_a_text_model(folder, config)
     for name, value in _all_fields(config).items():
         is_count = name in EXPERT_COUNT_FIELDS or re.fullmatch(r"(n|num)_(\w+_)?experts", name)
         if is_count and isinstance(value, str | float | list):  # "8" would count as no experts
@@ -121,28 +147,48 @@ def check_moe(model: str, folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def auto_class(config: Any) -> Any:
-    """The Auto class of transformers that loads a config: that of text models, if it has one."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText  # slow
+def warn_untested(folder: Path, config: Mapping[str, Any]) -> None:
+    """Warns of a family that no test runs."""
+    family = re.sub(r"^((routed|packed|exact)_)*", "", str(config.get("model_type")))[:50]
+    if family not in TESTED:
+        told = "%s: model_type %s is not tested (docs/families.md): its gates are as expected"
+        logger.warning(told, folder / "config.json", family)
 
-    classes = (AutoModelForCausalLM, AutoModelForImageTextToText)
+
+def auto_class(config: Any, *, is_whole: bool = False) -> Any:
+    """The Auto class of transformers that loads a config: that of text models, if it has one.
+
+    `is_whole`: one that loads images and sounds too, if it has one.
+    """
+    import transformers  # slow
+
+    names = (*_OTHER_CLASSES, _TEXT_CLASS) if is_whole else (_TEXT_CLASS, *_OTHER_CLASSES)
+    classes = (getattr(transformers, name) for name in names)
     return next((auto for auto in classes if type(config) in auto._model_mapping), None)
 
 
+def class_name(config: Mapping[str, Any]) -> str:
+    """The Auto class that loads a checkpoint whole, with what sees, hears or speaks in it."""
+    from transformers.models.auto import modeling_auto as auto  # slow
+
+    parts = {name for part in parts_of(config) for name, own in part.items() if own}
+    image_text, multimodal = _OTHER_CLASSES
+    if not {"vision_config", "audio_config"} & parts:
+        return _TEXT_CLASS
+    is_known = config.get("model_type") in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return image_text if is_known else multimodal
+
+
+def text_model(model: Any) -> Any:
+    """The part of a loaded model that reads and writes text: Omni models run in parts only."""
+    return getattr(model, "thinker", model)
+
+
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
-    """The error for a model that is not a text model."""
-    model, modalities = str(config.get("model_type"))[:50], _modalities(config)
-    kind = "a vision-language model" if modalities == {"vision_config"} else "a multimodal model"
-    what = kind if modalities else "no text model that transformers can load (AutoModelForCausalLM)"
-    fault = f"{model} is {what}, not supported: take a text model"
-    return ModelError(f"{folder / 'config.json'}: {fault}")
-
-
-def _modalities(config: Mapping[str, Any]) -> set[str]:
-    thinker = config.get("thinker_config")  # of the Omni models
-    parts = (config, thinker if isinstance(thinker, dict) else {})
-    names = ("vision_config", "audio_config")
-    return {name for part in parts for name in names if isinstance(part.get(name), dict)}
+    """The error for a model that does not write text, or is a part of such a model."""
+    model = str(config.get("model_type"))[:50]
+    fault = "is no text model that transformers can load (AutoModelForCausalLM)"
+    return ModelError(f"{folder / 'config.json'}: {model} {fault}: take a text model")
 
 
 def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> None:
@@ -163,7 +209,7 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
         raise ModelError(f"{file} says {n_said} layers, the weights hold {n_layers}")
     blocks: dict[str, dict[int, dict[str, StoredTensor]]] = {}
     for name, tensor in stored.tensors.items():
-        if match := _OF_EXPERT.fullmatch(name):
+        if (match := _OF_EXPERT.fullmatch(name)) and not OTHER_PART.fullmatch(name):
             experts = blocks.setdefault(f"{match['block']}.experts", {})
             experts.setdefault(int(match["expert"]), {})[match["part"]] = tensor
     for block, experts in blocks.items():
@@ -175,10 +221,10 @@ def check_counts(folder: Path, config: Mapping[str, Any], stored: Stored) -> Non
 
 
 def with_expert_count(config: Mapping[str, Any], before: int, after: int) -> dict[str, Any]:
-    """The config with the expert count changed in all of its fields."""
-    edited = dict(config)
-    if isinstance(text := config.get("text_config"), dict):
-        edited["text_config"] = with_expert_count(text, before, after)
+    """The config with the text part's expert count changed in all of its fields."""
+    edited = {**config}
+    for name, part in text_parts(config):
+        edited[name] = with_expert_count(part, before, after)
     return edited | {f: after for f in EXPERT_COUNT_FIELDS if edited.get(f) == before}
 
 
@@ -192,9 +238,9 @@ def family_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def with_top_k(config: Mapping[str, Any], top_k: int) -> dict[str, Any]:
     """The config with the number of experts per token changed in all of its fields."""
-    edited = dict(config)
-    if isinstance(text := config.get("text_config"), dict):
-        edited["text_config"] = with_top_k(text, top_k)
+    edited = {**config}
+    for name, part in text_parts(config):
+        edited[name] = with_top_k(part, top_k)
     for field in ALL_TOP_K_FIELDS:
         if isinstance(value := edited.get(field), list):  # by layer
             edited[field] = [top_k] * len(value)
@@ -210,13 +256,8 @@ def expert_count(config: Mapping[str, Any]) -> int | None:
     return next((n for n in counts if isinstance(n, int) and n > 1), None)
 
 
-def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    text = config.get("text_config")
-    return text if isinstance(text, dict) else {}
-
-
 def _all_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {**_text_config(config), **config}
+    return {k: v for part in reversed(parts_of(config)) for k, v in part.items()}
 
 
 def _check_alike(folder: Path, block: str, experts: dict[int, dict[str, StoredTensor]]) -> None:

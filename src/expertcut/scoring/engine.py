@@ -213,11 +213,15 @@ class Engine:
             if difference <= tolerance:
                 return
             off = f"off by {difference:.2g} (at most {tolerance:g} allowed)"
-            if self.attention == "masked" or mode != "packed":
-                break
-            self.attention = "masked"
             # Only slower, so no warning: rounding in half precision can cause it.
-            logger.info("attention in two parts is %s: using a mask instead, which is slower", off)
+            if self.attention != "masked" and mode == "packed":
+                self.attention = "masked"
+                logger.info("attention in two parts is %s: using a mask instead", off)
+            elif self.last_layer is not None:  # Inkling-2: a convolution reads the last block
+                self.last_layer = None
+                logger.info("the last block at the answers alone is %s: running it whole", off)
+            else:
+                break
         self.is_trusted = False
         logger.warning("%s scoring is %s: scoring one prompt at a time instead", mode, off)
 

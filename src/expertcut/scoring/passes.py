@@ -252,6 +252,8 @@ class Run:
                 use_cache=self.cache is not None,
                 logits_to_keep=columns.to(device),
             ).logits
+        if logits_BCV.shape[1] != len(columns):  # some models give those of all positions
+            column_N = columns[column_N]
         result: Tensor = logits_BCV[step.answers_N // width, column_N]
         return result
 
