@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from expertcut.models import validate
 from expertcut.models.hooks import Routing, observe_routers
 from tests.conftest import FAMILIES, PADDED_FAMILIES, Commands, open_model
 from tests.support.matrix import facts_line, facts_of, table
@@ -53,3 +54,13 @@ def test_a_routing_rule_in_a_layer_that_is_the_block_is_refused_in_one_line(
     said = expertcut(f"route {model} --rule skip --at 0.5 --quiz {quiz_folder}", status=2)
     assert "beside other modules of the decoder layer" in said.splitlines()[-1]
     assert not list(tmp_path.glob("checkpoints/*"))
+
+
+def test_a_family_that_no_test_runs_is_loaded_with_a_warning(
+    checkpoint: Checkpoints, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    open_model(checkpoint("olmoe"))
+    assert "is not tested" not in caplog.text
+    monkeypatch.setattr(validate, "TESTED", validate.TESTED - {"olmoe"})
+    open_model(checkpoint("olmoe"))
+    assert "config.json: model_type olmoe is not tested (docs/families.md)" in caplog.text

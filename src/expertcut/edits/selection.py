@@ -260,8 +260,8 @@ def check_wanted(settings: CutSettings, blocks: Sequence[BlockInfo]) -> None:
 
 
 def kept_counts(
-    n_keeps: Sequence[int], blocks: Sequence[BlockInfo], layout: Layout
-) -> Sequence[int]:
+    n_keeps: list[int], blocks: Sequence[BlockInfo], layout: Layout
+) -> list[int]:
     """The counts, but all experts of layers that a table of token ids routes, if the layout can."""
     if LAYOUTS[layout].needs_equal_counts:
         return n_keeps
