@@ -508,6 +508,7 @@ MORE |= {
             "num_local_experts": 8,
             "moe_intermediate_size": 16,
             "moe_hidden_size": 24,
+            "output_multiplier": 0.5,
         },
         "vision_config": _GRID,
         "audio_config": {

@@ -259,9 +259,7 @@ def check_wanted(settings: CutSettings, blocks: Sequence[BlockInfo]) -> None:
         plan.check_count(blocks, wanted_count(settings, blocks), settings.layout)
 
 
-def kept_counts(
-    n_keeps: list[int], blocks: Sequence[BlockInfo], layout: Layout
-) -> list[int]:
+def kept_counts(n_keeps: list[int], blocks: Sequence[BlockInfo], layout: Layout) -> list[int]:
     """The counts, but all experts of layers that a table of token ids routes, if the layout can."""
     if LAYOUTS[layout].needs_equal_counts:
         return n_keeps
