@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from expertcut.edits.plan import load_plan
 from expertcut.profiling.storage import Profile, load_profile
 from tests.conftest import Commands, open_model
 
@@ -86,3 +88,37 @@ def test_an_audit_removes_experts_of_the_other_layers_alone(
     assert said
     text = (tmp_path / "a" / "audit.json").read_text()
     assert '"layer":1' in text.replace(" ", "") and '"layer":0' not in text.replace(" ", "")
+
+
+def test_layout_exact_keeps_the_tables_layer_whole_and_cuts_the_others_as_if_they_gave_zero(
+    expertcut: Commands, checkpoint: Checkpoints, profiled: str, tmp_path: Path
+) -> None:
+    words = f"prune --profile {profiled} --keep 6 --by reap --layout exact --removed zero"
+    expertcut(f"{words} --no-verify --out cut")
+    keep = [edit.keep for edit in load_plan(tmp_path / "cut").blocks.values()]
+    assert list(map(len, keep)) == [8, 6, 6]
+    before, after = (
+        load_file(path / "model.safetensors")
+        for path in (checkpoint("deepseek_v4"), tmp_path / "cut")
+    )
+    hashed = {name for name in before if ".layers.0." in name}
+    assert hashed and all(torch.equal(before[name], after[name]) for name in hashed)
+    assert {name for name in before if name not in after} == {
+        name
+        for layer in (1, 2)
+        for name in before
+        for e in {*range(8)} - {*keep[layer]}
+        if f".layers.{layer}." in name and f".experts.{e}." in name
+    }
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint("deepseek_v4")).eval()
+    ids = torch.arange(2, 60)[None]
+    with torch.inference_mode():
+        untouched = plain(input_ids=ids, use_cache=False).logits
+        for block, kept in zip(open_model(checkpoint("deepseek_v4")).blocks, keep, strict=True):
+            experts = plain.get_submodule(block.name).experts
+            for e in {*range(8)} - {*kept}:
+                experts.down_proj[e] = 0
+        wanted = plain(input_ids=ids, use_cache=False).logits
+        cut = open_model(tmp_path / "cut").model(input_ids=ids, use_cache=False).logits
+    torch.testing.assert_close(cut, wanted, rtol=1e-4, atol=1e-4)
+    assert (cut - untouched).abs().max() > 1e-2

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from expertcut.checkpoints.build import engine_as_profiled
+from expertcut.checkpoints.exact import REFUSED as NOT_EXACT
 from expertcut.checkpoints.exact import ExactWriter
 from expertcut.checkpoints.tensor_names import match_blocks
 from expertcut.cli import main
@@ -33,6 +34,7 @@ from expertcut.edits.plan import BlockEdit, PlanFile, load_plan
 from expertcut.edits.splits import questions_for
 from expertcut.errors import ContractError
 from expertcut.evaluation.search_results import load_audit, load_sweep
+from expertcut.models.checkpoint_dir import read_config
 from expertcut.models.load import LoadOptions, MoeModel, find_source
 from expertcut.profiling.schema import BlockInfo
 from expertcut.profiling.storage import Profile, load_profile
@@ -457,9 +459,15 @@ def facts_of(model: Path) -> dict[str, str]:
         "groups": f"{block.top_groups} of {block.n_groups}" if is_split else "no",
         "scored": scoring_mode(moe.model.config, longest=500),
         "experts on disk": "one by one" if on_disk.by_expert else "fused",
-        "layouts": f"stock, exact{'' if _takes_biases(moe) else ' without biases'}",
+        "layouts": _layouts(moe),
         "`easy_ep`": "yes" if all(b.residual for b in moe.blocks) else "no",
     }
+
+
+def _layouts(moe: MoeModel) -> str:
+    if read_config(moe.source.path)["model_type"] in NOT_EXACT:
+        return "stock"
+    return f"stock, exact{'' if _takes_biases(moe) else ' without biases'}"
 
 
 def _takes_biases(moe: MoeModel) -> bool:

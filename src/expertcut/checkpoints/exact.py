@@ -32,6 +32,10 @@ from expertcut.scoring.rerouting import Rerouting
 _MODULE = MODELLING_FILE.removesuffix(".py")
 _CODE = (MODELLING_FILE, ROUTED_EXACT_FILE)
 _CAP = re.compile(r"\w*router\w*softcap\w*")  # of logits, behind which a bias would have to act
+# By config.model_type, of families that layout stock cuts.
+REFUSED = frozenset(
+    ("dots3_note", "muse_spark", "qwen3_5_moe", "qwen3_omni_moe", "qwen4_exp", "step3p7")
+)
 
 
 class ExactWriter(LayoutWriter):
@@ -155,6 +159,11 @@ def _check_exact(config: Mapping[str, Any], *, is_cutting: bool) -> None:
         raise ContractError(
             "the model has layout exact already: it can be reweighted, but to cut it again, cut "
             "the one it was made from"
+        )
+    if model_type in REFUSED:
+        raise ContractError(
+            f"layout exact does not support {model_type}, whose modelling file could not load the "
+            "result: use --layout stock"
         )
     if "auto_map" in config and not is_exact(config):
         raise ContractError(

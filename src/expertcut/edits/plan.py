@@ -541,10 +541,10 @@ def check_count(blocks: Sequence[BlockInfo], n_keep: int, layout: Layout) -> Non
 def _faults(block: BlockInfo, edit: BlockEdit, layout: Layout) -> Iterator[str]:
     name, n, n_kept = block.name, block.experts, len(edit.keep)
     if block.is_hashed and (n_kept < n or edit.merged):
-        yield (
-            f"{name} chooses its experts by a table of token ids, so all {n} must stay, and one "
-            "count holds for all layers of this family: it cannot be cut"
-        )
+        what = f"{name} chooses its experts by a table of token ids, so all {n} must stay"
+        is_stock = LAYOUTS[layout].needs_equal_counts and not edit.merged
+        one_count = f", and layout {layout} has one count for all layers: take --layout exact"
+        yield what + (one_count if is_stock else "")
     if outside := [e for e in edit.keep if not 0 <= e < n]:
         yield f"{name} keeps expert {outside[0]} but has experts 0 to {n - 1}"
     if n_kept < (least := least_experts(block, layout)):

@@ -11,7 +11,7 @@ from expertcut.edits import plan
 from expertcut.edits.criteria import CRITERIA, activations, positions_of, ranked, scores
 from expertcut.edits.domains import Limit, Overlap, kept_shares, maxmin
 from expertcut.edits.edit_settings import CutSettings, RankSettings
-from expertcut.edits.layouts import LAYOUTS
+from expertcut.edits.layouts import LAYOUTS, Layout
 from expertcut.errors import PlanError, ProfileError, SettingsError
 from expertcut.profiling.blend import Blend, BlendRule
 from expertcut.profiling.schema import BlockInfo
@@ -259,6 +259,13 @@ def check_wanted(settings: CutSettings, blocks: Sequence[BlockInfo]) -> None:
         plan.check_count(blocks, wanted_count(settings, blocks), settings.layout)
 
 
+def kept_counts(n_keeps: list[int], blocks: Sequence[BlockInfo], layout: Layout) -> list[int]:
+    """The counts, but all experts of layers that a table of token ids routes, if the layout can."""
+    if LAYOUTS[layout].needs_equal_counts:
+        return n_keeps
+    return [b.experts if b.is_hashed else n for n, b in zip(n_keeps, blocks, strict=True)]
+
+
 def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
     """What each layer keeps at least under a global budget: top-k, and `min_keep`."""
     for block in blocks:
@@ -266,7 +273,9 @@ def floors(blocks: Sequence[BlockInfo], min_keep: int | None) -> list[int]:
             raise PlanError(
                 f"--min-keep {min_keep} is more than the {block.experts} experts of {block.name}"
             )
-    return [max(block.top_k, min_keep or 0) for block in blocks]
+    return [
+        block.experts if block.is_hashed else max(block.top_k, min_keep or 0) for block in blocks
+    ]
 
 
 def as_numbers(score_E: Array) -> Array:
@@ -444,6 +453,7 @@ def _cut(ranking: Ranking, n_keep: int) -> Pruning:
             least = floors(blocks, settings.min_keep)
             by_score = [protected(o, ids) for o, ids in zip(ranking.orders, first, strict=True)]
             n_keeps = share_out(n_keep, ranking.scores, by_score, first, least)
+        n_keeps = kept_counts(n_keeps, blocks, settings.layout)
         return _prune(n_keeps, orders, ranking.counts, blocks, draft, ranking.numbers)
 
     plain = prune(ranking.orders, [()] * len(blocks))
@@ -478,8 +488,8 @@ def keep_active(profile: Profile, settings: CutSettings) -> Pruning:
         most = max(most, _stock_count(block, int(per_group.max())))
         fill_E = layer.alpha_mean_E if layer.tokens_E is None else layer.tokens_E
         orders.append(ranked(is_active_E * (1.0 + fill_E.max()) + fill_E, layer.alpha_mean_E))
-    if LAYOUTS[settings.layout].needs_equal_counts:
-        n_keeps = [most] * len(blocks)
+    is_equal = LAYOUTS[settings.layout].needs_equal_counts
+    n_keeps = kept_counts([most] * len(blocks) if is_equal else n_keeps, blocks, settings.layout)
     draft = empty_draft(settings, "keep-active", "prune --keep-active", "activations")
     pruning = _prune(n_keeps, orders, counts, blocks, draft, plan.expert_ids(profile))
     if not settings.protect:

@@ -91,9 +91,10 @@ def headline(findings: Findings) -> list[str]:
 def next_commands(profile: Profile, by: Sequence[str]) -> list[str]:
     """What to do with a profile: to cut by it, if that can be, and to see its tables."""
     path = str(profile.path)
-    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by)
     blocks = profile.info.model.blocks
-    can_prune = not any(b.is_hashed or (b.declared and b.declared.why_not_cut) for b in blocks)
+    layout = ("--layout", "exact") if any(b.is_hashed for b in blocks) else ()
+    prune = ("prune", "--profile", path, "--sparsity", "0.5", *by, *layout)
+    can_prune = not any(b.declared and b.declared.why_not_cut for b in blocks)
     return next_lines(*((prune,) if can_prune else ()), ("show", path, "--tables"))
 
 
