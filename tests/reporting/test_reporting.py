@@ -707,8 +707,8 @@ def test_every_criterion_is_a_documented_function():
 def test_choices_on_the_command_line_are_those_of_the_files():
     fields = ProfileSettings.model_fields
     stats, perturb = fields["stats"].annotation, fields["perturb"].annotation
-    # `none` is what `eval` keeps.
-    assert {*get_args(get_args(stats)[0]), "none"} == set(get_args(schema.Stats))
+    # `none` is what `eval` keeps, `routes` what a profile of recorded routes has.
+    assert {*get_args(get_args(stats)[0]), "none", "routes"} == set(get_args(schema.Stats))
     assert get_args(get_args(perturb)[0]) == get_args(findings.Kind)
 
 

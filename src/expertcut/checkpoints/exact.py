@@ -33,9 +33,7 @@ _MODULE = MODELLING_FILE.removesuffix(".py")
 _CODE = (MODELLING_FILE, ROUTED_EXACT_FILE)
 _CAP = re.compile(r"\w*router\w*softcap\w*")  # of logits, behind which a bias would have to act
 # By config.model_type, of families that layout stock cuts.
-REFUSED = frozenset(
-    ("dots3_note", "muse_spark", "qwen3_5_moe", "qwen3_omni_moe", "qwen4_exp", "step3p7")
-)
+REFUSED = frozenset(("dots3_note", "muse_spark", "qwen3_omni_moe", "step3p7"))
 
 
 class ExactWriter(LayoutWriter):
@@ -186,13 +184,23 @@ def _class_names(config: Mapping[str, Any]) -> tuple[str, str, str]:
     family = family_type(config)
     own: Any = CONFIG_MAPPING[family] if family in CONFIG_MAPPING else None  # noqa: SIM401
     for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
-        if own in auto._model_mapping:
-            model: Any = auto._model_mapping[own]
+        if own not in auto._model_mapping:
+            continue
+        model: Any = auto._model_mapping[own]
+        if model.config_class is own:  # not of its text part alone
             return own.__name__, model.__name__, auto.__name__
     raise ContractError(
         f"layout exact needs a model class of transformers, which {family[:50]} has not: use "
         "--layout stock"
     )
+
+
+def _has_text_class(config: Mapping[str, Any]) -> bool:
+    """Whether transformers has a class of the text part, which cannot load constants."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[family_type(config)] in AutoModelForCausalLM._model_mapping
 
 
 def exact_config(
@@ -207,6 +215,8 @@ def exact_config(
     """
     own_config, model, auto = _class_names(config)
     auto_map = {auto: f"{_MODULE}.Exact{model}"}
+    if auto != "AutoModelForCausalLM" and _has_text_class(config):
+        auto_map["AutoModelForCausalLM"] = auto_map[auto]
     edited = {**config, "auto_map": auto_map}
     edited.pop("approximate_experts", None)
     if constants := {block: ids for block, ids in constants.items() if ids}:
