@@ -213,9 +213,12 @@ def test_a_trace_that_is_not_there_and_one_of_another_model_are_refused(
 ) -> None:
     assert "is not there" in expertcut(f"place {tmp_path}/none --devices 4", status=2)
     model = Path(json.loads((trace / "trace.json").read_text())["model"]["id"])
-    config = model / "config.json"
-    config.write_text(config.read_text().replace("{", '{"changed": 1,', 1))
-    said = expertcut(f"place {trace} --devices 4 --write --out {tmp_path}/out", status=2)
+    config, content = model / "config.json", (model / "config.json").read_text()
+    config.write_text(content.replace("{", '{"changed": 1,', 1))
+    try:
+        said = expertcut(f"place {trace} --devices 4 --write --out {tmp_path}/out", status=2)
+    finally:  # other tests read it too
+        config.write_text(content)
     assert "is a trace of another model" in said
 
 
