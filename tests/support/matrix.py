@@ -62,8 +62,6 @@ WORLDS: dict[str, tuple[str, dict[str, object]]] = {
     "laguna, no cap": ("laguna", {"moe_router_logit_softcapping": 0.0}),
     "nemotron_h, no latent": ("nemotron_h", {"moe_latent_size": None}),
 }
-# Profiled and cut as all are; their rows of the matrix are not in the page yet.
-UNMEASURED = {"flint", "qwen4_exp_text"}
 # What people call the models of a type.
 NAMES = {
     "afmoe": "Trinity",
