@@ -126,7 +126,11 @@ def blocks(model):
 """
 WRONG = {
     "other weights": ("z, w, e", "z, w / w.sum(-1, keepdim=True), e", "it weighs expert"),
-    "no shared expert": ("shared=m.shared_experts", "", "it adds something that is no sum"),
+    "no shared expert": (
+        "shared=m.shared_experts",
+        "",
+        "it adds something that `experts` do not give",
+    ),
     "a swapped pair": (
         "own = ",
         "own = [m.experts[1], m.experts[0], *m.experts[2:]]; _ = ",
@@ -135,10 +139,18 @@ WRONG = {
     "one call too many": ("shared=", "calls=2, shared=", "ran 1 times in one pass, must be 2"),
     "ids that are none": ("z, w, e", "z, w, e + 7", "chooses experts outside 0 to 7"),
     "one expert twice": ("z, w, e", "z, w, e[:, :1].expand(-1, 2)", "chooses an expert twice"),
-    "a weight for nobody": ("z, w, e", "z, w, e - 9", "a weight to nobody"),
+    "a weight for nobody": (
+        "z, w, e",
+        "z, w, e - 9",
+        "a weight to an expert id that stands for none",
+    ),
     "another top k": ("own, 2", "own, 3", r"have the shapes .* and twice \(16, 3\)"),
     "uneven groups": ("shared=", "groups=2, shared=", "do not lie evenly in 2 groups"),
-    "no zero expert": ("shared=", "constants={1: 'zero'}, shared=", "expert 1 is no zero expert"),
+    "no zero expert": (
+        "shared=",
+        "constants={1: 'zero'}, shared=",
+        "expert 1 is not a zero expert",
+    ),
     "a block twice": (
         "            yield",
         "            yield Declared(name, m, own, 2, route)\n            yield",
@@ -149,7 +161,7 @@ WRONG = {
     "code that fails": ("z = m.gate(x)", "z = m.gat(x)", "fails with AttributeError"),
     "something else": ("yield Declared(", "yield dict(name=", "must be a Declared|fails with"),
     "nothing": ('shared_experts")', 'other_experts")', "yields no block of this tiny_declared"),
-    "no function": ("def blocks", "def block", "defines no function blocks"),
+    "no function": ("def blocks", "def block", "must define blocks"),
     "no Python": ("def blocks(model):", "def blocks(model:", "fails with SyntaxError"),
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from expertcut.errors import ContractError, ExpertcutError
 from expertcut.files import read_file
 from expertcut.models import hooks
-from expertcut.models.declared import Declared, DeclaredBlock, OwnCall
+from expertcut.models.declared import Declared, DeclaredBlock, OwnCall, copied
 from expertcut.models.gate_laws import broken, check_calls, routing_faults
 from expertcut.models.kernels import INNER
 from expertcut.models.moe_block import MoeBlock
@@ -30,7 +30,7 @@ class Contract:
 
 
 def read_contract(path: Path, recorded: str | None = None) -> Contract:
-    """Runs a contract file; ContractError if it is not the `recorded` one, or is none."""
+    """Runs a contract file; ContractError if it is not the `recorded` one, or not a contract."""
     try:
         content = read_file(path)
     except OSError as error:
@@ -45,7 +45,7 @@ def read_contract(path: Path, recorded: str | None = None) -> Contract:
     with _running(str(path)):
         exec(compile(content, str(path), "exec"), names)  # as --trust-remote-code allows
     if not callable(blocks := names.get("blocks")):
-        raise ContractError(f"{path} is no contract: it defines no function blocks(model)")
+        raise ContractError(f"{path} is not a contract: it must define blocks(model)")
     return Contract(path.absolute(), sha256, blocks)
 
 
@@ -136,9 +136,6 @@ def _own_calls(
     found: dict[int, list[OwnCall]] = {id(own.module): [] for own in declared}
     given: dict[int, tuple[Any, Any]] = {}
 
-    def copied(value: Any) -> Any:
-        return value.clone() if isinstance(value, Tensor) else value
-
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
         # Some change their input in place.
         given[id(module)] = tuple(map(copied, args)), {k: copied(v) for k, v in kwargs.items()}
@@ -181,7 +178,9 @@ def _checked(own: Declared, call: OwnCall) -> tuple[DeclaredBlock, hooks.Routed]
         y_TD = own.experts[expert](x_TD)
         factor = 0.0 if kind == "zero" else float((x_TD * y_TD).sum() / (x_TD * x_TD).sum())
         if kind != "constant" and not torch.allclose(y_TD, factor * x_TD, rtol=1e-2, atol=1e-6):
-            raise broken(own, "sum", f"expert {expert} is no {kind} expert, as `constants` says")
+            raise broken(
+                own, "sum", f"expert {expert} is not a {kind} expert, but `constants` says so"
+            )
     block.check_output(call, block(*call.args, **call.kwargs))
     return block, routed
 

@@ -165,8 +165,8 @@ class DeclaredBlock(nn.Module):
 
     def check(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any) -> None:
         """Compares an output with that of the module's own forward; ContractError if it drifts."""
-        args, kwargs = [*map(_copied, args)], {name: _copied(v) for name, v in kwargs.items()}
-        given = [*map(_copied, args)], {name: _copied(v) for name, v in kwargs.items()}
+        args, kwargs = [*map(copied, args)], {name: copied(v) for name, v in kwargs.items()}
+        given = [*map(copied, args)], {name: copied(v) for name, v in kwargs.items()}
         own = self.own_forward(*args, **kwargs)  # some change their input in place
         self.check_output(OwnCall(tuple(given[0]), given[1], own), output)
 
@@ -224,7 +224,7 @@ class DeclaredBlock(nn.Module):
                 "`experts` swapped?"
             )
         return (
-            "it adds something that is no sum of `experts`: a shared expert, which `shared` names, "
+            "it adds something that `experts` do not give: a shared expert, which `shared` names, "
             "or experts with other weights"
         )
 
@@ -243,5 +243,6 @@ def _distance(found: Tensor, wanted: Tensor) -> float:
     return float(off / size.clamp(min=1e-30))
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
+    """A tensor of its own; anything else as it is."""
     return value.clone() if isinstance(value, Tensor) else value

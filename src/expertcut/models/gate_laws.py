@@ -432,7 +432,7 @@ def routing_faults(routed: hooks.Routed, n_experts: int) -> Iterator[str]:
     if bool(((experts_TK < 0) | (experts_TK > n_experts)).any()):
         yield f"its router chooses experts outside 0 to {n_experts - 1}"
     if bool((weights_TK[is_nobody_TK] != 0).any()) or not bool(weights_TK.isfinite().all()):
-        yield "its router gives a weight to nobody, or one that is not finite"
+        yield "its router gives a weight to an expert id that stands for none, or no finite one"
     sorted_TK = experts_TK.sort(dim=1).values
     is_twice_TK = sorted_TK[:, 1:] == sorted_TK[:, :-1]
     if bool((is_twice_TK & (sorted_TK[:, 1:] < n_experts)).any()):

@@ -187,7 +187,7 @@ def text_model(model: Any) -> Any:
 def not_a_text_model(folder: Path, config: Mapping[str, Any]) -> ModelError:
     """The error for a model that does not write text, or is a part of such a model."""
     model = str(config.get("model_type"))[:50]
-    fault = "is no text model that transformers can load (AutoModelForCausalLM)"
+    fault = "is not a text model that transformers can load (AutoModelForCausalLM)"
     return ModelError(f"{folder / 'config.json'}: {model} {fault}: take a text model")
 
 

@@ -258,11 +258,11 @@ for family, says in (
         says,
     )
 CASES.add(
-    "qwen3_vl_moe_text, which is no text model",
+    "qwen3_vl_moe_text, which is not a text model",
     in_model(
         config(model_type="qwen3_vl_moe_text", text_config={"num_experts": 8}, vision_config={})
     ),
-    r"olmoe/config\.json: qwen3_vl_moe_text is no text model",
+    r"olmoe/config\.json: qwen3_vl_moe_text is not a text model",
     "take a text model",
 )
 CASES.add(
